@@ -1,0 +1,236 @@
+"""Real processes with a real gloo group, for tests of distributed code.
+
+    def _ranks_agree(rank: int, world_size: int, value: float) -> float:   # a top-level function of the test module
+        ...
+
+    def test_every_rank_returns_the_same_sum() -> None:
+        results = run_distributed(_ranks_agree, 2, 1.5)     # [rank 0's return value, rank 1's]
+
+Every rank calls `fn(rank, world_size, *args)` with `torch.distributed` initialized (gloo, FileStore). Arguments and
+return values travel by pickle. The first traceback of any rank becomes the test's failure; a rank that hangs is ended
+after `timeout_s`.
+ Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
+has torch imported, and runs the jobs one after the other. A failed or timed-out job ends the group; the next job
+starts a new one. Jobs share their process: what sets a global (a seed, a torch config, an environment variable) sets
+it for the jobs after it, unless it asks for `fresh=True`. `init=False` (implies fresh) leaves the process group to
+`fn` and sets what torchrun would: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import importlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+_COLLECTIVE_TIMEOUT_S = 60
+_GRACE_S = 0.5  # after a first failure, for the failures of other ranks
+_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
+
+
+class DistributedTestError(AssertionError):
+    """A rank raised, died or hung; the message holds the first traceback."""
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    fresh: bool = False,
+    init: bool = True,
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` in `world_size` processes and return their results, in rank order.
+
+    Args:
+        fn: a top-level function.
+        timeout_s: seconds from now, start-up included, after which the ranks are ended and the call raises.
+        fresh: use processes of this call's own.
+        init: initialize gloo before the call; `False` leaves that to `fn`.
+
+    Raises:
+        DistributedTestError: a rank raised (with its traceback), died or did not answer in time.
+    """
+    if fresh or not init:
+        group = _Group(world_size, init)
+        try:
+            return group.run(fn, args, timeout_s)
+        finally:
+            group.close()
+    group = _GROUPS.get(world_size)
+    if group is None or not group.alive():
+        group = _GROUPS[world_size] = _Group(world_size, init=True)
+    try:
+        return group.run(fn, args, timeout_s)
+    except BaseException:
+        group.close()
+        _GROUPS.pop(world_size, None)
+        raise
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a rank sends back: its result, or why there is none."""
+
+    time: float
+    value: Any = None
+    failure: str | None = None
+
+
+class _Group:
+    """`world_size` worker processes, each with a pipe to this one."""
+
+    def __init__(self, world_size: int, init: bool) -> None:
+        context = _fork_server()
+        self.folder = Path(tempfile.mkdtemp(prefix="titan_fp8_ranks_"))
+        port = _free_port()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+            env |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            env |= {"OMP_NUM_THREADS": "1"}
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, env, str(self.folder / "store"), init), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        target = (fn.__module__, inspect.getfile(inspect.unwrap(fn)), fn.__qualname__)
+        for pipe in self.pipes:
+            pipe.send((target, args))
+        answers: dict[int, _Answer] = {}
+        while len(answers) < len(self.pipes):
+            missing = [rank for rank in range(len(self.pipes)) if rank not in answers]
+            ready = wait([self.pipes[rank] for rank in missing], timeout=max(0.0, deadline - time.monotonic()))
+            failed = any(answer.failure for answer in answers.values())
+            if not ready and not failed:
+                raise DistributedTestError(f"{fn.__qualname__}: no answer from ranks {missing} in {timeout_s:.0f} s")
+            if not ready:
+                break
+            answers |= {rank: self._receive(rank) for rank in missing if self.pipes[rank] in ready}
+            if any(answer.failure for answer in answers.values()):
+                # The others fail in turn, in their next collective; the cause is whoever failed first.
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+        failures = {rank: answer for rank, answer in answers.items() if answer.failure}
+        if failures:
+            first = min(failures, key=lambda rank: failures[rank].time)
+            raise DistributedTestError(f"{fn.__qualname__}: rank {first} {failures[first].failure}")
+        return [answers[rank].value for rank in range(len(self.pipes))]
+
+    def _receive(self, rank: int) -> _Answer:
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(5)
+            return _Answer(time.time(), failure=f"died with exit code {self.processes[rank].exitcode}")
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_GROUPS: dict[int, _Group] = {}
+
+
+@atexit.register
+def _close_groups() -> None:
+    while _GROUPS:
+        _GROUPS.popitem()[1].close()
+
+
+def _fork_server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+# ---- in the worker
+
+
+def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> None:
+    """Answer jobs until the parent closes its end of the pipe."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.clear()
+    os.environ.update(env)
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    try:
+        if init:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=_COLLECTIVE_TIMEOUT_S),
+            )
+        for target, args in _jobs(pipe):
+            value = _load(*target)(rank, world_size, *args)
+            pipe.send(_Answer(time.time(), value))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            pipe.send(_Answer(time.time(), failure="raised\n" + traceback.format_exc()))
+    finally:
+        # A peer that raised never joins a collective again, so nothing is torn down together: the process just ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _jobs(pipe: Connection) -> Iterator[tuple[tuple[str, str, str], tuple[Any, ...]]]:
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
+
+
+def _load(module_name: str, file: str, qualname: str) -> Callable[..., Any]:
+    """The function by its module's name or, where pytest's import mode made that name up, by its file."""
+    if module_name not in sys.modules:
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            spec = importlib.util.spec_from_file_location(module_name, file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+    return reduce(getattr, qualname.split("."), sys.modules[module_name])

@@ -1,0 +1,63 @@
+"""The harness itself: results in rank order, the first traceback, hangs and deaths."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import DistributedTestError, run_distributed
+
+
+def _sum_over_ranks(rank: int, world_size: int, offset: float) -> tuple[int, float]:
+    value = torch.tensor(rank + offset)
+    dist.all_reduce(value)
+    return os.getpid(), value.item()
+
+
+def _fail_on_rank_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("rank one is unwell")
+    dist.barrier()
+
+
+def _die_on_rank_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def _hang(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+def _environment(rank: int, world_size: int) -> tuple[bool, str, str]:
+    return dist.is_initialized(), os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def test_results_come_in_rank_order_and_the_processes_are_reused() -> None:
+    first, second = run_distributed(_sum_over_ranks, 2, 0.5), run_distributed(_sum_over_ranks, 2, 1.5)
+    assert [value for _, value in first] == [2.0, 2.0]
+    assert [value for _, value in second] == [4.0, 4.0]
+    assert [pid for pid, _ in first] == [pid for pid, _ in second]
+    assert len({pid for pid, _ in first}) == 2
+
+
+def test_the_traceback_of_the_rank_that_raised_is_the_failure() -> None:
+    with pytest.raises(DistributedTestError, match=r"(?s)rank 1 raised.*rank one is unwell"):
+        run_distributed(_fail_on_rank_one, 2)
+
+
+def test_a_rank_that_dies_fails_the_call() -> None:
+    with pytest.raises(DistributedTestError, match="rank 1 died with exit code 7"):
+        run_distributed(_die_on_rank_one, 2, fresh=True)
+
+
+def test_ranks_that_hang_are_ended() -> None:
+    with pytest.raises(DistributedTestError, match=r"no answer from ranks \[0, 1\]"):
+        run_distributed(_hang, 2, fresh=True, timeout_s=0.5)
+
+
+def test_without_init_the_ranks_have_torchruns_environment_and_no_group() -> None:
+    assert run_distributed(_environment, 2, init=False) == [(False, "0", "2"), (False, "1", "2")]

@@ -1,0 +1,219 @@
+"""Data parallelism against one process: on several ranks, the same losses and gradients, by name.
+ Each case trains a tiny decoder for three steps of SGD on several gloo processes, every rank on its part of the
+batch, and is compared with one process, without any wrapper, that accumulates gradients over the same parts.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.harness import run_distributed
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.initialization import initialize
+from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.parallel.apply import materialize, parallelize
+from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
+from titan_fp8.parallel.degrees import MeshDegrees
+from titan_fp8.parallel.fsdp import set_gradient_sync
+from titan_fp8.parallel.mesh import build_mesh
+from titan_fp8.quantization.function import Float8Config
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.recipes import RECIPES
+
+STEPS, ROWS, SEQ_LEN = 3, 8, 16  # rows of the global batch, whatever the number of ranks
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: the model, how it is spread, what else is applied to it."""
+
+    replicate: int = 1
+    shard: int = 1
+    vocab_size: int = 67  # no multiple of 2 or 4: uneven shards
+    tied_embeddings: bool = False
+    compute_dtype: torch.dtype = torch.float32
+    microbatches: int = 1
+    float8_recipe: str | None = None
+    reshard: str = "default"
+    activation_checkpoint: dict[str, str] = field(default_factory=lambda: {"mode": "none"})
+    compile_backend: str | None = None
+    cpu_offload: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.replicate * self.shard
+
+
+@dataclass
+class Trained:
+    """What a training leaves: a loss a step, gradients of every step and final weights by name, whole."""
+
+    losses: list[float]
+    grads: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def _build(case: Case) -> Decoder:
+    dims = ModelDims(
+        dim=48,
+        n_layers=3,
+        n_heads=3,
+        n_kv_heads=1,
+        ffn_dim=80,
+        vocab_size=case.vocab_size,
+        tied_embeddings=case.tied_embeddings,
+        max_seq_len=SEQ_LEN,
+    )
+    with torch.device("meta"):
+        model = Decoder(dims, compute_dtype=case.compute_dtype)
+    if case.float8_recipe is not None:
+        config = Float8Config(RECIPES[case.float8_recipe], emulate=True)
+        # The first layer stays in high precision: units of both kinds side by side.
+        for block in list(model.layers.values())[1:]:
+            for parent in (block.attention, block.feed_forward):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(parent, name, Float8Linear.from_linear(child, config))
+    return model
+
+
+def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before_part) -> Trained:
+    """Three steps, on rows `rank` of `ranks` of each global batch, in `parts` microbatches."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    result = Trained([], [], {})
+    for _ in range(STEPS):
+        batch = torch.randint(case.vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
+        step_loss = torch.zeros(())
+        for part, rows in enumerate(batch.chunk(ranks)[rank].chunk(parts)):
+            before_part(part == parts - 1)
+            loss = cross_entropy_sum(model(rows[:, :-1]), rows[:, 1:]) / (ROWS * SEQ_LEN)
+            loss.backward()
+            step_loss += loss.detach()
+        if ranks > 1:
+            dist.all_reduce(step_loss)
+        result.losses.append(step_loss.item())
+        result.grads.append({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+    result.weights = {name: _whole(p) for name, p in model.state_dict().items()}
+    return result
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def _spread(case: Case) -> tuple[Decoder, object]:
+    model = _build(case)
+    mesh = build_mesh(MeshDegrees(data_parallel_replicate=case.replicate, data_parallel_shard=case.shard), "cpu")
+    parallelize(
+        model,
+        mesh=mesh,
+        parallelism=ParallelismSection(fsdp_reshard_after_forward=case.reshard),
+        activation_checkpoint=ActivationCheckpointSection(**case.activation_checkpoint),
+        compile_config=CompileSection(enable=case.compile_backend is not None, backend=case.compile_backend or "eager"),
+        param_dtype=case.compute_dtype,
+        cpu_offload=case.cpu_offload,
+    )
+    assert all(parameter.is_meta for parameter in model.parameters())
+    materialize(model, CPU)
+    initialize(model, seed=7)
+    return model, mesh
+
+
+def _train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
+    model, mesh = _spread(case)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert isinstance(model, FSDPModule)
+
+    def before_part(is_last: bool) -> None:
+        set_gradient_sync(model, mesh, is_last_microbatch=is_last)
+
+    trained = _train(case, model, mesh.rank, mesh.world_size, case.microbatches, before_part)
+    return trained if rank == 0 else None
+
+
+def _train_alone(case: Case) -> Trained:
+    model = _build(case)
+    materialize(model, CPU)
+    initialize(model, seed=7)
+    return _train(case, model, 0, 1, case.ranks * case.microbatches, lambda is_last: None)
+
+
+def _assert_same(actual: Trained, expected: Trained, tolerance: float) -> None:
+    assert actual.losses == pytest.approx(expected.losses, rel=tolerance, abs=0)
+    assert list(actual.weights) == list(expected.weights)
+    for step, (grads, wanted) in enumerate(zip(actual.grads, expected.grads, strict=True)):
+        assert list(grads) == list(wanted)
+        for name, grad in wanted.items():
+            assert grads[name].dtype == torch.float32, name
+            error = (grads[name] - grad).norm() / grad.norm()
+            assert error <= tolerance, f"step {step}, {name}: relative error {error:.2e}"
+    for name, weight in expected.weights.items():
+        assert (actual.weights[name] - weight).norm() <= tolerance * weight.norm(), name
+
+
+# Two addends have one sum, so two ranks repeat one process to the bit, in every precision. Four addends have many: fp32
+# differs in its last bits, and float8 codes of weights that differ in the last bit differ now and then by one code.
+SAME_BITS, FP32, FLOAT8 = 0.0, 1e-6, 1e-2
+
+CASES = {
+    "fsdp2": (Case(shard=2), SAME_BITS),
+    "fsdp4": (Case(shard=4), FP32),
+    "hsdp_2x2": (Case(replicate=2, shard=2), FP32),
+    "ddp2": (Case(replicate=2), SAME_BITS),
+    "ddp4_tied_accumulating": (Case(replicate=4, tied_embeddings=True, microbatches=2), FP32),
+    "hsdp_accumulating": (Case(replicate=2, shard=2, microbatches=2), FP32),
+    "fsdp_accumulating": (Case(shard=2, microbatches=4), FP32),
+    "fsdp4_tied": (Case(shard=4, tied_embeddings=True), FP32),
+    "fsdp4_with_empty_shards": (Case(shard=4, vocab_size=5), FP32),
+    "fsdp_always_resharded": (Case(shard=2, reshard="always"), SAME_BITS),
+    "fsdp_never_resharded": (Case(shard=2, reshard="never"), SAME_BITS),
+    "fsdp_bf16": (Case(shard=2, compute_dtype=torch.bfloat16), SAME_BITS),
+    "ddp_bf16_tied": (Case(replicate=2, tied_embeddings=True, compute_dtype=torch.bfloat16), SAME_BITS),
+    "fsdp_full_ac": (Case(shard=2, activation_checkpoint={"mode": "full"}), SAME_BITS),
+    "fsdp_selective_op_ac": (Case(shard=2, activation_checkpoint={"selective_ac_option": "op"}), SAME_BITS),
+    "fsdp_tensorwise": (Case(shard=2, float8_recipe="tensorwise"), SAME_BITS),
+    "fsdp_rowwise_bf16_op_ac": (
+        Case(
+            shard=2,
+            float8_recipe="rowwise",
+            compute_dtype=torch.bfloat16,
+            activation_checkpoint={"selective_ac_option": "op"},
+        ),
+        SAME_BITS,
+    ),
+    "hsdp_tensorwise_bf16": (
+        Case(replicate=2, shard=2, float8_recipe="tensorwise", compute_dtype=torch.bfloat16),
+        FLOAT8,
+    ),
+    "fsdp_compiled_op_ac": (
+        Case(
+            shard=2,
+            compile_backend="aot_eager",
+            activation_checkpoint={"selective_ac_option": "op"},
+            float8_recipe="tensorwise",
+        ),
+        SAME_BITS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_on_several_ranks_equals_one_process(name: str) -> None:
+    case, tolerance = CASES[name]
+    _assert_same(run_distributed(_train_on_ranks, case.ranks, case)[0], _train_alone(case), tolerance)
+
+
+def test_one_process_on_the_whole_batch_has_the_gradients_of_four_ranks() -> None:
+    whole = _train_alone(Case())
+    _assert_same(run_distributed(_train_on_ranks, 4, Case(shard=4))[0], whole, FP32)

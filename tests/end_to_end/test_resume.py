@@ -1,0 +1,97 @@
+"""Killed, resumed, finished and extended runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import FLOAT8, TINY, command_environment
+
+CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.interval", "2"]
+FULL_LAST = ["--checkpoint.no_last_save_model_only"]
+
+
+def _train_until_step_and_kill(folder: Path, step: int, *options: str) -> None:
+    """Start a run, wait until the checkpoint of `step` is complete, and end it the hard way."""
+    command = [sys.executable, "-m", "titan_fp8.train", "--job.dump_folder", str(folder), *TINY, *options]
+    child = subprocess.Popen(command, env=command_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not (folder / "checkpoint" / f"step-{step}").exists():
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(run_here, tmp_path: Path, mode: str) -> None:
+    options = [*CHECKPOINTS, *FLOAT8, "--training.steps", "40", "--checkpoint.async_mode", mode]
+    whole = run_here(*options, folder="whole")
+    assert whole.code == 0, whole.output
+    _train_until_step_and_kill(tmp_path / "killed", 4, *options)
+    resumed = run_here(*options, folder="killed")
+    assert resumed.code == 0, resumed.output
+    assert [line["step"] for line in resumed.lines] == list(range(1, 41))
+    for key in ("loss", "grad_norm", "lr"):
+        assert [line[key] for line in resumed.lines] == [line[key] for line in whole.lines]
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(run_here) -> None:
+    first = run_here(*CHECKPOINTS)
+    before = (first.folder / "metrics.jsonl").read_bytes()
+    again = run_here(*CHECKPOINTS)
+    assert again.code == 0
+    assert "finished already" in again.output
+    assert (first.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_go_on_from_the_newest_full_checkpoint(run_here) -> None:
+    short = run_here(*CHECKPOINTS, "--training.steps", "5", "--lr_scheduler.total_steps", "8", folder="run")
+    assert short.code == 0, short.output
+    longer = run_here(*CHECKPOINTS, "--training.steps", "8", "--lr_scheduler.total_steps", "8", folder="run")
+    assert longer.code == 0, longer.output
+    whole = run_here("--training.steps", "8", "--lr_scheduler.total_steps", "8", folder="whole")
+    assert longer.losses == whole.losses
+    assert "step 4" in longer.output or "step-4" in longer.output
+
+
+def test_a_fresh_start_keeps_the_old_metrics_aside(run_here) -> None:
+    run_here("--training.steps", "2")
+    second = run_here("--training.steps", "3")
+    assert len(second.lines) == 3
+    assert len((second.folder / "metrics.jsonl.1").read_text().splitlines()) == 2
+
+
+def test_float8_and_bf16_checkpoints_are_interchangeable_when_asked_by_name(run_here) -> None:
+    run_here(*CHECKPOINTS, *FULL_LAST, "--training.steps", "4")
+    refused = run_here(*CHECKPOINTS, *FULL_LAST, *FLOAT8, "--training.steps", "6")
+    assert refused.code != 0
+    assert "recipe" in refused.output
+    assert "Traceback" not in refused.output
+    allowed = run_here(
+        *CHECKPOINTS, *FULL_LAST, *FLOAT8, "--training.steps", "6", "--checkpoint.allow_recipe_change"
+    )
+    assert allowed.code == 0, allowed.output
+    assert [line["step"] for line in allowed.lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_another_shape_is_one_clear_error(run_here) -> None:
+    first = run_here(*CHECKPOINTS, *FULL_LAST, "--training.steps", "4")
+    other = run_here(*CHECKPOINTS, *FULL_LAST, "--training.steps", "6", "--model.overrides.n_layers", "3")
+    assert other.code != 0
+    assert "n_layers" in other.output
+    assert "Traceback" not in other.output
+    assert (first.folder / "checkpoint" / "step-4").is_dir()
+
+
+def test_a_seed_checkpoint_starts_runs_from_the_same_weights(run_here) -> None:
+    seed = run_here("--checkpoint.enable", "--checkpoint.create_seed_checkpoint", folder="seeded")
+    assert seed.code == 0, seed.output
+    started = run_here("--checkpoint.enable", "--training.steps", "2", "--debug.seed", "0", folder="seeded")
+    plain = run_here("--training.steps", "2", folder="plain")
+    assert started.losses == plain.losses

@@ -1,0 +1,163 @@
+"""One rank, in this process: what a run computes, writes and refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import FLOAT8
+
+
+def test_a_run_writes_its_record_and_one_line_a_step(run_here) -> None:
+    result = run_here(*FLOAT8)
+    assert result.code == 0, result.output
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"config.toml", "conversion_report.json", "versions.json", "metrics.jsonl"} <= names
+    assert [line["step"] for line in result.lines] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "grad_norm", "lr", "tps", "tflops", "mfu", "memory_gib"}
+    assert all(keys <= line.keys() for line in result.lines)
+    assert "trained 6 steps" in result.output
+    assert str(result.folder) in result.output
+    report = json.loads((result.folder / "conversion_report.json").read_text())
+    assert report["converters"][0]["recipe"] == "tensorwise"
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess(run_here) -> None:
+    result = run_here("--training.steps", "1")
+    assert result.losses[0] == pytest.approx(math.log(320), rel=0.1)
+
+
+def test_the_resolved_configuration_repeats_the_run_bit_for_bit(run_here) -> None:
+    first = run_here(*FLOAT8, "--training.steps", "3")
+    again = run_here("--job.config_file", str(first.folder / "config.toml"), *FLOAT8, "--training.steps", "3", folder="again")
+    assert again.code == 0, again.output
+    assert again.losses == first.losses
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_training_stays_near_bf16_training_and_is_not_the_same(run_here, recipe: str) -> None:
+    high = run_here("--training.steps", "6", folder="bf16")
+    low = run_here(*FLOAT8, "--quantize.linear.float8.recipe_name", recipe, "--training.steps", "6", folder="fp8")
+    assert low.code == 0, low.output
+    assert low.losses != high.losses
+    assert low.losses == pytest.approx(high.losses, rel=0.02)
+
+
+def test_accumulated_microbatches_equal_one_large_batch(run_here) -> None:
+    exact = ["--training.mixed_precision_param", "float32", "--training.global_batch_size", "8"]
+    whole = run_here(*exact, "--training.local_batch_size", "8", folder="whole")
+    parts = run_here(*exact, "--training.local_batch_size", "2", folder="parts")
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert [x["grad_norm"] for x in parts.lines] == pytest.approx([x["grad_norm"] for x in whole.lines], rel=1e-4)
+
+
+def test_bf16_compute_is_real_on_one_device(run_here) -> None:
+    half = run_here("--training.steps", "2", folder="bf16")
+    full = run_here("--training.steps", "2", "--training.mixed_precision_param", "float32", folder="fp32")
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=1e-2)
+
+
+def test_a_compiled_run_follows_the_eager_one(run_here) -> None:
+    options = [*FLOAT8, "--training.steps", "3", "--training.mixed_precision_param", "float32"]
+    eager = run_here(*options, folder="eager")
+    compiled = run_here(*options, "--compile.enable", "--compile.backend", "aot_eager", folder="compiled")
+    assert compiled.code == 0, compiled.output
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+
+
+def test_validation_is_logged_and_leaves_training_alone(run_here) -> None:
+    plain = run_here("--training.steps", "4", folder="plain")
+    options = ["--validation.enable", "--validation.freq", "2", "--validation.steps", "2"]
+    sizes = ["--validation.seq_len", "64", "--validation.local_batch_size", "2"]
+    checked = run_here("--training.steps", "4", *options, *sizes, folder="validated")
+    assert checked.code == 0, checked.output
+    assert checked.losses == plain.losses
+    lines = [json.loads(line) for line in (checked.folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(0 < line["validation_loss"] < 10 for line in lines)
+
+
+@pytest.fixture
+def poisoned_step(monkeypatch: pytest.MonkeyPatch):
+    """Makes the loss of one microbatch (counted from 1) NaN."""
+    from titan_fp8 import building
+    from titan_fp8.models.loss import cross_entropy_sum
+
+    def poison(*numbers: int) -> None:
+        calls = iter(range(1, 1000))
+
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            factor = float("nan") if next(calls) in numbers else 1.0
+            return cross_entropy_sum(logits, labels) * factor
+
+        monkeypatch.setattr(building, "cross_entropy_sum", loss)
+
+    return poison
+
+
+def test_a_non_finite_loss_stops_the_run_with_one_clear_error(run_here, poisoned_step) -> None:
+    poisoned_step(3)
+    result = run_here()
+    assert result.code == 1
+    assert "step 3: loss nan" in result.output
+    assert "Traceback" not in result.output
+    assert result.losses[:2] != [None, None]
+    assert result.losses[-1] is None
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_skipped_step_leaves_the_weights_alone_and_is_counted(run_here, poisoned_step, implementation: str) -> None:
+    poisoned_step(3)
+    options = ["--training.nonfinite_policy", "skip", "--optimizer.implementation", implementation]
+    result = run_here(*options, "--training.steps", "5")
+    assert result.code == 0, result.output
+    assert "update skipped (1 of at most 10)" in result.output
+    assert [loss is None for loss in result.losses] == [False, False, True, False, False]
+    assert result.lines[-1]["nonfinite_steps"] == 1
+
+
+def test_more_skipped_steps_than_allowed_stop_the_run(run_here, poisoned_step) -> None:
+    poisoned_step(2, 3, 4)
+    result = run_here("--training.nonfinite_policy", "skip", "--training.max_nonfinite_steps", "2")
+    assert result.code == 1
+    assert "training.max_nonfinite_steps = 2" in result.output
+
+
+def test_document_masking_changes_what_tokens_see(run_here) -> None:
+    plain = run_here("--training.steps", "1", folder="plain")
+    masked = run_here("--training.steps", "1", "--training.document_masking", folder="masked")
+    assert masked.code == 0, masked.output
+    assert masked.losses != plain.losses
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_activations_change_nothing(run_here, mode: str) -> None:
+    kept = run_here(*FLOAT8, "--training.steps", "2", folder="kept")
+    options = ["--activation_checkpoint.mode", mode, "--activation_checkpoint.selective_ac_option", "op"]
+    recomputed = run_here(*FLOAT8, "--training.steps", "2", *options, folder=mode)
+    assert recomputed.code == 0, recomputed.output
+    assert recomputed.losses == kept.losses
+
+
+def test_model_mistakes_are_reported_together_before_anything_is_written(run_here) -> None:
+    result = run_here(
+        *("--model.overrides.n_heads", "3", "--model.converters", "quantize.linear.float8"),
+        *("--quantize.linear.float8.filter_fqns", "attention.wkk"),
+    )
+    assert result.code == 2
+    assert "n_heads" in result.output
+    assert "Traceback" not in result.output
+    assert not result.folder.exists()
+
+
+def test_the_default_recipes_plan_without_network(capsys: pytest.CaptureFixture[str]) -> None:
+    from titan_fp8.cli import plan
+
+    recipes = sorted((Path(__file__).resolve().parents[2] / "train_configs").glob("*.toml"))
+    assert len(recipes) >= 6
+    for recipe in recipes:
+        assert plan.main(["--job.config_file", str(recipe)]) == 0, recipe
+        assert "parameters" in capsys.readouterr().out

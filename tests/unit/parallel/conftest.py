@@ -1,0 +1,33 @@
+"""A tiny decoder for the tests of this folder."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.initialization import initialize
+from titan_fp8.quantization.function import Float8Config
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.recipes import get_recipe
+
+
+@pytest.fixture
+def tiny_decoder() -> Callable[..., Decoder]:
+    """`tiny_decoder(n_layers=3, recipe=None, **dims)` -> a decoder with initial weights, its blocks in float8."""
+    return _build
+
+
+def _build(n_layers: int = 3, recipe: str | None = None, **overrides: object) -> Decoder:
+    dims = {"dim": 48, "n_heads": 3, "n_kv_heads": 1, "ffn_dim": 80, "vocab_size": 67, "max_seq_len": 16}
+    model = Decoder(ModelDims(n_layers=n_layers, **(dims | overrides)), compute_dtype=torch.bfloat16)
+    if recipe is not None:
+        config = Float8Config(get_recipe(recipe), emulate=True)
+        for parent in list(model.layers.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Float8Linear.from_linear(child, config))
+    initialize(model, seed=3)
+    return model

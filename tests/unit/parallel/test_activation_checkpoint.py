@@ -1,0 +1,220 @@
+"""Activation checkpointing: what is computed twice is what the mode says, and nothing else changes."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
+from titan_fp8.parallel.config import ActivationCheckpointSection
+from titan_fp8.quantization.ops import GEMM_OPS
+from titan_fp8.quantization.ops import amax as amax_op
+from titan_fp8.runtime.errors import UserError
+
+Build = Callable[..., Decoder]
+LAYERS, LINEARS = 3, 7  # linears of a block; the output head is one more, outside of all blocks
+GEMMS = {torch.ops.aten.mm.default, *GEMM_OPS}
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+class _Count(TorchDispatchMode):
+    """Counts the operations that are really carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+    def of(self, ops: set[object]) -> int:
+        return sum(op in ops for op in self.ops)
+
+
+def _run(model: Decoder, section: ActivationCheckpointSection) -> tuple[Tensor, dict[str, Tensor], _Count, _Count]:
+    """Loss, gradients, operations of the forward pass, operations of the backward pass."""
+    apply_activation_checkpointing(model, section, compiles_model=False)
+    tokens = torch.randint(67, (2, 17), generator=torch.Generator().manual_seed(0))
+    with _Count() as forward:
+        loss = cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:])
+    with _Count() as backward:
+        loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.detach(), grads, forward, backward
+
+
+def _section(**keys: object) -> ActivationCheckpointSection:
+    return ActivationCheckpointSection(**keys)
+
+
+# mode -> matrix products and attentions computed again in the backward pass of three blocks
+RECOMPUTED = {
+    "none": (_section(mode="none"), 0, 0),
+    "full": (_section(mode="full"), LAYERS * LINEARS, LAYERS),
+    "every second block": (_section(selective_ac_option="2"), 1 * LINEARS, 1),
+    "every block": (_section(selective_ac_option="1"), LAYERS * LINEARS, LAYERS),
+    "op": (_section(selective_ac_option="op"), LAYERS * 3, 0),
+    # w1's shape is w3's too: of the other five linears every second one is kept
+    "op without w1's shape": (
+        _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["feed_forward.w1"]),
+        LAYERS * (2 + 2),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+@pytest.mark.parametrize("mode", RECOMPUTED)
+def test_gemms_and_attention_are_recomputed_as_the_mode_says(
+    mode: str, recipe: str | None, tiny_decoder: Build
+) -> None:
+    section, gemms, attentions = RECOMPUTED[mode]
+    _, _, forward, backward = _run(tiny_decoder(LAYERS, recipe), section)
+    assert forward.of(GEMMS) == LAYERS * LINEARS + 1
+    assert backward.of(GEMMS) == 2 * (LAYERS * LINEARS + 1) + gemms
+    assert forward.of(ATTENTION) == LAYERS
+    assert backward.of(ATTENTION) == attentions
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+def test_loss_and_gradients_are_the_same_bits_in_every_mode(recipe: str | None, tiny_decoder: Build) -> None:
+    loss, grads, _, _ = _run(tiny_decoder(LAYERS, recipe), _section(mode="none"))
+    for mode, (section, _, _) in RECOMPUTED.items():
+        other_loss, other_grads, _, _ = _run(tiny_decoder(LAYERS, recipe), section)
+        assert torch.equal(other_loss, loss), mode
+        assert list(other_grads) == list(grads)
+        for name, grad in grads.items():
+            assert torch.equal(other_grads[name], grad), f"{mode}: {name}"
+
+
+def test_amax_is_not_searched_for_again_in_the_per_op_mode(tiny_decoder: Build) -> None:
+    _, _, _, kept = _run(tiny_decoder(LAYERS, "tensorwise"), _section(mode="none"))
+    _, _, _, per_op = _run(tiny_decoder(LAYERS, "tensorwise"), _section(selective_ac_option="op"))
+    assert per_op.of({amax_op}) == kept.of({amax_op})
+
+
+def test_early_stop_leaves_out_the_end_of_the_block(tiny_decoder: Build) -> None:
+    *_, to_the_end = _run(tiny_decoder(), _section(mode="full", early_stop=False))
+    *_, stopped = _run(tiny_decoder(), _section(mode="full", early_stop=True))
+    assert to_the_end.of(GEMMS) - stopped.of(GEMMS) == LAYERS  # w2's result is not needed by its own gradients
+
+
+def test_the_modules_keep_their_names(tiny_decoder: Build) -> None:
+    model, plain = tiny_decoder(), tiny_decoder()
+    apply_activation_checkpointing(model, _section(mode="full"), compiles_model=False)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(("preserve", "expected"), [(True, True), (False, False)])
+def test_random_layers_repeat_themselves_if_the_random_state_is_preserved(
+    preserve: bool, expected: bool, tiny_decoder: Build
+) -> None:
+    def grads(**keys: object) -> Tensor:
+        model = tiny_decoder(1)
+        block = model.layers["0"]
+        deterministic_forward = block.forward
+        block.forward = lambda *args: F.dropout(deterministic_forward(*args), 0.5) ** 2
+        torch.manual_seed(0)
+        return _run(model, _section(**keys))[1]["layers.0.feed_forward.w2.weight"]
+
+    recomputed = grads(mode="full", preserve_rng_state=preserve)
+    assert torch.equal(grads(mode="none"), recomputed) is expected
+
+
+@pytest.mark.parametrize(
+    ("debug", "message"), [(False, "different metadata"), (True, "Operations executed during recomputation")]
+)
+def test_debug_lists_the_operations_of_a_recomputation_that_differs(
+    debug: bool, message: str, tiny_decoder: Build
+) -> None:
+    model = tiny_decoder(1)
+    block, calls = model.layers["0"], []
+    forward = block.forward
+
+    def changing(x: Tensor, *args: object) -> Tensor:
+        calls.append(None)
+        return forward(x, *args) if len(calls) == 1 else forward(torch.cat([x, x]), *args)[: len(x)]
+
+    block.forward = changing
+    with pytest.raises(RuntimeError, match=message):
+        _run(model, _section(mode="full", debug=debug))
+
+
+def test_the_determinism_check_can_be_turned_off(tiny_decoder: Build) -> None:
+    model = tiny_decoder(1)
+    apply_activation_checkpointing(model, _section(mode="full", determinism_check="none"), compiles_model=False)
+    options = inspect.getclosurevars(model.layers["0"].forward).nonlocals["options"]
+    assert options["determinism_check"] == "none"
+
+
+def test_debug_with_the_per_op_mode_is_refused(tiny_decoder: Build) -> None:
+    with pytest.raises(UserError, match=r"activation_checkpoint\.debug does not work with selective_ac_option"):
+        apply_activation_checkpointing(
+            tiny_decoder(1), _section(selective_ac_option="op", debug=True), compiles_model=False
+        )
+
+
+@pytest.mark.parametrize("pattern", ["feed_forward.w4", "w", "layers.1.attention.wq.weight", "ers.0"])
+def test_a_forced_recomputation_that_matches_no_linear_is_refused(pattern: str, tiny_decoder: Build) -> None:
+    section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=[pattern])
+    with pytest.raises(UserError, match=f'"{pattern}" matches no linear'):
+        apply_activation_checkpointing(tiny_decoder(2), section, compiles_model=False)
+
+
+def test_a_misspelt_forced_recomputation_gets_a_suggestion(tiny_decoder: Build) -> None:
+    section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["feed_foward.w1"])
+    with pytest.raises(UserError, match=r'did you mean "feed_forward\.w1"\?'):
+        apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=False)
+
+
+@pytest.mark.parametrize("pattern", ["layers.1", "layers.*.attention.wq", "feed_forward.*", "output"])
+def test_patterns_match_runs_of_whole_components(pattern: str, tiny_decoder: Build) -> None:
+    section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=[pattern])
+    apply_activation_checkpointing(tiny_decoder(2), section, compiles_model=False)
+
+
+# ---- memory budget
+
+
+@pytest.fixture
+def compiler_settings(monkeypatch: pytest.MonkeyPatch):
+    """The compiler's settings, put back after the test."""
+    config = torch._functorch.config
+    with config.patch(
+        activation_memory_budget=config.activation_memory_budget,
+        visualize_memory_budget_pareto=config.visualize_memory_budget_pareto,
+        memory_budget_pareto_dir=config.memory_budget_pareto_dir,
+    ):
+        yield config
+
+
+def test_a_memory_budget_needs_the_compiler(tiny_decoder: Build) -> None:
+    with pytest.raises(UserError, match=r"the model is not compiled; set compile\.enable"):
+        apply_activation_checkpointing(tiny_decoder(1), _section(mode="memory_budget"), compiles_model=False)
+
+
+def test_a_memory_budget_reaches_the_compiler(compiler_settings, tiny_decoder: Build, tmp_path: Path) -> None:
+    section = _section(mode="memory_budget", memory_budget=0.3, visualize_memory_budget_pareto=True)
+    apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=True, dump_folder=tmp_path)
+    assert compiler_settings.activation_memory_budget == 0.3
+    assert compiler_settings.visualize_memory_budget_pareto
+    assert Path(compiler_settings.memory_budget_pareto_dir).parent == tmp_path
+
+
+def test_a_picture_without_matplotlib_is_refused(
+    compiler_settings, tiny_decoder: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titan_fp8.parallel.activation_checkpoint.find_spec", lambda name: None)
+    section = _section(mode="memory_budget", visualize_memory_budget_pareto=True)
+    with pytest.raises(UserError, match="draws with matplotlib, which is not installed"):
+        apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=True, dump_folder=tmp_path)

@@ -1,0 +1,40 @@
+"""titan_fp8: LLM pre-training in 8-bit floating point.
+
+`./run_train.sh` trains from a TOML file. In a training loop of your own:
+
+    import titan_fp8
+    report = titan_fp8.convert_to_float8_training(model, recipe_name="rowwise", filter_fqns=["output"])
+
+Importing this package loads nothing heavy; its names are loaded when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from titan_fp8.converters.api import convert_to_float8_training
+    from titan_fp8.converters.protocol import ConversionError
+    from titan_fp8.converters.report import ConversionReport
+    from titan_fp8.quantization.linear import Float8Linear
+
+__version__ = "0.1.0"
+
+__all__ = ["ConversionError", "ConversionReport", "Float8Linear", "__version__", "convert_to_float8_training"]
+
+_HOME = {
+    "ConversionError": "titan_fp8.converters.protocol",
+    "ConversionReport": "titan_fp8.converters.report",
+    "Float8Linear": "titan_fp8.quantization.linear",
+    "convert_to_float8_training": "titan_fp8.converters.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,235 @@
+"""From a checked configuration to a trainer: the outer build order, once.
+
+    plan on the meta device  ->  process group, mesh  ->  tokenizer, data  ->  parallelize (inner order, parallel/apply.py)
+      ->  materialize and initialize, sharded  ->  optimizer, schedule  ->  load a checkpoint  ->  metrics
+
+The plan comes first because all that can be wrong with a model shows without storage and without other processes. Weights
+are made after sharding, so the whole model never exists in one place. The optimizer needs the final, sharded parameters, and
+the metrics need to know the step that a checkpoint resumes from.
+"""
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan_fp8.checkpoint.checkpointer import Checkpointer
+from titan_fp8.data.loader import TrainLoader, build_train_loader
+from titan_fp8.data.validation import ValidationLoader, build_validation_loader
+from titan_fp8.job_config import JobConfig, to_toml
+from titan_fp8.model_plan import DTYPES, ModelPlan, plan_model
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import count_parameters
+from titan_fp8.models.initialization import initialize
+from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.observability.metrics import MetricsLogger
+from titan_fp8.observability.run_folder import atomic_write, create_run_folder, write_run_record
+from titan_fp8.optim.optimizers import build_optimizer
+from titan_fp8.optim.schedule import build_lr_scheduler
+from titan_fp8.parallel.apply import materialize, parallelize
+from titan_fp8.parallel.compile import compile_loss
+from titan_fp8.parallel.degrees import resolve_degrees
+from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
+from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
+from titan_fp8.runtime.determinism import set_determinism
+from titan_fp8.runtime.device import DeviceCapabilities, detect_device
+from titan_fp8.runtime.logging import info_once
+from titan_fp8.train_state import TrainState
+from titan_fp8.trainer import Trainer
+
+
+def run(job: JobConfig) -> None:
+    """Plan, build, train and close one job.
+
+    Raises:
+        ConfigErrors: the model, its converters or the tokenizer break a rule; no process group was made.
+        UserError: anything else that the user can mend.
+    """
+    device = local_device(detect_device().kind)
+    capabilities = detect_device(device.index or 0)
+    plan = plan_model(job, capabilities)
+    folder = create_run_folder(job.job.dump_folder)
+    init_distributed(job.comm, device, folder)
+    try:
+        trainer = build_trainer(job, plan, device, capabilities, folder)
+        if trainer is not None:
+            with contextlib.closing(trainer):
+                trainer.train()
+    finally:
+        destroy()
+
+
+def build_trainer(
+    job: JobConfig, plan: ModelPlan, device: torch.device, capabilities: DeviceCapabilities, folder: Path
+) -> Trainer | None:
+    """Build every part of a run, in the order of the module's docstring; the process group must be initialized.
+
+    Args:
+        job: the checked configuration.
+        plan: the converted model on the meta device and what belongs to it.
+        device: this process's device; `capabilities` describe it.
+        folder: the run's folder.
+
+    Returns:
+        The trainer, or None when nothing is left to train: the run is finished, or was to make a seed checkpoint.
+    """
+    mesh = build_mesh(resolve_degrees(job.parallelism, dist.get_world_size()), device.type)
+    seed = set_determinism(job.debug, device)
+    with contextlib.ExitStack() as undo:
+        loaders = _build_loaders(job, plan, mesh, seed)
+        for loader in loaders:
+            if loader is not None:
+                undo.callback(loader.close)
+        model = _build_model(job, plan, mesh, device, folder, seed)
+        optimizers = build_optimizer([model], job.optimizer)
+        lr_scheduler = build_lr_scheduler(optimizers, job.lr_scheduler, job.training.steps)
+        state = TrainState()
+        checkpointer = Checkpointer(
+            job.checkpoint,
+            folder,
+            model_parts=[model],
+            optimizers=optimizers,
+            lr_schedulers=lr_scheduler,
+            train_state=state,
+            data_loader=loaders[0],
+            fingerprint=_fingerprint(job, plan),
+            total_steps=job.training.steps,
+        )
+        undo.callback(checkpointer.close)
+        if not _start(job, checkpointer):
+            return None
+        metrics = _start_record(job, plan, capabilities, folder, mesh, device, state.step, seed)
+        undo.pop_all()
+    return Trainer(
+        job=job,
+        folder=folder,
+        device=device,
+        mesh=mesh,
+        model=model,
+        converters=plan.converters,
+        loss_fn=compile_loss(cross_entropy_sum, job.compile),
+        optimizers=optimizers,
+        lr_scheduler=lr_scheduler,
+        loader=loaders[0],
+        validation=loaders[1],
+        checkpointer=checkpointer,
+        state=state,
+        metrics=metrics,
+    )
+
+
+def _start(job: JobConfig, checkpointer: Checkpointer) -> bool:
+    """Load what there is to load; False if there is nothing to train."""
+    if job.checkpoint.create_seed_checkpoint:
+        checkpointer.save(0, last_step=True)
+        info_once(f"the seed checkpoint is in {checkpointer.folder}; a run with checkpoint.enable starts from it")
+        return False
+    finished = checkpointer.finished_step()
+    if finished is not None:
+        info_once(
+            f"finished already: {checkpointer.folder} holds the checkpoint of step {finished} and training.steps is "
+            f"{job.training.steps}. Raise training.steps to go on, or set another job.dump_folder to start anew"
+        )
+        return False
+    checkpointer.load()
+    return True
+
+
+def _build_loaders(
+    job: JobConfig, plan: ModelPlan, mesh: DataParallelMesh, seed: int
+) -> tuple[TrainLoader, ValidationLoader | None]:
+    training, validation = job.training, job.validation
+    local = training.local_batch_size
+    total = training.global_batch_size if training.global_batch_size > 0 else local * mesh.world_size
+    train_loader = build_train_loader(
+        training,
+        plan.tokenizer,
+        seed=seed,
+        global_batch_sequences=total,
+        local_batch_sequences=local,
+        dp_rank=mesh.rank,
+        dp_world_size=mesh.world_size,
+    )
+    if not validation.enable:
+        return train_loader, None
+    validation_loader = build_validation_loader(
+        validation,
+        training,
+        plan.tokenizer,
+        seq_len=validation.seq_len,
+        local_batch_sequences=validation.local_batch_size,
+        dp_rank=mesh.rank,
+        dp_world_size=mesh.world_size,
+    )
+    return train_loader, validation_loader
+
+
+def _build_model(
+    job: JobConfig, plan: ModelPlan, mesh: DataParallelMesh, device: torch.device, folder: Path, seed: int
+) -> Decoder:
+    """Parallelize the planned model, give it memory and its initial weights."""
+    training = job.training
+    parallelize(
+        plan.model,
+        mesh=mesh,
+        parallelism=job.parallelism,
+        activation_checkpoint=job.activation_checkpoint,
+        compile_config=job.compile,
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        cpu_offload=training.enable_cpu_offload,
+        dump_folder=folder,
+    )
+    materialize(plan.model, device, cpu_offload=training.enable_cpu_offload)
+    initialize(plan.model, seed)
+    return plan.model
+
+
+def _fingerprint(job: JobConfig, plan: ModelPlan) -> dict[str, object]:
+    """What a checkpoint must agree with: the model's dimensions and the recipes its weights were trained with."""
+    return {
+        "model": {"name": job.model.name, **asdict(plan.dims)},
+        "recipe": {report.converter: report.recipe for report in plan.reports},
+    }
+
+
+def _start_record(
+    job: JobConfig,
+    plan: ModelPlan,
+    capabilities: DeviceCapabilities,
+    folder: Path,
+    mesh: DataParallelMesh,
+    device: torch.device,
+    resume_step: int,
+    seed: int,
+) -> MetricsLogger:
+    """Say what is about to run, write it into the run's folder, and start the clock of the metrics."""
+    for report in plan.reports:
+        info_once(report.summary())
+    if job.model.print_after_conversion:
+        info_once(str(plan.model))
+    config_toml = to_toml(job)
+    if job.job.print_config:
+        info_once(f"configuration:\n{config_toml}")
+    info_once(
+        f"{job.job.description}: {job.model.name} {job.model.flavor}, {count_parameters(plan.dims):,} parameters, "
+        f"{capabilities.name} x {mesh.world_size}, seed {seed}, run folder {folder}"
+    )
+    if mesh.rank == 0:
+        reports = {"converters": [report.to_json() for report in plan.reports]}
+        write_run_record(folder, config_toml=config_toml, conversion_report=reports)
+        if job.job.save_config_file is not None:
+            atomic_write(folder / job.job.save_config_file, config_toml)
+    return MetricsLogger(
+        job.metrics,
+        folder,
+        device=device,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=capabilities.peak_bf16_flops,
+        total_steps=job.training.steps,
+        resume_step=resume_step,
+    )

@@ -1,0 +1,1 @@
+"""The command `titan-fp8`: small tools around a training run, one module a command."""

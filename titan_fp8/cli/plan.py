@@ -1,0 +1,63 @@
+"""`titan-fp8 plan ARGS`: what a training command would build, without training.
+
+Takes the options of the trainer (`--job.config_file`, `--section.key value`) and prints the model's size, how the ranks are
+arranged, the batch, the memory that parameters and optimizer take on each rank, and the converters' whole report.
+WORLD_SIZE in the environment is the number of processes to plan for.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from titan_fp8.config.errors import ConfigErrors, HelpRequested
+from titan_fp8.job_config import JobConfig, load_job_config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 2 for a mistake in the configuration."""
+    try:
+        job, notices = load_job_config(argv)
+        for notice in notices:
+            print(notice, file=sys.stderr)
+        print(describe(job, int(os.environ.get("WORLD_SIZE", "1"))))
+    except HelpRequested as help_text:
+        print(help_text)
+    except ConfigErrors as errors:
+        print(errors.render(), file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(job: JobConfig, world_size: int) -> str:
+    """The plan as text.
+
+    Raises:
+        ConfigErrors: the model or its converters break a rule.
+    """
+    # torch is imported only once the configuration itself is known to be right.
+    from titan_fp8.model_plan import plan_model
+    from titan_fp8.models.flavors import count_parameters
+    from titan_fp8.parallel.degrees import resolve_degrees
+    from titan_fp8.runtime.device import detect_device
+
+    device = detect_device()
+    plan = plan_model(job, device)
+    degrees = resolve_degrees(job.parallelism, world_size)
+    training = job.training
+    parameters = count_parameters(plan.dims)
+    batch = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * degrees.data_parallel
+    # Parameter, gradient and two moments.
+    bytes_per_parameter = (4 if training.dtype == "float32" else 2) * 4
+    state_gib = parameters * bytes_per_parameter / degrees.data_parallel_shard / 2**30
+    lines = [
+        f"model        {job.model.name} {job.model.flavor}: {parameters:,} parameters, {plan.dims.n_layers} layers",
+        f"tokenizer    {plan.tokenizer.name}: {plan.tokenizer.vocab_size:,} of {plan.dims.vocab_size:,} codes",
+        f"attention    {plan.model.attention_backend}",
+        f"device       {device.name}",
+        f"ranks        {world_size} = {degrees.data_parallel_replicate} replicas x {degrees.data_parallel_shard} shards",
+        f"step         {batch} sequences x {training.seq_len} tokens = {batch * training.seq_len:,} tokens, "
+        f"{plan.flops_per_token * batch * training.seq_len / 1e12:,.1f} TFLOP",
+        f"state        {state_gib:.2f} GiB a rank for parameters, gradients and optimizer",
+    ]
+    lines += ["", *(str(report) for report in plan.reports)] if plan.reports else ["converters   none"]
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""What a converter is, and the one error it raises."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import nn
+
+from titan_fp8.converters.report import ConversionReport
+from titan_fp8.runtime.errors import UserError
+
+
+class ConversionError(UserError):
+    """A model cannot be converted as asked. Nothing of it has been changed.
+
+    Attributes:
+        violations: everything that is wrong, one message each; each names a module or a setting, the rule and the
+            remedy.
+    """
+
+    def __init__(self, violations: Iterable[str]) -> None:
+        self.violations = list(violations)
+        super().__init__("\n".join(self.violations))
+
+
+class Converter(Protocol):
+    """Rewrites a model in place before it is sharded, and may act after each optimizer step.
+
+    Conversion needs no data: it works on the meta device, where a dry run finds every violation in a second.
+    """
+
+    name: str
+    """Its name in `model.converters`, which is also the path of its section."""
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Replace the modules this converter is for.
+
+        Raises:
+            ConversionError: with all violations; the model is then unchanged.
+        """
+        ...
+
+    def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
+        """Called after every optimizer step with the parts of the model that this rank holds."""
+        ...

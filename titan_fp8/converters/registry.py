@@ -1,0 +1,36 @@
+"""From the names in `model.converters` to converters."""
+
+from collections.abc import Sequence
+
+from titan_fp8.converters.config import CONVERTERS, QuantizeSection
+from titan_fp8.converters.float8_linear import Float8LinearConverter
+from titan_fp8.converters.protocol import ConversionError, Converter
+from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.suggest import did_you_mean
+
+
+def build_converters(names: Sequence[str], quantize: QuantizeSection, device: DeviceCapabilities) -> list[Converter]:
+    """The converters called `names`, in that order.
+
+    Args:
+        names: `model.converters`.
+        quantize: their sections.
+        device: the device that training runs on, which decides about emulation.
+
+    Raises:
+        ConversionError: for names that are unknown, not supported, or given twice; all of them at once.
+    """
+    problems = [f"{name!r} is named twice; take one out" for name in dict.fromkeys(names) if names.count(name) > 1]
+    converters: list[Converter] = []
+    for name in dict.fromkeys(names):
+        if name == Float8LinearConverter.name:
+            converters.append(Float8LinearConverter(quantize.linear.float8, device))
+        elif name in CONVERTERS:
+            problems.append(f"{name!r}: not supported yet; use {Float8LinearConverter.name!r}")
+        else:
+            problems.append(
+                f"{name!r}: no such converter{did_you_mean(name, CONVERTERS)}; known: {', '.join(CONVERTERS)}"
+            )
+    if problems:
+        raise ConversionError(problems)
+    return converters

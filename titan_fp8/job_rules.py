@@ -1,0 +1,246 @@
+"""Every rule that spans two sections, and every rule that looks outside the configuration (files, WORLD_SIZE).
+
+Each rule is a function of the job and the number of processes that yields what is broken. A combination that would do
+nothing, or something else than it says, is refused: what is asked for and cannot be done is an error with its remedy.
+Rules within one section stand with the section (`problems`), and rules that need the model are asked later, on the meta
+device.
+
+Nothing here imports torch, so that a mistake is answered at once.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_fp8.config.section import Problem
+from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
+from titan_fp8.data.dataset_spec import training_spec, validation_spec
+from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
+from titan_fp8.parallel.degrees import MeshDegrees, resolve_degrees
+from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from titan_fp8.job_config import JobConfig
+
+_FLOAT8 = "quantize.linear.float8"
+_BEGINS_WITH_KEY = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?: |$)")
+
+
+def degrees_fit_the_processes(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """The product of the degrees is WORLD_SIZE."""
+    try:
+        resolve_degrees(job.parallelism, world_size)
+    except UserError as error:
+        yield Problem("parallelism", str(error))
+
+
+def batches_divide(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """A step's sequences are a whole number of microbatches a rank."""
+    training = job.training
+    degrees = _degrees(job, world_size)
+    if training.global_batch_size == -1 or degrees is None:
+        return
+    unit = training.local_batch_size * degrees.data_parallel
+    if training.global_batch_size % unit:
+        below = training.global_batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        yield Problem(
+            "training.global_batch_size",
+            f"not a multiple of training.local_batch_size {training.local_batch_size} x {degrees.data_parallel} "
+            f"data-parallel ranks = {unit}; take {near}, or change local_batch_size",
+        )
+
+
+def early_steps_see_whole_gradients(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """An update in the backward pass sees neither the norm of all gradients nor a later microbatch."""
+    key = "optimizer.early_step_in_backward"
+    if not job.optimizer.early_step_in_backward:
+        return
+    if job.training.max_norm != 0:
+        yield Problem(key, "gradients are gone before they can be clipped; set training.max_norm = 0")
+    if job.training.nonfinite_policy == "skip":
+        yield Problem(key, 'a step cannot be skipped once it is taken; set training.nonfinite_policy = "stop"')
+    degrees = _degrees(job, world_size)
+    if degrees is None or job.training.global_batch_size == -1:
+        return
+    unit = job.training.local_batch_size * degrees.data_parallel
+    if job.training.global_batch_size > unit:
+        yield Problem(key, f"allows no gradient accumulation; set training.global_batch_size = {unit} or -1")
+
+
+def schedule_covers_the_training(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Steps past the end of the schedule learn something."""
+    schedule = job.lr_scheduler
+    total = schedule.total_steps
+    if total is not None and total < job.training.steps and schedule.min_lr_factor == 0 and schedule.decay_ratio != 0:
+        yield Problem(
+            "lr_scheduler.total_steps",
+            f"the learning rate is 0 for the last {job.training.steps - total} of training.steps = {job.training.steps}; "
+            "raise total_steps, lower training.steps, or set lr_scheduler.min_lr_factor",
+        )
+
+
+def model_exists(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Family and flavor are known, the overridden dimensions fit together, and the sequences fit into the model."""
+    model = job.model
+    if model.name not in FLAVORS:
+        yield Problem("model.name", f"not one of {', '.join(FLAVORS)}{did_you_mean(model.name, FLAVORS)}")
+        return
+    flavors = FLAVORS[model.name]
+    if model.flavor not in flavors:
+        hint = did_you_mean(model.flavor, flavors)
+        yield Problem("model.flavor", f"not a flavor of {model.name}, which has {', '.join(flavors)}{hint}")
+        return
+    dims: list[ModelDims] = []
+    overrides = model.overrides.given()
+    yield from _domain_problems(
+        "model.overrides", lambda: dims.append(resolve_dims(model.name, model.flavor, overrides))
+    )
+    sections = {"training": job.training.seq_len} | ({"validation": job.validation.seq_len} if job.validation.enable else {})
+    for section, seq_len in sections.items():
+        if dims and seq_len > dims[0].max_seq_len:
+            yield Problem(
+                f"{section}.seq_len",
+                f"is longer than the model's {dims[0].max_seq_len} positions; shorten it or raise model.overrides.max_seq_len",
+            )
+
+
+def converters_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Each converter is known and named once."""
+    key, names = "model.converters", job.model.converters
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield Problem(key, f"{name} is named twice; take one out")
+        if name in UNSUPPORTED_CONVERTERS:
+            yield Problem(key, f"{name} is not supported yet; leave it out")
+        elif name not in CONVERTERS:
+            yield Problem(key, f"{name} is not one of {', '.join(CONVERTERS)}{did_you_mean(name, CONVERTERS)}")
+    if job.model.print_after_conversion and not names:
+        yield Problem("model.print_after_conversion", "has no effect without a converter in model.converters")
+
+
+def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """What FSDP does needs more than one shard."""
+    degrees = _degrees(job, world_size)
+    if degrees is None:
+        return
+    if job.quantize.linear.float8.enable_fsdp_float8_all_gather and degrees.data_parallel_shard == 1:
+        remedy = "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
+        yield Problem(f"{_FLOAT8}.enable_fsdp_float8_all_gather", f"nothing is sharded, so nothing is gathered; {remedy}")
+    if job.training.enable_cpu_offload and degrees.data_parallel_shard == 1 and world_size > 1:
+        yield Problem(
+            "training.enable_cpu_offload",
+            "only sharded parameters are offloaded, and parallelism.data_parallel_shard_degree is 1; raise it",
+        )
+
+
+def data_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """The data sources are known and have what they need."""
+    yield from _domain_problems("training", lambda: training_spec(job.training))
+    path = job.training.dataset_path
+    if path is not None and job.training.dataset.startswith(("c4", "hf:")):
+        yield from _missing("training.dataset_path", path)
+    if not job.validation.enable:
+        return
+    if not [*_domain_problems("training", lambda: training_spec(job.training))]:
+        yield from _domain_problems("validation", lambda: validation_spec(job.validation, job.training))
+
+
+def validation_ends(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """One validation is finite."""
+    if not job.validation.enable or job.validation.steps != -1:
+        return
+    try:
+        source = validation_spec(job.validation, job.training)
+    except UserError:
+        return
+    if source.kind == "synthetic":
+        yield Problem("validation.steps", f"{source.name} data have no end; say how many batches one validation takes")
+
+
+def files_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Tokenizer and initial checkpoint are there."""
+    model = job.model
+    if model.hf_assets_path is not None and model.tokenizer_path is not None:
+        if Path(model.hf_assets_path) != Path(model.tokenizer_path):
+            yield Problem(
+                "model.tokenizer_path", "is an older name of model.hf_assets_path, which has another value; keep that one"
+            )
+    for key, path in (("model.hf_assets_path", model.hf_assets_path), ("model.tokenizer_path", model.tokenizer_path)):
+        if path is None:
+            continue
+        yield from _missing(key, path, "; scripts/download_tokenizer.py fetches one, and without it the built-in one is used")
+        folder = Path(path).expanduser()
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            yield Problem(key, "is a folder without a tokenizer.json; scripts/download_tokenizer.py fetches one")
+    if job.checkpoint.enable and job.checkpoint.initial_load_path is not None:
+        yield from _missing("checkpoint.initial_load_path", job.checkpoint.initial_load_path)
+
+
+def compiler_is_there_for_the_memory_budget(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """The compiler keeps to the memory budget, so it must compile the model."""
+    if job.activation_checkpoint.mode == "memory_budget" and not (
+        job.compile.enable and "model" in job.compile.components
+    ):
+        yield Problem(
+            "activation_checkpoint.mode",
+            'the compiler keeps to the budget; set compile.enable = true with "model" in compile.components',
+        )
+
+
+def seed_checkpoint_is_made_by_one_process(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """A seed checkpoint holds no sharded state."""
+    if job.checkpoint.enable and job.checkpoint.create_seed_checkpoint and world_size > 1:
+        yield Problem("checkpoint.create_seed_checkpoint", f"runs in one process, not {world_size}; set NGPU=1")
+
+
+def experts_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Nothing is routed in a dense model."""
+    if job.debug.moe_force_load_balance:
+        yield Problem("debug.moe_force_load_balance", f"{job.model.name} has no experts to balance; leave it at false")
+
+
+RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
+    degrees_fit_the_processes,
+    model_exists,
+    converters_exist,
+    sharded_features_have_shards,
+    data_exist,
+    validation_ends,
+    files_exist,
+    batches_divide,
+    early_steps_see_whole_gradients,
+    schedule_covers_the_training,
+    compiler_is_there_for_the_memory_budget,
+    seed_checkpoint_is_made_by_one_process,
+    experts_exist,
+)
+"""In the order in which their violations are listed."""
+
+
+def _degrees(job: "JobConfig", world_size: int) -> MeshDegrees | None:
+    """The resolved degrees, or None where `degrees_fit_the_processes` has something to say."""
+    try:
+        return resolve_degrees(job.parallelism, world_size)
+    except UserError:
+        return None
+
+
+def _domain_problems(section: str, action: Callable[[], object]) -> Iterator[Problem]:
+    """What a component says about its section. A line that begins with a key belongs to that key's place."""
+    try:
+        action()
+    except UserError as error:
+        for line in str(error).split("\n"):
+            named = _BEGINS_WITH_KEY.match(line)
+            if named is not None and named.group(1).startswith(f"{section}."):
+                yield Problem(named.group(1), line, is_sentence=True)
+            else:
+                yield Problem(section, line.removeprefix(f"{section}: "))
+
+
+def _missing(key: str, path: str, remedy: str = "") -> Iterator[Problem]:
+    if not Path(path).expanduser().exists():
+        yield Problem(key, f"no such file or folder{remedy}")

@@ -1,0 +1,117 @@
+"""The model of a job on the meta device, converted: what `plan` prints, what the checks look at, what the trainer trains.
+
+Everything that can be wrong with a model (dimensions that do not divide, a filter that matches nothing, a recipe that the
+device cannot run, a tokenizer with more codes than the embedding) shows on tensors without storage. So the model is built and
+converted there first, in a second even for 405B, before any process group exists, and all of its violations are
+reported together. The same object is then sharded and materialized by the trainer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from titan_fp8.config.errors import ConfigErrors, Violation
+from titan_fp8.converters.protocol import Converter
+from titan_fp8.converters.registry import build_converters
+from titan_fp8.converters.report import ConversionReport
+from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
+from titan_fp8.job_config import JobConfig
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
+from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.errors import UserError
+
+T = TypeVar("T")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""The dtypes that `[training]` can name."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A converted model on the meta device with all that was decided on the way.
+
+    Attributes:
+        dims: the flavor's dimensions with the overrides applied.
+        tokenizer: the job's tokenizer; its codes fit the vocabulary.
+        model: the decoder, on the meta device, converted.
+        converters: the converters, in the order of `model.converters`; their `post_optimizer` runs after each step.
+        reports: one report a converter.
+        flops_per_token: model FLOPs of forward and backward for one token of a training sequence.
+    """
+
+    dims: ModelDims
+    tokenizer: Tokenizer
+    model: Decoder
+    converters: list[Converter]
+    reports: list[ConversionReport]
+    flops_per_token: float
+
+
+class _Collector:
+    """Runs the steps of a plan and keeps what the failing ones say."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+
+    def __call__(self, place: str, step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except UserError as error:
+            messages = getattr(error, "violations", None) or str(error).split("\n")
+            self.violations += [Violation(place, message) for message in messages]
+            return None
+
+
+def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
+    """Build and convert the model of `job` on the meta device.
+
+    Raises:
+        ConfigErrors: with every rule that the model, its converters, its tokenizer or the attention backend break.
+    """
+    attempt = _Collector()
+    section = job.model
+    dims = attempt("model", lambda: resolve_dims(section.name, section.flavor, section.overrides.model_dump()))
+    tokenizer = attempt("model", lambda: build_tokenizer(section.hf_assets_path, section.tokenizer_path))
+    converters = attempt("model.converters", lambda: build_converters(section.converters, job.quantize, device))
+    if dims is None:
+        raise ConfigErrors(attempt.violations)
+    if tokenizer is not None:
+        attempt("model", lambda: check_vocab(tokenizer, dims.vocab_size))
+    model = attempt("model", lambda: _build_meta_model(job, dims, device))
+    reports = []
+    if model is not None:
+        reports = [attempt("model.converters", lambda c=converter: c.convert(model)) for converter in converters or []]
+    if attempt.violations:
+        raise ConfigErrors(attempt.violations)
+    assert tokenizer is not None
+    assert converters is not None
+    assert model is not None
+    return ModelPlan(
+        dims=dims,
+        tokenizer=tokenizer,
+        model=model,
+        converters=converters,
+        reports=[report for report in reports if report is not None],
+        flops_per_token=flops_per_token(dims, job.training.seq_len),
+    )
+
+
+def _build_meta_model(job: JobConfig, dims: ModelDims, device: DeviceCapabilities) -> Decoder:
+    lengths = [job.training.seq_len, *([job.validation.seq_len] if job.validation.enable else [])]
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[job.training.dtype])
+    try:
+        with torch.device("meta"):
+            return Decoder(
+                dims,
+                attention_backend=job.model.attention_backend,
+                document_masking=job.training.document_masking,
+                seq_len=max(lengths),
+                compute_dtype=DTYPES[job.training.mixed_precision_param],
+                device=device,
+            )
+    finally:
+        torch.set_default_dtype(default_dtype)

@@ -1,0 +1,48 @@
+"""Self-attention of a block: grouped-query heads (arXiv 2305.13245) with rotary positions.
+
+Legend: B sequences, S tokens, H query heads, G key and value heads, D head width.
+"""
+
+from torch import Tensor, nn
+
+from titan_fp8.models.attention_backends import Backend, Mask, causal_attention
+from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.initialization import Distribution, TruncatedNormal
+from titan_fp8.models.linear import Linear
+from titan_fp8.models.rope import RopeTables, apply_rope
+
+
+class Attention(nn.Module):
+    """Causal self-attention without biases.
+
+    Args:
+        dims: the model's dimensions.
+        backend: a resolved attention backend (`titan_fp8.models.attention_backends`).
+        residual_std: initial standard deviation of `wo`, which writes into the residual stream.
+    """
+
+    def __init__(self, dims: ModelDims, backend: Backend, residual_std: float):
+        super().__init__()
+        self.head_dim = dims.head_dim
+        self.backend: Backend = backend
+        self.residual_std = residual_std
+        self.wq = Linear(dims.dim, dims.n_heads * dims.head_dim, bias=False)
+        self.wk = Linear(dims.dim, dims.kv_heads * dims.head_dim, bias=False)
+        self.wv = Linear(dims.dim, dims.kv_heads * dims.head_dim, bias=False)
+        self.wo = Linear(dims.n_heads * dims.head_dim, dims.dim, bias=False)
+
+    def init_rules(self) -> dict[str, Distribution]:
+        """See `titan_fp8.models.initialization`."""
+        rules: dict[str, Distribution] = {f"{name}.weight": TruncatedNormal(0.02) for name in ("wq", "wk", "wv")}
+        rules["wo.weight"] = TruncatedNormal(self.residual_std)
+        return rules
+
+    def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
+        """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
+        # -1: the number of heads held here, which is fewer than the model's where wq, wk and wv are sharded by rows.
+        q = apply_rope(self.wq(x).unflatten(-1, (-1, self.head_dim)), rope)  # [B, S, H, D]
+        k = apply_rope(self.wk(x).unflatten(-1, (-1, self.head_dim)), rope)  # [B, S, G, D]
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
+        attended = causal_attention(*heads_first, backend=self.backend, mask=mask)
+        return self.wo(attended.transpose(1, 2).flatten(-2))  # [B, S, H * D]

@@ -1,0 +1,210 @@
+"""Which kernel computes `softmax(q k^T / sqrt(d) + mask) v`, and the masks it needs.
+
+| backend   | runs on                              | documents masked | what it is                                   |
+|-----------|--------------------------------------|------------------|----------------------------------------------|
+| math      | anything                             | dense mask       | the reference: all S x S scores in memory    |
+| flash     | CPU; CUDA from SM80 in bf16 or fp16  | CPU: dense mask  | PyTorch's fused kernel                       |
+| efficient | CUDA                                 | dense mask       | memory-efficient kernel, float32 too         |
+| cudnn     | CUDA from SM80 in bf16 or fp16       | no               | cuDNN's fused kernel; not deterministic      |
+| flex      | CUDA                                 | block mask       | flex_attention, compiled by Triton           |
+
+`auto` is a static rule, so that all processes of a job and all of its restarts agree; it never tries kernels out:
+
+- CPU: flash.
+- CUDA with documents masked: flex.
+- CUDA in float32: efficient.
+- CUDA in bf16 or fp16: cudnn on Hopper and data-centre Blackwell (measured on an H200, sequence 8192, head width 128:
+  641 TFLOP/s forward, 495 backward, against 337 and 284 for flash) unless deterministic algorithms are asked for;
+  otherwise flash, and efficient before SM80.
+
+Legend: B sequences, S tokens, H query heads, G key and value heads (H is a multiple of G), D head width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.suggest import did_you_mean
+
+Backend = Literal["math", "flash", "efficient", "cudnn", "flex"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+Mask = Tensor | BlockMask | None
+"""None (causal), a bool `[B, 1, S, S]` that is True where a query may look, or a flex block mask."""
+
+_SDPA_BACKENDS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+_HALF = (torch.bfloat16, torch.float16)
+_CUDNN_MAX_HEAD_DIM = 128
+_FLASH_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionTask:
+    """What a kernel must be able to do: where, in which dtype, at which head width, with which guarantees."""
+
+    device: DeviceCapabilities
+    dtype: torch.dtype
+    head_dim: int
+    document_masking: bool = False
+    deterministic: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether a GPU runs it (ROCm included)."""
+        return self.device.kind == "cuda"
+
+    @property
+    def is_before_sm80(self) -> bool:
+        """Whether it is an NVIDIA GPU without the tensor-core features of the fused half-precision kernels."""
+        capability = self.device.compute_capability
+        return self.is_cuda and capability is not None and capability < (8, 0)
+
+
+def resolve_backend(requested: str, task: AttentionTask) -> Backend:
+    """The backend to use for `requested` (`model.attention_backend`).
+
+    Raises:
+        UserError: the name is unknown, or the backend cannot do `task`; the message says why and what can.
+    """
+    if requested == "auto":
+        return _choose(task)
+    if requested not in BACKENDS:
+        raise UserError(
+            f'model.attention_backend = "{requested}": not one of auto, {", ".join(BACKENDS)}'
+            f"{did_you_mean(requested, ('auto', *BACKENDS))}"
+        )
+    reason = _obstacle(requested, task)
+    if reason is not None:
+        able = [name for name in BACKENDS if _obstacle(name, task) is None]
+        raise UserError(
+            f'model.attention_backend = "{requested}" cannot run here: {reason}; '
+            f'use "auto" (which means "{_choose(task)}" here) or one of {", ".join(able)}'
+        )
+    return requested
+
+
+def _choose(task: AttentionTask) -> Backend:
+    """The rule behind `auto`."""
+    if not task.is_cuda:
+        return "flash"
+    if task.document_masking:
+        return "flex"
+    capability = task.device.compute_capability
+    is_fast_in_cudnn = capability is not None and capability[0] in (9, 10)
+    if is_fast_in_cudnn and _obstacle("cudnn", task) is None:
+        return "cudnn"
+    return "flash" if _obstacle("flash", task) is None else "efficient"
+
+
+def _obstacle(backend: Backend, task: AttentionTask) -> str | None:
+    """Why `backend` cannot do `task`, or None."""
+    if backend == "math":
+        return None
+    if not task.is_cuda:
+        return None if backend == "flash" else f"it needs a CUDA device, and this is a {task.device.kind.upper()}"
+    if backend in ("flash", "cudnn"):
+        return _half_precision_obstacle(backend, task)
+    return None
+
+
+def _half_precision_obstacle(backend: Backend, task: AttentionTask) -> str | None:
+    """Why the fused half-precision kernels of a GPU cannot do `task`, or None."""
+    if task.dtype not in _HALF:
+        return f"it computes in bfloat16 or float16, not {str(task.dtype).removeprefix('torch.')}"
+    if task.is_before_sm80:
+        return f"it needs compute capability 8.0, and {task.device.name} has {task.device.compute_capability}"
+    if task.document_masking:
+        return "it takes no mask, and training.document_masking is set"
+    limit = _CUDNN_MAX_HEAD_DIM if backend == "cudnn" else _FLASH_MAX_HEAD_DIM
+    if task.head_dim > limit or task.head_dim % 8:
+        return f"it takes head widths that are multiples of 8 up to {limit}, and the model's is {task.head_dim}"
+    if backend == "cudnn" and task.device.compute_capability is None:
+        return f"it needs an NVIDIA GPU, and this is {task.device.name}"
+    if backend == "cudnn" and task.deterministic:
+        return "it is not deterministic, and debug.deterministic is set"
+    return None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Mask = None) -> Tensor:
+    """Attention in which token s sees tokens 0..s, or what `mask` lets it see.
+
+    Args:
+        q: `[B, H, S, D]`.
+        k, v: `[B, G, S, D]`; query head h uses head `h // (H / G)` of them.
+        backend: a resolved backend.
+        mask: what `attention_mask` returned for this backend.
+
+    Returns:
+        `[B, H, S, D]` in the dtype of `q`.
+    """
+    is_grouped = q.shape[1] != k.shape[1]
+    if backend == "flex":
+        assert isinstance(mask, BlockMask), "flex attention needs the block mask that attention_mask makes"
+        return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped)
+    assert mask is None or isinstance(mask, Tensor), f"{backend} attention takes a dense mask"
+    if is_grouped and backend == "efficient":  # the one kernel without grouped heads
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        is_grouped = False
+    with sdpa_kernel(_SDPA_BACKENDS[backend]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
+
+
+def attention_mask(backend: Backend, tokens: Tensor, document_ids: Tensor | None) -> Mask:
+    """The mask that `causal_attention` needs for a batch, made once and used by every layer.
+
+    Args:
+        backend: a resolved backend.
+        tokens: `[B, S]`, for shape and device.
+        document_ids: `[B, S]` integers, equal within a document, or None for one document a row. A token sees the
+            tokens before it and itself, in its own document only.
+    """
+    seq_len = tokens.shape[1]
+    if backend == "flex":
+        return _flex_mask(document_ids, seq_len, tokens.device)
+    if document_ids is None:
+        return None
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # [B, 1, S, S]
+    return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=tokens.device).tril()
+
+
+def _flex_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:
+    """Block mask of S x S; compiled, so that the dense mask is never in memory."""
+    if document_ids is None:
+        return _compiled(create_block_mask)(_causal, None, None, seq_len, seq_len, device=str(device))
+
+    def causal_in_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[b, query] == document_ids[b, key])
+
+    rows = document_ids.shape[0]
+    return _compiled(create_block_mask)(causal_in_document, rows, None, seq_len, seq_len, device=str(device))
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled, unless a surrounding region is being compiled and takes it in.
+
+    Flex attention run eagerly is a slow dense reference, and a block mask made eagerly begins as a dense mask.
+    """
+    return function if torch.compiler.is_compiling() else _compile_once(function)
+
+
+@cache
+def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,151 @@
+"""The decoder: a Llama-style language model (arXiv 2302.13971, 2407.21783), the one model of this project.
+
+    tokens -> tok_embeddings -> layers.0 ... layers.N-1 -> norm -> output -> logits
+
+Each layer adds twice to the residual stream: attention of the normed stream, then the feed-forward of the normed
+stream. Everything is a plain single-device module that knows neither quantization nor parallelism; both are applied
+from outside, and the module names are the field's (`layers.0.attention.wq`, `layers.0.feed_forward.w1`), so that
+filters written for other stacks mean the same here.
+
+Building order of a job: build on the meta device (`with torch.device("meta")`), convert, shard, `to_empty`, then
+`titan_fp8.models.initialize(model, seed)` or load a checkpoint.
+
+Legend: B sequences, S tokens, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from titan_fp8.models.attention import Attention
+from titan_fp8.models.attention_backends import AttentionTask, Backend, Mask, attention_mask, resolve_backend
+from titan_fp8.models.feed_forward import FeedForward
+from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.initialization import Distribution, Normal, TruncatedNormal
+from titan_fp8.models.linear import Linear
+from titan_fp8.models.norm import RMSNorm
+from titan_fp8.models.rope import RopeTables, RotaryEmbedding
+from titan_fp8.runtime.device import DeviceCapabilities, detect_device
+from titan_fp8.runtime.errors import UserError
+
+
+class TransformerBlock(nn.Module):
+    """One layer: `x + attention(attention_norm(x))`, then `x + feed_forward(ffn_norm(x))`.
+
+    Args:
+        dims: the model's dimensions.
+        layer: the layer's number from 0; deeper layers start with smaller writes into the residual stream.
+        backend: a resolved attention backend.
+    """
+
+    def __init__(self, dims: ModelDims, layer: int, backend: Backend):
+        super().__init__()
+        residual_std = 0.02 / math.sqrt(2 * (layer + 1))
+        self.attention = Attention(dims, backend, residual_std)
+        self.feed_forward = FeedForward(dims.dim, dims.ffn_hidden_dim, residual_std)
+        self.attention_norm = RMSNorm(dims.dim, dims.norm_eps)
+        self.ffn_norm = RMSNorm(dims.dim, dims.norm_eps)
+
+    def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
+        """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer.
+
+    Args:
+        dims: dimensions, from `titan_fp8.models.resolve_dims`.
+        attention_backend: `"auto"` or a backend of `titan_fp8.models.attention_backends`.
+        document_masking: whether `forward` will be given `document_ids`.
+        seq_len: longest sequence to prepare for, at most (and by default) `dims.max_seq_len`.
+        compute_dtype: dtype of the activations; None: the embedding's dtype.
+        device: the device that the model will run on, which decides the attention backend; None: the device found.
+
+    Raises:
+        UserError: the attention backend cannot run on the device, or `seq_len` is longer than the model allows.
+
+    Attributes:
+        dims: as given.
+        compute_dtype: as given. The embedding's output is cast to it and everything after follows.
+        attention_backend: the resolved backend.
+    """
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        *,
+        attention_backend: str = "auto",
+        document_masking: bool = False,
+        seq_len: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        device: DeviceCapabilities | None = None,
+    ):
+        super().__init__()
+        seq_len = dims.max_seq_len if seq_len is None else seq_len
+        if seq_len > dims.max_seq_len:
+            raise UserError(
+                f"training.seq_len = {seq_len} is longer than the model's {dims.max_seq_len} positions; "
+                "shorten it or raise model.overrides.max_seq_len"
+            )
+        self.dims = dims
+        self.document_masking = document_masking
+        self.compute_dtype = compute_dtype
+        task = AttentionTask(
+            device=detect_device() if device is None else device,
+            dtype=compute_dtype or torch.get_default_dtype(),
+            head_dim=dims.head_dim,
+            document_masking=document_masking,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        self.attention_backend: Backend = resolve_backend(attention_backend, task)
+
+        self.tok_embeddings = nn.Embedding(dims.vocab_size, dims.dim)
+        self.rope = RotaryEmbedding(dims.head_dim, seq_len, dims.rope_theta, dims.rope_scaling)
+        self.layers = nn.ModuleDict(
+            {str(layer): TransformerBlock(dims, layer, self.attention_backend) for layer in range(dims.n_layers)}
+        )
+        self.norm = RMSNorm(dims.dim, dims.norm_eps)
+        self.output = Linear(dims.dim, dims.vocab_size, bias=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.dims.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def _apply(self, fn, recurse: bool = True):
+        # to_empty() and moves between devices give each module a parameter of its own.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def init_rules(self) -> dict[str, Distribution]:
+        """See `titan_fp8.models.initialization`."""
+        head = TruncatedNormal(self.dims.dim**-0.5)
+        if self.dims.tied_embeddings:
+            return {"tok_embeddings.weight": head}
+        return {"tok_embeddings.weight": Normal(1.0), "output.weight": head}
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: `[B, S]` int64 in `0 .. V-1`.
+            document_ids: `[B, S]` integers; a token sees only tokens with its own number, before it or itself. Only
+                for a model built with `document_masking=True`. None: every row is one document.
+
+        Returns:
+            `[B, S, V]` in the compute dtype.
+        """
+        if document_ids is not None and not self.document_masking:
+            raise ValueError("document_ids given to a model that was built with document_masking=False")
+        x = self.tok_embeddings(tokens)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        rope = self.rope(tokens.shape[1], tokens.device)
+        mask = attention_mask(self.attention_backend, tokens, document_ids)
+        for layer in self.layers.values():
+            x = layer(x, rope, mask)
+        return self.output(self.norm(x))

@@ -1,0 +1,184 @@
+"""Activation checkpointing: keep less of the forward pass, compute it again in the backward pass.
+ The backward pass needs what the forward pass computed. Kept, it fills the memory: some thirty tensors of the size of
+a block's input for every block. Four answers, from `[activation_checkpoint] mode`:
+
+    none           keep everything.
+    full           keep only each block's input and run the block again: a third more compute, least memory.
+    selective "n"  as full, in every n-th block only.
+    selective "op" in every block, keep the results of the expensive operations (attention, communication, every second
+                   matrix product) and run the cheap rest again. What a matrix product costs to repeat is high for its
+                   size; norms, casts and activations are the reverse.
+    memory_budget  the compiler solves for the cheapest recomputation that keeps a given share of the memory.
+
+The first three work on a block's `forward`, replaced on the instance. The tree of modules is left as it is, so names
+of parameters and modules stay, and the compiler, applied after, sees the recomputation and can optimize across it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.parallel.config import ActivationCheckpointSection
+from titan_fp8.quantization.ops import GEMM_OPS, amax
+from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.suggest import did_you_mean
+
+Shape = tuple[int, int]
+
+_aten = torch.ops.aten
+# Matrix products: of their results every second one is kept.
+_ATEN_GEMMS = (_aten.mm.default, _aten.addmm.default)
+_ALWAYS_KEPT = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_fused_attention_overrideable.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        flex_attention,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        torch.ops._c10d_functional.all_to_all_single.default,
+        amax,  # one number, which takes a read of the whole tensor
+    }
+)
+
+
+def apply_activation_checkpointing(
+    model: Decoder, section: ActivationCheckpointSection, *, compiles_model: bool, dump_folder: Path | None = None
+) -> None:
+    """Apply `section` to the blocks of `model`, in place.
+
+    Args:
+        model: not yet compiled, not yet sharded.
+        compiles_model: whether the blocks will be compiled; `memory_budget` is the compiler's work.
+        dump_folder: the run's folder, where the picture of `visualize_memory_budget_pareto` goes.
+
+    Raises:
+        UserError: the mode needs what the job does not have, or a name in
+            `per_op_sac_force_recompute_mm_shapes_by_fqns` matches no linear.
+    """
+    if section.mode == "none":
+        return
+    if section.mode == "memory_budget":
+        _set_memory_budget(section, compiles_model, dump_folder)
+        return
+    options: dict[str, Any] = {
+        "preserve_rng_state": section.preserve_rng_state,
+        "determinism_check": section.determinism_check,
+        "early_stop": section.early_stop,
+        "debug": section.debug,
+    }
+    every = 1
+    if section.mode == "selective" and section.selective_ac_option == "op":
+        if section.debug:
+            raise UserError(
+                'activation_checkpoint.debug does not work with selective_ac_option = "op", because PyTorch takes only '
+                "one of the two; turn one of them off"
+            )
+        options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
+    elif section.mode == "selective":
+        every = int(section.selective_ac_option)
+    for number, block in enumerate(model.layers.values(), start=1):
+        if number % every == 0:
+            block.forward = _checkpointed(block.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return checkpointed_forward
+
+
+def _per_op_contexts(recomputed_shapes: frozenset[Shape]) -> tuple[Any, Any]:
+    """The pair of contexts for one pass through one block: the first pass, and its recomputation.
+
+    The recomputation asks about the same operations in the same order, so each pass counts matrix products for itself.
+    """
+    gemms_seen = {False: 0, True: 0}  # by "is this the recomputation"
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _ALWAYS_KEPT:
+            return CheckpointPolicy.MUST_SAVE
+        shape = _gemm_shape(op, args)
+        if shape is None or shape in recomputed_shapes:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        gemms_seen[ctx.is_recompute] += 1
+        is_odd = gemms_seen[ctx.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if is_odd else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:
+    """(K, N) of a matrix product `[M, K] x [K, N]`, or None if `op` is none."""
+    if op in _ATEN_GEMMS:
+        k, n = args[-1].shape
+        return k, n
+    if op in GEMM_OPS:
+        n, k = args[1].shape  # the second operand is passed as rows of K
+        return k, n
+    return None
+
+
+def _recomputed_shapes(model: nn.Module, section: ActivationCheckpointSection) -> frozenset[Shape]:
+    """(K, N) of the linears that `per_op_sac_force_recompute_mm_shapes_by_fqns` names."""
+    key = "per_op_sac_force_recompute_mm_shapes_by_fqns"
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes: set[Shape] = set()
+    for pattern in section.per_op_sac_force_recompute_mm_shapes_by_fqns:
+        found = [linear for name, linear in linears.items() if _matches(pattern, name)]
+        if not found and key in section.model_fields_set:
+            raise UserError(
+                f'activation_checkpoint.{key}: "{pattern}" matches no linear of the model'
+                f"{did_you_mean(pattern, _suffixes(linears))}"
+            )
+        shapes |= {(linear.in_features, linear.out_features) for linear in found}
+    return frozenset(shapes)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether the components of `pattern` (with `*`) stand as one run in those of `name`."""
+    wanted, parts = pattern.split("."), name.split(".")
+    return any(
+        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def _suffixes(names: Iterable[str]) -> set[str]:
+    """Every tail of the dotted names: what somebody may have meant to type."""
+    split = [name.split(".") for name in names]
+    return {".".join(parts[start:]) for parts in split for start in range(len(parts))}
+
+
+def _set_memory_budget(section: ActivationCheckpointSection, compiles_model: bool, dump_folder: Path | None) -> None:
+    """Hand the budget to the compiler's partitioner, which reads it from a setting of its own when it compiles."""
+    if not compiles_model:
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is carried out by the compiler, but the model is not '
+            "compiled; set compile.enable with `model` among compile.components, or choose another mode"
+        )
+    config = torch._functorch.config
+    config.activation_memory_budget = section.memory_budget
+    if section.visualize_memory_budget_pareto:
+        if find_spec("matplotlib") is None:
+            raise UserError(
+                "activation_checkpoint.visualize_memory_budget_pareto draws with matplotlib, which is not installed; "
+                "pip install matplotlib, or turn it off"
+            )
+        folder = Path(dump_folder or ".") / "memory_budget_pareto"
+        folder.mkdir(parents=True, exist_ok=True)
+        config.visualize_memory_budget_pareto = True
+        config.memory_budget_pareto_dir = str(folder)

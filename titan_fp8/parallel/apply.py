@@ -1,0 +1,102 @@
+"""The inner order: what is done to a converted model before it gets its weights.
+
+    activation checkpointing (per block) -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
+ Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
+of it. Recomputation sits inside the compiled region, so that the compiler sees it and may keep or fuse what it likes.
+FSDP sits outside of it, because its hooks would break the graph. Weights come last (`materialize`), when each rank
+knows its shards, so that the whole model never exists in one place; and the optimizer after that, since it needs the
+final parameters.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
+from titan_fp8.parallel.compile import apply_compile, compiles
+from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
+from titan_fp8.parallel.fsdp import apply_fsdp
+from titan_fp8.parallel.mesh import DataParallelMesh
+
+
+def parallelize(
+    model: Decoder,
+    *,
+    mesh: DataParallelMesh,
+    parallelism: ParallelismSection,
+    activation_checkpoint: ActivationCheckpointSection,
+    compile_config: CompileSection,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype = torch.float32,
+    cpu_offload: bool = False,
+    dump_folder: Path | None = None,
+) -> Decoder:
+    """Apply the inner order to `model`, in place, and return it. A model on the meta device stays there.
+
+    One rank without CPU offload is not wrapped at all: its parameters stay plain tensors.
+
+    Args:
+        model: converted, not yet materialized.
+        mesh: from `build_mesh`.
+        parallelism, activation_checkpoint, compile_config: the sections.
+        param_dtype: dtype of the activations (training.mixed_precision_param).
+        reduce_dtype: dtype in which gradients are summed over ranks (training.mixed_precision_reduce).
+        cpu_offload: keep parameters and optimizer state in host memory (training.enable_cpu_offload).
+        dump_folder: the run's folder, for pictures that were asked for.
+
+    Raises:
+        UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
+    """
+    compiles_model = compiles(compile_config, "model")
+    apply_activation_checkpointing(model, activation_checkpoint, compiles_model=compiles_model, dump_folder=dump_folder)
+    apply_compile(model, compile_config)
+    if mesh.world_size > 1 or cpu_offload:
+        apply_fsdp(
+            model,
+            mesh=mesh,
+            parallelism=parallelism,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            cpu_offload=cpu_offload,
+        )
+    return model
+
+
+def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Give every tensor of `model` that is on the meta device uninitialized memory, and move the others.
+
+    Parameters that two modules share stay shared.
+
+    Args:
+        model: the result of `parallelize`.
+        device: where parameters and buffers go.
+        cpu_offload: parameters go to host memory instead; buffers go to `device` all the same.
+    """
+    shared = _shared_parameters(model)
+    target = torch.device("cpu") if cpu_offload else device
+    model._apply(lambda tensor: _to(tensor, target))
+    for names in shared:
+        parameter = model.get_parameter(names[0])
+        for name in names[1:]:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, parameter)
+    if target == device:
+        return
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device), persistent)
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+
+def _shared_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]

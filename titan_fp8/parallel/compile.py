@@ -1,0 +1,62 @@
+"""`torch.compile`, block by block.
+ All blocks of a decoder are the same program on different weights. Compiled one by one they share one compilation,
+which takes seconds where the whole model takes minutes, and FSDP's hooks, which gather a block's weights before it
+runs and cannot be compiled, stay between the compiled regions.
+
+What is compiled is the block's `forward` method, replaced on the instance: hooks stay outside, names of modules and
+parameters stay as they are. `fullgraph=True` because a graph break in a block is a defect and should say so.
+"""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.parallel.config import CompileSection
+from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.suggest import did_you_mean
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiles(section: CompileSection, component: str) -> bool:
+    """Whether `section` asks for `component` ("model" or "loss") to be compiled."""
+    return section.enable and component in section.components
+
+
+def apply_compile(model: Decoder, section: CompileSection) -> None:
+    """Compile the blocks of `model` in place, if `section` says so. Compilation itself happens at the first call.
+
+    Raises:
+        UserError: no such backend.
+    """
+    if not compiles(section, "model"):
+        return
+    check_backend(section.backend)
+    for block in model.layers.values():
+        block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True)
+
+
+def compile_loss(loss: Callable[P, R], section: CompileSection) -> Callable[P, R]:
+    """`loss`, compiled if `section` says so.
+
+    Raises:
+        UserError: no such backend.
+    """
+    if not compiles(section, "loss"):
+        return loss
+    check_backend(section.backend)
+    return torch.compile(loss, backend=section.backend, fullgraph=True)
+
+
+def check_backend(backend: str) -> None:
+    """Raise a `UserError` unless PyTorch knows the compiler backend of this name."""
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        common = ", ".join(torch._dynamo.list_backends())
+        raise UserError(
+            f'compile.backend = "{backend}": no such backend of torch.compile{did_you_mean(backend, known)}; '
+            f"the usual ones are {common}"
+        )

@@ -1,0 +1,136 @@
+"""Data parallelism: FSDP2, HSDP and DDP, all three by `fully_shard`.
+ Every rank computes on its own part of the batch with the whole model, one *unit* at a time. A unit's parameters are
+gathered from the ranks' shards just before it runs and freed after; in the backward pass its gradients are summed
+over ranks while being scattered back to the shards. Units, in the order in which they run:
+
+    tok_embeddings | layers.0 | ... | layers.N-1 | norm + output
+
+With tied embeddings one parameter belongs to the first and the last unit; then both join the root, which stays gathered
+from the start of the forward pass to the end of the backward pass.
+
+Three decisions:
+
+- **Gradients are sums.** The loss of a rank is already divided by the token count of the global batch, so nothing is
+  divided here. Collectives are told to sum, which NCCL and gloo both do.
+- **What is gathered.** Layers cast their weights to the dtype of the activations themselves, so gathering in that dtype
+  gives the same values and moves half the bytes. Two kinds of unit are gathered in the master dtype: one with a
+  Float8Linear, because scales and codes are computed from master weights, with or without FSDP; and the one with the
+  embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in the master
+  dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right dtype.
+- **Copies without shards are HSDP with shards of length 1.** Nothing is gathered then, only cast; gradients are
+  all-reduced unit by unit while the backward pass goes on. One mechanism, and names, checkpoints, CPU offload and
+  accumulation are the same everywhere.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.runtime.errors import UserError
+
+# Modules whose result or gradient depends on the bits of the master weight that the compute dtype drops.
+_READS_MASTER = (Float8Linear, nn.Embedding)
+
+
+def apply_fsdp(
+    model: Decoder,
+    *,
+    mesh: DataParallelMesh,
+    parallelism: ParallelismSection,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    cpu_offload: bool,
+) -> None:
+    """Shard the parameters of `model` over `mesh`, in place; they become DTensors under the same names.
+
+    Args:
+        model: on the meta device or a real one; every parameter of one dtype.
+        mesh: from `build_mesh`.
+        parallelism: for `fsdp_reshard_after_forward`.
+        param_dtype: dtype in which units without a Float8Linear are gathered: that of the activations.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
+
+    Raises:
+        UserError: `cpu_offload` on a CPU.
+    """
+    if cpu_offload and mesh.device_mesh.device_type == "cpu":
+        raise UserError(
+            "training.enable_cpu_offload moves parameters from GPU memory to host memory, but this job runs on a CPU, "
+            "where they already are; turn it off"
+        )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    units = _units(model)
+    root: list[nn.Module] = [model]
+    for number, modules in enumerate([*units, root]):
+        reads_master = any(isinstance(part, _READS_MASTER) for module in modules for part in _own_modules(module))
+        fully_shard(
+            modules,
+            mesh=mesh.fsdp_mesh,
+            reshard_after_forward=_reshards(parallelism, is_last=number >= len(units) - 1),
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=None if reads_master else param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+            ),
+            offload_policy=offload,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if isinstance(model.tok_embeddings, FSDPModule):
+        model.tok_embeddings.set_unshard_in_backward(False)  # the gradient of a table needs no table
+    _prefetch(model, units)
+
+
+def set_gradient_sync(model: nn.Module, mesh: DataParallelMesh, *, is_last_microbatch: bool) -> None:
+    """Call before each microbatch: copies of the model sum their gradients once a step, after the last microbatch.
+
+    Sums over shards happen in every microbatch, since a rank has no room for gradients of what it does not keep. Until
+    the last microbatch has been through `backward`, `.grad` of a model with copies is incomplete or None.
+    """
+    if isinstance(model, FSDPModule) and mesh.degrees.data_parallel_replicate > 1:
+        model.set_requires_all_reduce(is_last_microbatch)
+
+
+def _units(model: Decoder) -> list[list[nn.Module]]:
+    """The modules gathered together, in the order in which they run; what is in no unit belongs to the root."""
+    layers: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
+    if model.output.weight is model.tok_embeddings.weight:
+        return layers
+    return [[model.tok_embeddings], *layers, [model.norm, model.output]]
+
+
+def _own_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules below `module`, and itself, that belong to no unit made before."""
+    below = [part for child in module.children() if not isinstance(child, FSDPModule) for part in _own_modules(child)]
+    return [module, *below]
+
+
+def _reshards(parallelism: ParallelismSection, *, is_last: bool) -> bool:
+    """Whether a unit is freed after its forward pass.
+
+    By default all but the last are: the backward pass begins with the last unit, which would be gathered again at once.
+    """
+    if parallelism.fsdp_reshard_after_forward == "default":
+        return not is_last
+    return parallelism.fsdp_reshard_after_forward == "always"
+
+
+def _prefetch(model: Decoder, units: list[list[nn.Module]]) -> None:
+    """Gather the next unit of the forward pass while this one computes.
+
+    By default a gather is issued when its unit is reached, which overlaps only as long as the CPU is ahead of the GPU.
+    The backward pass prefetches by itself.
+    """
+    root: list[nn.Module] = [model]
+    for current, following in pairwise([root, *units]):
+        ahead, target = current[0], following[0]
+        assert isinstance(ahead, FSDPModule)
+        assert isinstance(target, FSDPModule)
+        ahead.set_modules_to_forward_prefetch([target])

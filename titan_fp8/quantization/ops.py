@@ -1,0 +1,142 @@
+"""The custom operators `torch.ops.titan_fp8.*`: casts, amax and the scaled product.
+
+They are opaque on purpose. The compiler neither looks into them nor fuses into them, so a tensor gets the same codes
+whether a model runs eagerly or compiled (a cast that Inductor fused with the norm before it would see unrounded fp32,
+and 3 % of the codes would differ). What eager and compiled code share is therefore everything.
+
+The operators are registered with the low-level `torch.library.Library`, whose calls cost a quarter of `custom_op`'s.
+None has a derivative: `function.py` calls them inside its autograd function. Selective activation checkpointing finds
+the products to keep in `GEMM_OPS`.
+
+T tokens, K in features, N out features; `padded(T)` is T rounded up to a multiple of 16.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from titan_fp8.kernels import float8
+from titan_fp8.kernels.float8 import padded
+from titan_fp8.quantization.gemm import scaled_mm as _scaled_mm
+
+_LIBRARY = torch.library.Library("titan_fp8", "DEF")
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    # Without this each call would pass through autograd's "not implemented" kernel first.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.titan_fp8, name).default
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[1], padded(x.shape[0])), dtype=dtype)
+
+
+def _scale(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _cast_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    codes, _, scale = float8.cast_tensor(x, amax, dtype, rows=True, columns=False)
+    assert codes is not None
+    return codes, scale
+
+
+def _cast_tensor_columns(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _, codes_t, scale = float8.cast_tensor(x, amax, dtype, rows=False, columns=True)
+    assert codes_t is not None
+    return codes_t, scale
+
+
+def _cast_tensor_both(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    codes, codes_t, scale = float8.cast_tensor(x, amax, dtype, rows=True, columns=True)
+    assert codes is not None
+    assert codes_t is not None
+    return codes, codes_t, scale
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float32)
+
+
+amax = _register("amax(Tensor x) -> Tensor", float8.amax, lambda x: x.new_empty((), dtype=torch.int32))
+"""`amax(x [T, K])` -> int32 []: the bits of max |x| in fp32."""
+
+cast_tensor = _register(
+    "cast_tensor(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
+    _cast_tensor,
+    lambda x, amax, dtype: (_rows(x, dtype), _scale(x)),
+)
+"""`cast_tensor(x [T, K], amax [], dtype)` -> codes [T, K], scale []."""
+
+cast_tensor_columns = _register(
+    "cast_tensor_columns(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
+    _cast_tensor_columns,
+    lambda x, amax, dtype: (_columns(x, dtype), _scale(x)),
+)
+"""`cast_tensor_columns(x [T, K], amax [], dtype)` -> codes_t [K, padded(T)], scale []."""
+
+cast_tensor_both = _register(
+    "cast_tensor_both(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _cast_tensor_both,
+    lambda x, amax, dtype: (_rows(x, dtype), _columns(x, dtype), _scale(x)),
+)
+"""`cast_tensor_both(x [T, K], amax [], dtype)` -> codes [T, K], codes_t [K, padded(T)], scale []; one read of x."""
+
+cast_rows = _register(
+    "cast_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    float8.cast_rows,
+    lambda x, dtype: (_rows(x, dtype), _scale(x, x.shape[0], 1)),
+)
+"""`cast_rows(x [T, K], dtype)` -> codes [T, K], scale [T, 1], powers of two."""
+
+cast_columns = _register(
+    "cast_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    float8.cast_columns,
+    lambda x, dtype: (_columns(x, dtype), _scale(x, x.shape[1], 1)),
+)
+"""`cast_columns(x [T, K], dtype)` -> codes_t [K, padded(T)], scale_t [K, 1], powers of two."""
+
+cast_rows_and_columns = _register(
+    "cast_rows_and_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    float8.cast_rows_and_columns,
+    lambda x, dtype: (_rows(x, dtype), _scale(x, x.shape[0], 1), _columns(x, dtype), _scale(x, x.shape[1], 1)),
+)
+"""`cast_rows_and_columns(x [T, K], dtype)` -> codes [T, K], scale [T, 1], codes_t [K, padded(T)], scale_t [K, 1]."""
+
+columns_from_rows = _register(
+    "columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
+    float8.columns_from_rows,
+    lambda codes, scale: (_columns(codes, codes.dtype), _scale(codes, codes.shape[1], 1)),
+)
+"""`columns_from_rows(codes [T, K], scale [T, 1])` -> codes_t [K, padded(T)], scale_t [K, 1]."""
+
+scaled_mm = _register(
+    "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
+    "bool fast_accum, bool emulate) -> Tensor",
+    _scaled_mm,
+    lambda a, b, scale_a, scale_b, bias, out_dtype, fast_accum, emulate: a.new_empty(
+        (a.shape[0], b.shape[0]), dtype=out_dtype
+    ),
+)
+"""`scaled_mm(a [M, K], b [N, K], scale_a, scale_b, bias, out_dtype, fast_accum, emulate)` -> [M, N]; see `gemm.py`."""
+
+sum_rows = _register(
+    "sum_rows(Tensor x) -> Tensor", _sum_rows, lambda x: x.new_empty((x.shape[1],), dtype=torch.float32)
+)
+"""`sum_rows(x [T, N])` -> fp32 [N]: a bias's gradient."""
+
+GEMM_OPS: tuple[OpOverload, ...] = (scaled_mm,)
+"""The matrix products of quantized linears, for the save lists of selective activation checkpointing."""

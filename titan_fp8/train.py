@@ -1,0 +1,60 @@
+"""The entry point that torchrun starts: parse, plan, build, train, close.
+
+    python -m titan_fp8.train --job.config_file train_configs/debug_model.toml --training.steps 20
+    torchrun --nproc_per_node 2 -m titan_fp8.train --job.config_file ...
+
+Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration and 1 for
+anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from titan_fp8.config.errors import ConfigErrors
+from titan_fp8.job_config import HelpRequested, JobConfig, load_job_config
+
+CONFIGURATION_ERROR = 2
+RUN_ERROR = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as `argv` (default: the process's arguments) says and return the exit code."""
+    try:
+        job, notices = load_job_config(sys.argv[1:] if argv is None else argv)
+    except HelpRequested as help_text:
+        _say(str(help_text), sys.stdout)
+        return 0
+    except ConfigErrors as errors:
+        _say(errors.render(), sys.stderr)
+        return CONFIGURATION_ERROR
+    return _train(job, notices)
+
+
+def _train(job: JobConfig, notices: Sequence[str]) -> int:
+    # Importing torch takes seconds; a mistake in the configuration is answered before that.
+    from titan_fp8.building import run
+    from titan_fp8.runtime.errors import UserError
+    from titan_fp8.runtime.logging import info_once, init_logging, logger
+
+    init_logging(rank=int(os.environ.get("RANK", "0")))
+    for notice in notices:
+        info_once(notice)
+    try:
+        run(job)
+    except ConfigErrors as errors:
+        _say(errors.render(), sys.stderr)
+        return CONFIGURATION_ERROR
+    except UserError as error:
+        logger.error("%s", error)
+        return RUN_ERROR
+    return 0
+
+
+def _say(text: str, stream) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

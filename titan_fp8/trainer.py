@@ -1,0 +1,219 @@
+"""The training run: everything built once, in one order, and the loop over it.
+
+The loss of a step is the mean cross-entropy over all label tokens of the global batch. Each rank divides the sum of its own
+tokens by the count of all ranks, and gradients are summed over ranks and microbatches, so a batch means the same however
+it is cut into microbatches and spread over processes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_fp8.checkpoint.checkpointer import Checkpointer
+from titan_fp8.converters.protocol import Converter
+from titan_fp8.data.batch import IGNORE_INDEX, Batch
+from titan_fp8.data.loader import TrainLoader
+from titan_fp8.data.validation import ValidationLoader
+from titan_fp8.job_config import JobConfig
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.observability.metrics import MetricsLogger
+from titan_fp8.observability.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
+from titan_fp8.observability.summary import format_summary
+from titan_fp8.optim.clipping import clip_grad_norm_
+from titan_fp8.optim.optimizers import OptimizersContainer
+from titan_fp8.optim.schedule import LRSchedulers
+from titan_fp8.parallel.distributed import all_reduce_sum, set_train_timeouts
+from titan_fp8.parallel.fsdp import set_gradient_sync
+from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.gc import GarbageCollector
+from titan_fp8.runtime.logging import info_once, logger
+from titan_fp8.train_state import TrainState
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient is NaN or infinite, and the policy says to stop."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step found out; both are plain fp32 scalars on the device, equal on every rank.
+
+    Attributes:
+        loss: mean cross-entropy over the label tokens of the global batch.
+        grad_norm: L2 norm of the whole gradient before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+@dataclass
+class Trainer:
+    """A built run. `titan_fp8.building.build_trainer` makes one; `train` runs it; `close` ends it.
+
+    `loss_fn(logits [B, S, V], labels [B, S])` returns the fp32 sum of the cross-entropy of the labels that count.
+    """
+
+    job: JobConfig
+    folder: Path
+    device: torch.device
+    mesh: DataParallelMesh
+    model: Decoder
+    converters: list[Converter]
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    optimizers: OptimizersContainer
+    lr_scheduler: LRSchedulers
+    loader: TrainLoader
+    validation: ValidationLoader | None
+    checkpointer: Checkpointer
+    state: TrainState
+    metrics: MetricsLogger
+
+    def train(self) -> None:
+        """Train to `training.steps`, from the step that `state` stands at.
+
+        Raises:
+            UserError: a non-finite step under the policy "stop", or something outside that fails (disk, data).
+        """
+        training = self.job.training
+        first_step, last_step = self.state.step + 1, training.steps
+        collector = GarbageCollector(training.gc_freq, debug=training.gc_debug)
+        tokens_logged = self.state.tokens_seen
+        self.model.train()
+        with self._hooks() as after_step:
+            for step in range(first_step, last_step + 1):
+                collector.run(step)
+                result = self._train_step()
+                self.state.step = step
+                if self.metrics.should_log(step):
+                    self._log(step, result, self.state.tokens_seen - tokens_logged)
+                    tokens_logged = self.state.tokens_seen
+                self._validate(step)
+                self._save(step)
+                if step == first_step:
+                    set_train_timeouts(self.job.comm, self.mesh)
+                after_step()
+        self.checkpointer.close()
+        self.metrics.flush()
+        info_once(format_summary(self.metrics.summary(), self.folder, renamed=self._renamed()))
+
+    def close(self) -> None:
+        """Release threads, worker processes and files; a second call does nothing."""
+        with contextlib.ExitStack() as stack:
+            for part in (self.metrics, self.loader, self.validation, self.checkpointer):
+                if part is not None:
+                    stack.callback(part.close)
+
+    def _train_step(self) -> StepResult:
+        batches = [batch.to(self.device, non_blocking=True) for batch in self.loader.next_step()]
+        label_tokens = self._label_tokens(batches)
+        self.optimizers.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            set_gradient_sync(self.model, self.mesh, is_last_microbatch=number == len(batches))
+            logits = self.model(batch.tokens, batch.document_ids)
+            loss = self.loss_fn(logits, batch.labels) / label_tokens
+            del logits
+            loss.backward()
+            loss_sum += loss.detach()
+        loss = all_reduce_sum(loss_sum, self.mesh.group)
+        grad_norm = clip_grad_norm_(self.model.parameters(), self.job.training.max_norm)
+        # Decided on the device: reading it here would leave the GPU idle until the optimizer's kernels are launched.
+        nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self.state.lr = self.lr_scheduler.lr
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step(skip=None if self.optimizers.steps_in_backward else nonfinite)
+        for converter in self.converters:
+            converter.post_optimizer([self.model])
+        self.lr_scheduler.step()
+        self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.world_size
+        result = StepResult(loss, grad_norm)
+        if bool(nonfinite):
+            self._on_nonfinite(self.state.step + 1, result)
+        return result
+
+    def _label_tokens(self, batches: Iterable[Batch]) -> Tensor:
+        """Labels that count in the global batch, an fp32 scalar on the device; at least 1."""
+        count = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+        return all_reduce_sum(count, self.mesh.group).clamp(min=1).to(torch.float32)
+
+    def _on_nonfinite(self, step: int, result: StepResult) -> None:
+        """Apply `training.nonfinite_policy`. The update of this step has been left out on the device already."""
+        self.state.nonfinite_steps += 1
+        training = self.job.training
+        count = self.state.nonfinite_steps
+        found = f"step {step}: loss {result.loss.item()}, gradient norm {result.grad_norm.item()}"
+        if training.nonfinite_policy == "skip" and count <= training.max_nonfinite_steps:
+            logger.warning("%s: update skipped (%d of at most %d)", found, count, training.max_nonfinite_steps)
+            return
+        self.state.step = step
+        self._log(step, result, 0)
+        self.metrics.flush()
+        if training.nonfinite_policy == "skip":
+            rule = f"{count} steps of this run were not finite, training.max_nonfinite_steps = {training.max_nonfinite_steps}"
+        else:
+            rule = 'training.nonfinite_policy = "stop"'
+        raise NonFiniteError(
+            f"{found}; {rule}. The weights are those of the step before. Lower optimizer.lr, or resume from a checkpoint "
+            'with training.nonfinite_policy = "skip"'
+        )
+
+    def _log(self, step: int, result: StepResult, tokens: int) -> None:
+        self.metrics.log_step(
+            step,
+            loss=result.loss.item(),
+            grad_norm=result.grad_norm.item(),
+            lr=self.state.lr,
+            tokens=tokens,
+            extra={"tokens_seen": self.state.tokens_seen, "nonfinite_steps": self.state.nonfinite_steps},
+        )
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> None:
+        """Mean loss over the validation batches of all ranks, every `validation.freq` steps and after the last."""
+        if self.validation is None or (step % self.job.validation.freq and step != self.job.training.steps):
+            return
+        with self.metrics.untimed():
+            self.model.eval()
+            sums = torch.zeros(2, dtype=torch.float64)
+            for batch in self.validation:
+                batch = batch.to(self.device, non_blocking=True)
+                loss_sum = self.loss_fn(self.model(batch.tokens, batch.document_ids), batch.labels)
+                sums += torch.stack([loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]).cpu()
+            self.model.train()
+            loss_sum, tokens = all_reduce_sum(sums, self.mesh.group).tolist()
+            self.metrics.log_validation(step, loss_sum / max(tokens, 1), int(tokens))
+
+    def _save(self, step: int) -> None:
+        is_last = step == self.job.training.steps
+        if self.checkpointer.is_due(step, last_step=is_last):
+            # A checkpoint that counts as complete must find the lines up to its step on the disk.
+            self.metrics.flush()
+            with self.metrics.untimed():
+                self.checkpointer.save(step, last_step=is_last)
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[Callable[[], None]]:
+        """The profiler and the memory recorder around the loop; yields what to call after each step."""
+        profiling, start = self.job.profiling, self.state.step
+        rank = self.mesh.rank
+        with (
+            maybe_enable_profiling(profiling, self.folder, start, rank) as profiler,
+            maybe_enable_memory_snapshot(profiling, self.folder, start, rank, device=self.device) as snapshots,
+        ):
+            steppers = [profiler.step, snapshots.step]
+            yield lambda: [step() for step in steppers] and None
+
+    def _renamed(self) -> dict[str, str]:
+        """Folders that the configuration calls otherwise than usual, for the closing summary."""
+        return {
+            "tb": self.job.metrics.save_tb_folder,
+            "checkpoint": self.job.checkpoint.folder,
+            "profile_traces": self.job.profiling.save_traces_folder,
+            "memory_snapshot": self.job.profiling.save_memory_snapshot_folder,
+        }
