@@ -29,7 +29,8 @@ for argument in "$@"; do
 done
 WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m titan_fp8.cli.main check --job.config_file "$CONFIG_FILE" "$@"
 
-export TITAN_FP8_CHECKED=1
+# torchrun puts a pipe between the trainer and the terminal.
+if [ -t 2 ]; then export FORCE_COLOR=${FORCE_COLOR-1}; fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || echo 1)
   export OMP_NUM_THREADS=$(( cores / NGPU > 0 ? cores / NGPU : 1 ))

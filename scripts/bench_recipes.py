@@ -94,7 +94,9 @@ def table(results: list[dict]) -> str:
     lines = [head]
     for r in results:
         if r.get("tps") is None:
-            lines.append(f"| {r['row']} | {r['gpus']} | {r['steps']} | failed with exit code {r['exit_code']} | | | | |")
+            lines.append(
+                f"| {r['row']} | {r['gpus']} | {r['steps']} | failed with exit code {r['exit_code']} | | | | |"
+            )
             continue
         mfu = "n/a" if r["mfu"] is None else f"{r['mfu']:.1f} %"
         lines.append(

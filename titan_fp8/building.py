@@ -3,9 +3,9 @@
     plan on the meta device  ->  process group, mesh  ->  tokenizer, data  ->  parallelize (inner order, parallel/apply.py)
       ->  materialize and initialize, sharded  ->  optimizer, schedule  ->  load a checkpoint  ->  metrics
 
-The plan comes first because all that can be wrong with a model shows without storage and without other processes. Weights
-are made after sharding, so the whole model never exists in one place. The optimizer needs the final, sharded parameters, and
-the metrics need to know the step that a checkpoint resumes from.
+The plan comes first because all that can be wrong with a model shows without storage and without other processes.
+Weights are made after sharding, so the whole model never exists in one place. The optimizer needs the final, sharded
+parameters, and the metrics need to know the step that a checkpoint resumes from.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from titan_fp8.parallel.compile import compile_loss
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
-from titan_fp8.runtime.determinism import set_determinism
+from titan_fp8.runtime.determinism import set_seed, use_deterministic_algorithms
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.logging import info_once
 from titan_fp8.train_state import TrainState
@@ -49,6 +49,7 @@ def run(job: JobConfig) -> None:
     """
     device = local_device(detect_device().kind)
     capabilities = detect_device(device.index or 0)
+    use_deterministic_algorithms(job.debug)
     plan = plan_model(job, capabilities)
     folder = create_run_folder(job.job.dump_folder)
     init_distributed(job.comm, device, folder)
@@ -76,7 +77,7 @@ def build_trainer(
         The trainer, or None when nothing is left to train: the run is finished, or was to make a seed checkpoint.
     """
     mesh = build_mesh(resolve_degrees(job.parallelism, dist.get_world_size()), device.type)
-    seed = set_determinism(job.debug, device)
+    seed = set_seed(job.debug, device)
     with contextlib.ExitStack() as undo:
         loaders = _build_loaders(job, plan, mesh, seed)
         for loader in loaders:

@@ -78,9 +78,7 @@ class JobConfig(Section):
     """Seeds and determinism."""
 
 
-def load_job_config(
-    argv: Sequence[str], environ: Mapping[str, str] | None = None
-) -> tuple[JobConfig, list[str]]:
+def load_job_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> tuple[JobConfig, list[str]]:
     """Read and check a job.
 
     Args:

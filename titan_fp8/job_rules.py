@@ -24,7 +24,6 @@ from titan_fp8.runtime.suggest import did_you_mean
 if TYPE_CHECKING:
     from titan_fp8.job_config import JobConfig
 
-_FLOAT8 = "quantize.linear.float8"
 _BEGINS_WITH_KEY = re.compile(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?: |$)")
 
 
@@ -77,7 +76,7 @@ def schedule_covers_the_training(job: "JobConfig", world_size: int) -> Iterator[
     if total is not None and total < job.training.steps and schedule.min_lr_factor == 0 and schedule.decay_ratio != 0:
         yield Problem(
             "lr_scheduler.total_steps",
-            f"the learning rate is 0 for the last {job.training.steps - total} of training.steps = {job.training.steps}; "
+            f"the learning rate is 0 for the last {job.training.steps - total} of {job.training.steps} training.steps; "
             "raise total_steps, lower training.steps, or set lr_scheduler.min_lr_factor",
         )
 
@@ -98,13 +97,13 @@ def model_exists(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     yield from _domain_problems(
         "model.overrides", lambda: dims.append(resolve_dims(model.name, model.flavor, overrides))
     )
-    sections = {"training": job.training.seq_len} | ({"validation": job.validation.seq_len} if job.validation.enable else {})
-    for section, seq_len in sections.items():
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for key, seq_len in lengths.items():
         if dims and seq_len > dims[0].max_seq_len:
-            yield Problem(
-                f"{section}.seq_len",
-                f"is longer than the model's {dims[0].max_seq_len} positions; shorten it or raise model.overrides.max_seq_len",
-            )
+            remedy = "shorten it or raise model.overrides.max_seq_len"
+            yield Problem(key, f"is longer than the model's {dims[0].max_seq_len} positions; {remedy}")
 
 
 def converters_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
@@ -127,8 +126,9 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
     if degrees is None:
         return
     if job.quantize.linear.float8.enable_fsdp_float8_all_gather and degrees.data_parallel_shard == 1:
+        key = "quantize.linear.float8.enable_fsdp_float8_all_gather"
         remedy = "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
-        yield Problem(f"{_FLOAT8}.enable_fsdp_float8_all_gather", f"nothing is sharded, so nothing is gathered; {remedy}")
+        yield Problem(key, f"nothing is sharded, so nothing is gathered; {remedy}")
     if job.training.enable_cpu_offload and degrees.data_parallel_shard == 1 and world_size > 1:
         yield Problem(
             "training.enable_cpu_offload",
@@ -162,19 +162,17 @@ def validation_ends(job: "JobConfig", world_size: int) -> Iterator[Problem]:
 
 def files_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """Tokenizer and initial checkpoint are there."""
-    model = job.model
-    if model.hf_assets_path is not None and model.tokenizer_path is not None:
-        if Path(model.hf_assets_path) != Path(model.tokenizer_path):
-            yield Problem(
-                "model.tokenizer_path", "is an older name of model.hf_assets_path, which has another value; keep that one"
-            )
-    for key, path in (("model.hf_assets_path", model.hf_assets_path), ("model.tokenizer_path", model.tokenizer_path)):
+    assets, older = job.model.hf_assets_path, job.model.tokenizer_path
+    if assets is not None and older is not None and Path(assets) != Path(older):
+        yield Problem("model.tokenizer_path", "is an older name of model.hf_assets_path, which differs; keep that one")
+    remedy = "scripts/download_tokenizer.py fetches one; without the key the built-in tokenizer is used"
+    for key, path in (("model.hf_assets_path", assets), ("model.tokenizer_path", older)):
         if path is None:
             continue
-        yield from _missing(key, path, "; scripts/download_tokenizer.py fetches one, and without it the built-in one is used")
+        yield from _missing(key, path, f"; {remedy}")
         folder = Path(path).expanduser()
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-            yield Problem(key, "is a folder without a tokenizer.json; scripts/download_tokenizer.py fetches one")
+            yield Problem(key, f"is a folder without a tokenizer.json; {remedy}")
     if job.checkpoint.enable and job.checkpoint.initial_load_path is not None:
         yield from _missing("checkpoint.initial_load_path", job.checkpoint.initial_load_path)
 

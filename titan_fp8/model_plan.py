@@ -8,6 +8,7 @@ reported together. The same object is then sharded and materialized by the train
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
 from titan_fp8.job_config import JobConfig
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
-from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
     model = attempt("model", lambda: _build_meta_model(job, dims, device))
     reports = []
     if model is not None:
-        reports = [attempt("model.converters", lambda c=converter: c.convert(model)) for converter in converters or []]
+        conversions = [partial(converter.convert, model) for converter in converters or []]
+        reports = [attempt("model.converters", conversion) for conversion in conversions]
     if attempt.violations:
         raise ConfigErrors(attempt.violations)
     assert tokenizer is not None
@@ -115,3 +117,12 @@ def _build_meta_model(job: JobConfig, dims: ModelDims, device: DeviceCapabilitie
             )
     finally:
         torch.set_default_dtype(default_dtype)
+
+
+def check_model(job: JobConfig) -> list[Violation]:
+    """The rules that need the model, on the meta device; empty if it can be built and converted as asked."""
+    try:
+        plan_model(job, detect_device())
+    except ConfigErrors as errors:
+        return errors.violations
+    return []

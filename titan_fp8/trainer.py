@@ -1,12 +1,12 @@
 """The training run: everything built once, in one order, and the loop over it.
 
-The loss of a step is the mean cross-entropy over all label tokens of the global batch. Each rank divides the sum of its own
-tokens by the count of all ranks, and gradients are summed over ranks and microbatches, so a batch means the same however
-it is cut into microbatches and spread over processes.
+The loss of a step is the mean cross-entropy over all label tokens of the global batch. Each rank divides the sum of its
+own tokens by the count of all ranks, and gradients are summed over ranks and microbatches, so a batch means the same
+however it is cut into microbatches and spread over processes.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,29 +82,28 @@ class Trainer:
         """
         training = self.job.training
         first_step, last_step = self.state.step + 1, training.steps
-        collector = GarbageCollector(training.gc_freq, debug=training.gc_debug)
         tokens_logged = self.state.tokens_seen
         self.model.train()
-        with self._hooks() as after_step:
+        with self._hooks() as after_step, closing(GarbageCollector(training.gc_freq, training.gc_debug)) as garbage:
             for step in range(first_step, last_step + 1):
-                collector.run(step)
+                garbage.run(step)
                 result = self._train_step()
                 self.state.step = step
                 if self.metrics.should_log(step):
                     self._log(step, result, self.state.tokens_seen - tokens_logged)
                     tokens_logged = self.state.tokens_seen
+                after_step()
                 self._validate(step)
                 self._save(step)
                 if step == first_step:
                     set_train_timeouts(self.job.comm, self.mesh)
-                after_step()
         self.checkpointer.close()
         self.metrics.flush()
         info_once(format_summary(self.metrics.summary(), self.folder, renamed=self._renamed()))
 
     def close(self) -> None:
         """Release threads, worker processes and files; a second call does nothing."""
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             for part in (self.metrics, self.loader, self.validation, self.checkpointer):
                 if part is not None:
                     stack.callback(part.close)
@@ -155,13 +154,12 @@ class Trainer:
         self._log(step, result, 0)
         self.metrics.flush()
         if training.nonfinite_policy == "skip":
-            rule = f"{count} steps of this run were not finite, training.max_nonfinite_steps = {training.max_nonfinite_steps}"
+            rule = f"{count} steps were not finite, training.max_nonfinite_steps = {training.max_nonfinite_steps}"
+            remedy = "Lower optimizer.lr or resume from an earlier checkpoint"
         else:
             rule = 'training.nonfinite_policy = "stop"'
-        raise NonFiniteError(
-            f"{found}; {rule}. The weights are those of the step before. Lower optimizer.lr, or resume from a checkpoint "
-            'with training.nonfinite_policy = "skip"'
-        )
+            remedy = 'Lower optimizer.lr, or resume from a checkpoint with training.nonfinite_policy = "skip"'
+        raise NonFiniteError(f"{found}; {rule}. {remedy}")
 
     def _log(self, step: int, result: StepResult, tokens: int) -> None:
         self.metrics.log_step(
@@ -197,7 +195,7 @@ class Trainer:
             with self.metrics.untimed():
                 self.checkpointer.save(step, last_step=is_last)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _hooks(self) -> Iterator[Callable[[], None]]:
         """The profiler and the memory recorder around the loop; yields what to call after each step."""
         profiling, start = self.job.profiling, self.state.step
@@ -206,8 +204,12 @@ class Trainer:
             maybe_enable_profiling(profiling, self.folder, start, rank) as profiler,
             maybe_enable_memory_snapshot(profiling, self.folder, start, rank, device=self.device) as snapshots,
         ):
-            steppers = [profiler.step, snapshots.step]
-            yield lambda: [step() for step in steppers] and None
+
+            def after_step() -> None:
+                profiler.step()
+                snapshots.step()
+
+            yield after_step
 
     def _renamed(self) -> dict[str, str]:
         """Folders that the configuration calls otherwise than usual, for the closing summary."""

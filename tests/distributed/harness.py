@@ -9,7 +9,8 @@
 Every rank calls `fn(rank, world_size, *args)` with `torch.distributed` initialized (gloo, FileStore). Arguments and
 return values travel by pickle. The first traceback of any rank becomes the test's failure; a rank that hangs is ended
 after `timeout_s`.
- Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
+
+Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
 has torch imported, and runs the jobs one after the other. A failed or timed-out job ends the group; the next job
 starts a new one. Jobs share their process: what sets a global (a seed, a torch config, an environment variable) sets
 it for the jobs after it, unless it asks for `fresh=True`. `init=False` (implies fresh) leaves the process group to
@@ -146,7 +147,8 @@ class _Group:
             return self.pipes[rank].recv()
         except EOFError:
             self.processes[rank].join(5)
-            return _Answer(time.time(), failure=f"died with exit code {self.processes[rank].exitcode}")
+            # When it died is not known, but a rank that raises does not die: whoever died is the cause.
+            return _Answer(0.0, failure=f"died with exit code {self.processes[rank].exitcode}")
 
     def close(self) -> None:
         for pipe in self.pipes:

@@ -1,8 +1,10 @@
 """Data parallelism against one process: on several ranks, the same losses and gradients, by name.
- Each case trains a tiny decoder for three steps of SGD on several gloo processes, every rank on its part of the
+
+Each case trains a tiny decoder for three steps of SGD on several gloo processes, every rank on its part of the
 batch, and is compared with one process, without any wrapper, that accumulates gradients over the same parts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -21,13 +23,13 @@ from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.fsdp import set_gradient_sync
-from titan_fp8.parallel.mesh import build_mesh
+from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
 
+BeforePart = Callable[[bool], None]  # is it the last microbatch?
 STEPS, ROWS, SEQ_LEN = 3, 8, 16  # rows of the global batch, whatever the number of ranks
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Case:
     activation_checkpoint: dict[str, str] = field(default_factory=lambda: {"mode": "none"})
     compile_backend: str | None = None
     cpu_offload: bool = False
+    device_type: str = "cpu"
 
     @property
     def ranks(self) -> int:
@@ -74,7 +77,7 @@ def _build(case: Case) -> Decoder:
     with torch.device("meta"):
         model = Decoder(dims, compute_dtype=case.compute_dtype)
     if case.float8_recipe is not None:
-        config = Float8Config(RECIPES[case.float8_recipe], emulate=True)
+        config = Float8Config(RECIPES[case.float8_recipe], emulate=case.device_type == "cpu")
         # The first layer stays in high precision: units of both kinds side by side.
         for block in list(model.layers.values())[1:]:
             for parent in (block.attention, block.feed_forward):
@@ -84,14 +87,14 @@ def _build(case: Case) -> Decoder:
     return model
 
 
-def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before_part) -> Trained:
+def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before_part: BeforePart) -> Trained:
     """Three steps, on rows `rank` of `ranks` of each global batch, in `parts` microbatches."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     result = Trained([], [], {})
     for _ in range(STEPS):
-        batch = torch.randint(case.vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
-        step_loss = torch.zeros(())
+        batch = torch.randint(case.vocab_size, (ROWS, SEQ_LEN + 1), generator=generator).to(case.device_type)
+        step_loss = torch.zeros((), device=case.device_type)
         for part, rows in enumerate(batch.chunk(ranks)[rank].chunk(parts)):
             before_part(part == parts - 1)
             loss = cross_entropy_sum(model(rows[:, :-1]), rows[:, 1:]) / (ROWS * SEQ_LEN)
@@ -109,12 +112,14 @@ def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before
 
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def _spread(case: Case) -> tuple[Decoder, object]:
+def _spread(case: Case) -> tuple[Decoder, DataParallelMesh]:
     model = _build(case)
-    mesh = build_mesh(MeshDegrees(data_parallel_replicate=case.replicate, data_parallel_shard=case.shard), "cpu")
+    mesh = build_mesh(
+        MeshDegrees(data_parallel_replicate=case.replicate, data_parallel_shard=case.shard), case.device_type
+    )
     parallelize(
         model,
         mesh=mesh,
@@ -125,12 +130,13 @@ def _spread(case: Case) -> tuple[Decoder, object]:
         cpu_offload=case.cpu_offload,
     )
     assert all(parameter.is_meta for parameter in model.parameters())
-    materialize(model, CPU)
+    materialize(model, torch.device(case.device_type), cpu_offload=case.cpu_offload)
     initialize(model, seed=7)
     return model, mesh
 
 
-def _train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
+def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
+    """Rank 0 returns the training; the process group is there."""
     model, mesh = _spread(case)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert isinstance(model, FSDPModule)
@@ -142,14 +148,16 @@ def _train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
     return trained if rank == 0 else None
 
 
-def _train_alone(case: Case) -> Trained:
+def train_alone(case: Case) -> Trained:
+    """The same training in this process, accumulating over what the ranks and microbatches of `case` would see."""
     model = _build(case)
-    materialize(model, CPU)
+    materialize(model, torch.device(case.device_type))
     initialize(model, seed=7)
     return _train(case, model, 0, 1, case.ranks * case.microbatches, lambda is_last: None)
 
 
-def _assert_same(actual: Trained, expected: Trained, tolerance: float) -> None:
+def assert_same(actual: Trained, expected: Trained, tolerance: float) -> None:
+    """Losses, gradients and weights agree in name and, within the relative `tolerance`, in value."""
     assert actual.losses == pytest.approx(expected.losses, rel=tolerance, abs=0)
     assert list(actual.weights) == list(expected.weights)
     for step, (grads, wanted) in enumerate(zip(actual.grads, expected.grads, strict=True)):
@@ -211,9 +219,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_training_on_several_ranks_equals_one_process(name: str) -> None:
     case, tolerance = CASES[name]
-    _assert_same(run_distributed(_train_on_ranks, case.ranks, case)[0], _train_alone(case), tolerance)
+    assert_same(run_distributed(train_on_ranks, case.ranks, case)[0], train_alone(case), tolerance)
 
 
 def test_one_process_on_the_whole_batch_has_the_gradients_of_four_ranks() -> None:
-    whole = _train_alone(Case())
-    _assert_same(run_distributed(_train_on_ranks, 4, Case(shard=4))[0], whole, FP32)
+    whole = train_alone(Case())
+    assert_same(run_distributed(train_on_ranks, 4, Case(shard=4))[0], whole, FP32)

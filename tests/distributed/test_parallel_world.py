@@ -23,7 +23,7 @@ from titan_fp8.parallel.distributed import (
 )
 from titan_fp8.parallel.mesh import build_mesh
 from titan_fp8.runtime.config import CommSection, DebugSection
-from titan_fp8.runtime.determinism import set_determinism
+from titan_fp8.runtime.determinism import set_seed
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def _mesh_places(rank: int, world_size: int) -> tuple[int, int, list[int], list[
 
 
 def _draw_a_seed(rank: int, world_size: int) -> tuple[int, float]:
-    seed = set_determinism(DebugSection(), CPU)
+    seed = set_seed(DebugSection(), CPU)
     return seed, torch.rand(()).item()
 
 

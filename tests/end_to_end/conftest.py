@@ -1,4 +1,4 @@
-"""Runs of the trainer: in this process where one rank is enough, through `run_train.sh` where the shell is the subject."""
+"""Runs of the trainer: in this process where one rank is enough, through `run_train.sh` where several are needed."""
 
 import json
 import os
@@ -46,15 +46,27 @@ def command_environment(**extra: str) -> dict[str, str]:
     """The environment of a child process that trains on this checkout with this Python."""
     path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": search, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    return {
+        **os.environ,
+        "PATH": search,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **extra,
+    }
 
 
 @pytest.fixture
 def run_shell(tmp_path: Path) -> Callable[..., Result]:
     """`run_train.sh` with a tiny model in a folder of the test's own."""
 
-    def run(*options: str, tiny: bool = True, folder: str = "run", timeout_s: float = 150, **environment: str) -> Result:
+    def run(
+        *options: str, tiny: bool = True, folder: str = "run", timeout_s: float = 150, **environment: str
+    ) -> Result:
         dump = tmp_path / folder
+        if "CONFIG_FILE" not in environment:
+            (tmp_path / "defaults.toml").touch()
+            environment["CONFIG_FILE"] = str(tmp_path / "defaults.toml")
         arguments = ["--job.dump_folder", str(dump), *(TINY if tiny else []), *options]
         child = subprocess.run(
             ["bash", str(REPO / "run_train.sh"), *arguments],
@@ -71,7 +83,9 @@ def run_shell(tmp_path: Path) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def run_here(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def run_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """The trainer's `main` in this process: a world of one on the CPU."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

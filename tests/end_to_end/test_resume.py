@@ -30,13 +30,14 @@ def _train_until_step_and_kill(folder: Path, step: int, *options: str) -> None:
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(run_here, tmp_path: Path, mode: str) -> None:
-    options = [*CHECKPOINTS, *FLOAT8, "--training.steps", "40", "--checkpoint.async_mode", mode]
+    options = ["--checkpoint.enable", "--checkpoint.interval", "4", *FLOAT8, "--training.steps", "20"]
+    options += ["--checkpoint.async_mode", mode]
     whole = run_here(*options, folder="whole")
     assert whole.code == 0, whole.output
     _train_until_step_and_kill(tmp_path / "killed", 4, *options)
     resumed = run_here(*options, folder="killed")
     assert resumed.code == 0, resumed.output
-    assert [line["step"] for line in resumed.lines] == list(range(1, 41))
+    assert [line["step"] for line in resumed.lines] == list(range(1, 21))
     for key in ("loss", "grad_norm", "lr"):
         assert [line[key] for line in resumed.lines] == [line[key] for line in whole.lines]
 
@@ -73,9 +74,7 @@ def test_float8_and_bf16_checkpoints_are_interchangeable_when_asked_by_name(run_
     assert refused.code != 0
     assert "recipe" in refused.output
     assert "Traceback" not in refused.output
-    allowed = run_here(
-        *CHECKPOINTS, *FULL_LAST, *FLOAT8, "--training.steps", "6", "--checkpoint.allow_recipe_change"
-    )
+    allowed = run_here(*CHECKPOINTS, *FULL_LAST, *FLOAT8, "--training.steps", "6", "--checkpoint.allow_recipe_change")
     assert allowed.code == 0, allowed.output
     assert [line["step"] for line in allowed.lines] == [1, 2, 3, 4, 5, 6]
 

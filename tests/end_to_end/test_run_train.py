@@ -8,7 +8,15 @@ from tests.end_to_end.conftest import FLOAT8
 
 
 def test_four_ranks_and_two_compute_what_one_does(run_shell, run_here) -> None:
-    options = [*FLOAT8, "--training.steps", "3", "--training.global_batch_size", "8", "--training.local_batch_size", "2"]
+    options = [
+        *FLOAT8,
+        "--training.steps",
+        "3",
+        "--training.global_batch_size",
+        "8",
+        "--training.local_batch_size",
+        "2",
+    ]
     exact = [*options, "--training.mixed_precision_param", "float32"]
     single = run_here(*exact, folder="one")
     for ranks in ("2", "4"):

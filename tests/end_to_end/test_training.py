@@ -31,7 +31,9 @@ def test_the_first_loss_is_that_of_a_uniform_guess(run_here) -> None:
 
 def test_the_resolved_configuration_repeats_the_run_bit_for_bit(run_here) -> None:
     first = run_here(*FLOAT8, "--training.steps", "3")
-    again = run_here("--job.config_file", str(first.folder / "config.toml"), *FLOAT8, "--training.steps", "3", folder="again")
+    again = run_here(
+        "--job.config_file", str(first.folder / "config.toml"), *FLOAT8, "--training.steps", "3", folder="again"
+    )
     assert again.code == 0, again.output
     assert again.losses == first.losses
 
@@ -127,17 +129,18 @@ def test_more_skipped_steps_than_allowed_stop_the_run(run_here, poisoned_step) -
 
 
 def test_document_masking_changes_what_tokens_see(run_here) -> None:
-    plain = run_here("--training.steps", "1", folder="plain")
-    masked = run_here("--training.steps", "1", "--training.document_masking", folder="masked")
+    plain = run_here("--training.steps", "1", "--training.seq_len", "512", folder="plain")
+    masked = run_here(
+        "--training.steps", "1", "--training.seq_len", "512", "--training.document_masking", folder="masked"
+    )
     assert masked.code == 0, masked.output
     assert masked.losses != plain.losses
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputed_activations_change_nothing(run_here, mode: str) -> None:
+@pytest.mark.parametrize("options", [["full"], ["selective", "--activation_checkpoint.selective_ac_option", "op"]])
+def test_recomputed_activations_change_nothing(run_here, options: list[str]) -> None:
     kept = run_here(*FLOAT8, "--training.steps", "2", folder="kept")
-    options = ["--activation_checkpoint.mode", mode, "--activation_checkpoint.selective_ac_option", "op"]
-    recomputed = run_here(*FLOAT8, "--training.steps", "2", *options, folder=mode)
+    recomputed = run_here(*FLOAT8, "--training.steps", "2", "--activation_checkpoint.mode", *options, folder="again")
     assert recomputed.code == 0, recomputed.output
     assert recomputed.losses == kept.losses
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_fp8.checkpoint import choice, fingerprint, folder, host_state, tensor_files, tensors
 from titan_fp8.checkpoint.config import CheckpointSection
@@ -200,6 +199,10 @@ class Checkpointer:
 
     # ---- saving
 
+    def is_due(self, step: int, last_step: bool = False) -> bool:
+        """Whether `save` with the same arguments saves something."""
+        return self._kind_due(step, last_step) is not None
+
     def save(self, step: int, last_step: bool = False) -> None:
         """Save after `step` steps if it is time to: every `interval` steps, after the first if asked, after the last.
 
@@ -209,7 +212,7 @@ class Checkpointer:
             CheckpointError: this save failed, or the one before it that was written in the background. The files of
                 earlier checkpoints are as they were.
         """
-        kind = self._kind_to_save(step, last_step)
+        kind = self._kind_due(step, last_step)
         if kind is None:
             return
         self._finish_pending()
@@ -223,10 +226,6 @@ class Checkpointer:
         self._pending = self._executor.submit(self._write_copies, copied, started)
         if getattr(self._optimizers, "steps_in_backward", False):
             self.maybe_wait_for_staging()  # the next backward changes parameters
-
-    def is_due(self, step: int, last_step: bool = False) -> bool:
-        """Whether `save` would save something."""
-        return self._kind_to_save(step, last_step) is not None
 
     def maybe_wait_for_staging(self) -> None:
         """Let no change of parameters overtake the copying of the save under way; call it before each change.
@@ -248,7 +247,7 @@ class Checkpointer:
             if self._executor is not None:
                 self._executor.shutdown()
 
-    def _kind_to_save(self, step: int, last_step: bool) -> Kind | None:
+    def _kind_due(self, step: int, last_step: bool) -> Kind | None:
         config = self.config
         if not config.enable or config.load_only:
             return None
@@ -267,8 +266,9 @@ class Checkpointer:
             return _Snapshot(kind, step, tensors.export(model, _DTYPES[self.config.export_dtype]), {}, [])
 
         def pack() -> tuple[dict[str, bytes], dict[str, bytes]]:
-            shared = {name: host_state.pack(owner.state_dict(), name) for name, owner in self._shared.items()}
+            # The loader comes first: its ranks may have to talk to each other, so none may fail before that.
             data = self._data_loader.state_dict() if self._data_loader is not None else None
+            shared = {name: host_state.pack(owner.state_dict(), name) for name, owner in self._shared.items()}
             own = {"rng": host_state.capture_rng(), "dataloader": data}
             return shared, {name: host_state.pack(state, name) for name, state in own.items()}
 
@@ -289,8 +289,8 @@ class Checkpointer:
         try:
             if snapshot.kind == "full":
                 ranks.on_rank_0(writing, lambda: host_state.write(path, snapshot.shared, snapshot.ranks))
-            metadata = ranks.together(writing, lambda: tensor_files.write(path, snapshot.tensors, ranks))
-            ranks.on_rank_0(writing, lambda: self._commit(path, snapshot, metadata))
+            ranks.together(writing, lambda: tensor_files.write(path, snapshot.tensors, ranks))
+            ranks.on_rank_0(writing, lambda: self._commit(path, snapshot))
         except Exception:
             if ranks.rank == 0:
                 folder.abandon(path)
@@ -300,9 +300,9 @@ class Checkpointer:
         seconds = time.perf_counter() - started
         info_once(f"saved {self.folder / f'step-{snapshot.step}'} ({snapshot.kind}) in {seconds:.1f} s{note}")
 
-    def _commit(self, path: Path, snapshot: _Snapshot, metadata: Metadata) -> None:
+    def _commit(self, path: Path, snapshot: _Snapshot) -> None:
         files = folder.sizes(path)
-        tensor_files.check_whole(path, metadata, files)
+        tensor_files.check_whole(path, files)
         manifest = Manifest(
             kind=snapshot.kind,
             step=snapshot.step,
@@ -333,13 +333,6 @@ def _check_settings(config: CheckpointSection, world_size: int) -> None:
         raise CheckpointError(
             f"checkpoint.create_seed_checkpoint runs in one process, not {world_size}; start it with NGPU=1, then "
             "start the run in the same job.dump_folder on as many as you like"
-        )
-    if config.create_seed_checkpoint and config.load_only:
-        raise CheckpointError("checkpoint.load_only saves nothing, checkpoint.create_seed_checkpoint saves; unset one")
-    if config.export_dtype != "float32" and not config.last_save_model_only:
-        raise CheckpointError(
-            f'checkpoint.export_dtype = "{config.export_dtype}" applies to a model-only last checkpoint; set '
-            'checkpoint.last_save_model_only = true, or export_dtype = "float32": a full checkpoint is never rounded'
         )
 
 

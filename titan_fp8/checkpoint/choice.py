@@ -53,7 +53,7 @@ def finished_step(folder: Path, config: CheckpointSection, total_steps: int) -> 
     """The step at which the run in `folder` is finished: that of any checkpoint of `total_steps` steps or more."""
     if config.load_step >= 0 or config.create_seed_checkpoint:
         return None
-    steps = [saved.manifest.step for saved in complete_checkpoints(folder) if saved.manifest.kind != "seed"]
+    steps = [saved.manifest.step for saved in complete_checkpoints(folder)]
     return max((step for step in steps if step >= total_steps), default=None)
 
 
@@ -74,7 +74,7 @@ def choose(folder: Path, config: CheckpointSection) -> Choice | None:
     if best is not None:
         later = [entry for entry in saved if entry.manifest.step > best.manifest.step]
         if later:
-            logger.info("resuming from %s: %s hold no optimizer state", best.path.name, describe(later))
+            logger.info("resuming from %s; later ones have only weights: %s", best.path.name, describe(later))
         return Choice(best.path, best.manifest.kind == "full", best.manifest)
     if saved:
         raise CheckpointError(

@@ -61,7 +61,7 @@ class CheckpointSection(Section):
     load_step: int = key(-1, ge=-1, unit="step")
     """Step to resume from. -1 means the newest complete one."""
 
-    exclude_from_loading: list[str] = []
+    exclude_from_loading: list[str] = key([])
     """Parts of the state that are not taken from the checkpoint: `model`, `optimizer`, `lr_scheduler`, `dataloader`,
     `train_state`, `rng`, or parameters by any part of their name (`output`, `layers.*.attention.wq`), which keep their
     initial values and have a fresh optimizer state."""
@@ -85,8 +85,6 @@ class CheckpointSection(Section):
 
     def problems(self) -> Iterator[Problem]:
         """What contradicts itself, or would do nothing."""
-        if self.keep_latest_k == 1:
-            yield Problem("keep_latest_k", "one may be incomplete while it is written; keep at least 2, or 0 for all")
         if self.load_only and self.create_seed_checkpoint:
             yield Problem("create_seed_checkpoint", "saves a checkpoint, but checkpoint.load_only saves none")
         if self.enable and not self.initial_load_model_only and self.initial_load_path is None:

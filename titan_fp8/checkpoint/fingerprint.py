@@ -61,8 +61,8 @@ def check(
     if model and not allow_model_change:
         complaints.append(
             _table(f"{where} holds another model than this run's", model)
-            + "\nuse the settings it was written with, or set checkpoint.allow_model_change = true if every "
-            "tensor that is loaded still means the same (another rope_theta; a new output layer in checkpoint.exclude_from_loading)"
+            + "\nuse the settings it was written with, or set checkpoint.allow_model_change = true if every tensor "
+            "that is loaded still means the same (other RoPE settings; a new output in checkpoint.exclude_from_loading)"
         )
     if recipe and not allow_recipe_change:
         complaints.append(
@@ -77,7 +77,7 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, entry in value.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(entry, f"{name}.") if isinstance(entry, dict) and entry else {name: entry}
+        flat |= _flatten(entry, f"{name}.") if isinstance(entry, dict) else {name: entry}
     return flat
 
 

@@ -58,7 +58,7 @@ class HostCopies:
         """A page-locked tensor like `tensor`, the one of the last save where that still fits."""
         kept = self._buffers.get(name)
         if kept is None or local(kept).shape != local(tensor).shape or kept.dtype != tensor.dtype:
-            kept = torch.empty_like(tensor, device="cpu")
+            kept = tensor.detach().to("cpu", copy=True)
             if isinstance(kept, DTensor):
                 kept._local_tensor = kept._local_tensor.pin_memory()
             else:

@@ -27,15 +27,9 @@ def expect_no_process_group() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def write(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Metadata:
-    """Write the tensors of all ranks into the folder `path`, flushed.
-
-    Returns:
-        Which tensor is where; on rank 0 for certain.
-    """
-    metadata = save(tensors, storage_writer=_Writer(path), process_group=ranks.group, no_dist=not ranks.distributed)
-    assert isinstance(metadata, Metadata)
-    return metadata
+def write(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Write the tensors of all ranks into the folder `path`, flushed."""
+    save(tensors, storage_writer=_Writer(path), process_group=ranks.group, no_dist=not ranks.distributed)
 
 
 def read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -57,9 +51,9 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path / METADATA_NAME} cannot be read: {error}") from error
 
 
-def check_whole(path: Path, metadata: Metadata, sizes: dict[str, int]) -> None:
-    """Raise a CheckpointError unless every tensor that was written lies within a file that this process sees."""
-    for place in (metadata.storage_data or {}).values():
+def check_whole(path: Path, sizes: dict[str, int]) -> None:
+    """Raise a CheckpointError unless every tensor that any rank wrote lies within a file that this process sees."""
+    for place in read_metadata(path).storage_data.values():
         if sizes.get(place.relative_path, -1) < place.offset + place.length:
             raise CheckpointError(
                 f"{path / place.relative_path}, written by another rank, is not whole as rank 0 sees it; "

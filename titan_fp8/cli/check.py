@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_model(job: JobConfig) -> None:
     # By name, because it imports torch: the first pass must have answered before.
-    violations = importlib.import_module("titan_fp8.trainer").check_model(job)
+    violations = importlib.import_module("titan_fp8.model_plan").check_model(job)
     if violations:
         raise ConfigErrors(violations)
 

@@ -66,12 +66,6 @@ DIFFERENT_MEANINGS = (
         "The first trains nothing and says nothing.",
     ),
     Difference(
-        "training.mixed_precision_param",
-        "only with FSDP; one GPU trains in float32",
-        "on one GPU and with DDP too",
-        "What is asked for happens everywhere.",
-    ),
-    Difference(
         "quantize.linear.float8.emulate",
         "ignored together with a recipe; true or false",
         'emulates every recipe; also "auto"',
@@ -96,17 +90,11 @@ DIFFERENT_MEANINGS = (
         "One class with all keys is checked and documented like ours.",
     ),
     Difference(
-        "job.save_config_file",
-        "JSON",
-        "TOML that starts the same run again",
-        "The file can be given to `--job.config_file`. The run's folder holds such a `config.toml` in any case.",
-    ),
-    Difference(
         "any key without effect",
         "accepted",
         "refused",
         "For example `checkpoint.interval` without `checkpoint.enable`, or the section of a converter that "
-        "`model.converters` does not name. A TOML file may keep keys for later beside a switch that it turns off itself.",
+        "`model.converters` does not name. A TOML file may keep keys beside a switch that it turns off itself.",
     ),
 )
 
@@ -154,7 +142,7 @@ All mistakes are reported at once, each with its place, and the exit code is 2:
 
     train_configs/my.toml:14: training.seq_len = "2048": expected an integer
     --quantize.linear.float8.recipe_nam: no such key (did you mean recipe_name?)
-    parallelism: data_parallel_shard_degree 4 x data_parallel_replicate_degree 4 = 16, but WORLD_SIZE is 8; set one of them to -1
+    parallelism: data_parallel_shard_degree 4, but WORLD_SIZE is 8; set it to -1
 
 Values are strict: `"2048"` is no integer and neither is 10.5; only an integer may stand for a number. A key whose
 feature does not exist yet is refused at any value but its default.

@@ -16,7 +16,7 @@ from titan_fp8.runtime.suggest import did_you_mean
 COMMANDS = {
     "check": "check a job's configuration and model, without training",
     "plan": "show what the converters do to each module of a job's model",
-    "prepare": "write text as token shards for training.dataset = \"tokens\"",
+    "prepare": 'write text as token shards for training.dataset = "tokens"',
     "plot": "draw the loss curves of runs",
     "config-docs": "write docs/configuration.md",
     "schema": "write the JSON schema of the TOML format",

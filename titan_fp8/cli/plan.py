@@ -45,7 +45,11 @@ def describe(job: JobConfig, world_size: int) -> str:
     degrees = resolve_degrees(job.parallelism, world_size)
     training = job.training
     parameters = count_parameters(plan.dims)
-    batch = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * degrees.data_parallel
+    batch = (
+        training.global_batch_size
+        if training.global_batch_size > 0
+        else training.local_batch_size * degrees.data_parallel
+    )
     # Parameter, gradient and two moments.
     bytes_per_parameter = (4 if training.dtype == "float32" else 2) * 4
     state_gib = parameters * bytes_per_parameter / degrees.data_parallel_shard / 2**30

@@ -5,7 +5,6 @@ its own, so that it reads the same on a light and on a dark page.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,22 +98,13 @@ def draw(curves: Sequence[Curve], output: Path, *, key: str, title: str | None =
         figure.savefig(output)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="a run's folder")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
-    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each folder (default: the folder's name)")
-    parser.add_argument("--key", default="loss", help="key of metrics.jsonl to draw (default: loss)")
-    parser.add_argument("--title", help="text above the picture")
-    parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out; returns its exit code.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw as `argv` (default: the process's arguments) says.
 
     Raises:
         UserError: as `read_curve` and `draw`, or when labels and folders differ in number.
     """
+    arguments = _parser().parse_args(argv)
     folders, labels = arguments.run_folders, arguments.labels
     if labels is not None and len(labels) != len(folders):
         raise UserError(f"--labels: {len(labels)} texts for {len(folders)} run folders; give one for each")
@@ -127,12 +117,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command with `argv` (default: the process's arguments); a user's mistake ends with exit code 2."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="titan-fp8 plot", description="Draw curves from the metrics of runs.")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"titan-fp8 plot: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="a run's folder")
+    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each folder (default: the folder's name)")
+    parser.add_argument("--key", default="loss", help="key of metrics.jsonl to draw (default: loss)")
+    parser.add_argument("--title", help="text above the picture")
+    parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
+    return parser

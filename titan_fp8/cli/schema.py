@@ -1,4 +1,4 @@
-"""`titan-fp8 schema [--check]`: writes the JSON schema of the TOML format, or says whether the shipped one is current."""
+"""`titan-fp8 schema [--check]`: writes the JSON schema of the TOML format, or says whether it is current."""
 
 from collections.abc import Sequence
 

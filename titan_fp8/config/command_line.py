@@ -128,9 +128,10 @@ def _enter(option: Option, key: Key, is_off: bool, sources: Sources) -> None:
 def _read(option: Option, key: Key, is_off: bool) -> tuple[Any, str | None]:
     """The value of an option, and what is wrong with it, if anything. A word that is not of the key's type stays a
     string: the key's own check answers it."""
+    if is_off and option.value is not None:
+        return False, f"takes no value, not {show(option.value)}; write --{key.path}={option.value}"
     if is_off:
-        is_bare = option.value is None
-        return False, None if is_bare else f"takes no value, not {show(option.value)}; write --{key.path}={option.value}"
+        return False, None
     if option.value is None:
         return True, None if key.is_flag else f"needs a value: {key.type_in_words}"
     if any(0xD800 <= ord(character) <= 0xDFFF for character in option.value):
@@ -162,7 +163,7 @@ def _read_list(key: Key, word: str) -> tuple[Any, str | None]:
         try:
             items = tomllib.loads(f"list = {stripped}")["list"]
         except ValueError:
-            return [], f"{show(word)} is no list; write a,b or '[\"a\", \"b\"]'"
+            return [], f"{show(word)} is no list; write a,b"
     elif stripped == "":
         items = []
     else:
@@ -179,7 +180,7 @@ def _stray(word: str, options: Sequence[Option]) -> str:
         return f"{show(word)}: an option begins with two dashes"
     if options and options[-1].value is not None:
         return (
-            f"{show(word)}: not an option. Before it, {options[-1].typed} already has the value {show(options[-1].value)}; "
+            f"{show(word)}: not an option, and {options[-1].typed} before it has its value, {show(options[-1].value)}; "
             "separate the elements of a list with commas"
         )
     return f"{show(word)}: not an option; options are written as --section.key"

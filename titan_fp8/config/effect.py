@@ -31,12 +31,13 @@ def refuse_keys_without_effect(keys: Mapping[str, Key], sources: Sources) -> Non
                 continue
             reason = _state(wanted, keys, sources)
             if given.source == "cli":
-                sources.violations.append(given.violation(f"has no effect while {reason}; add {_remedy(wanted, cli=True)}"))
-            elif not _is_parked(wanted, parked_by, sources):
-                if any(switch in sources.cli for switch in wanted):
-                    dropped.setdefault(reason, []).append(path)
-                else:
-                    sources.violations.append(given.violation(_advice(wanted, parked_by, reason)))
+                sources.violations.append(given.violation(f"has no effect while {reason}; add {_options(wanted)}"))
+            elif _is_parked(wanted, parked_by, sources):
+                pass
+            elif any(switch in sources.cli for switch in wanted):
+                dropped.setdefault(reason, []).append(path)
+            else:
+                sources.violations.append(given.violation(_advice(wanted, parked_by, reason)))
             break
     for reason, paths in dropped.items():
         sources.drop(paths, reason)
@@ -58,16 +59,16 @@ def _state(wanted: Mapping[str, list[Any]], keys: Mapping[str, Key], sources: So
     return " and ".join(f"{switch} = {show(sources.effective(keys, switch))}" for switch in wanted)
 
 
-def _remedy(wanted: Mapping[str, list[Any]], *, cli: bool) -> str:
-    ways = []
-    for switch, values in wanted.items():
-        value = show(values[0])
-        ways.append(f"{switch} = {value}" if not cli else f"--{switch}" if values[0] is True else f"--{switch}={values[0]}")
+def _options(wanted: Mapping[str, list[Any]]) -> str:
+    """What to add to the command line."""
+    ways = [f"--{switch}" if values[0] is True else f"--{switch}={values[0]}" for switch, values in wanted.items()]
     return " or ".join(ways)
 
 
 def _advice(wanted: Mapping[str, list[Any]], parked_by: list[Any], reason: str) -> str:
-    message = f"has no effect while {reason}; set {_remedy(wanted, cli=False)} or remove the key"
+    """What to change in the TOML file."""
+    ways = " or ".join(f"{switch} = {show(values[0])}" for switch, values in wanted.items())
+    message = f"has no effect while {reason}; set {ways} or remove the key"
     if len(wanted) == 1 and False in parked_by:
         return f"{message} (to keep it for later, write {next(iter(wanted))} = false)"
     return message

@@ -55,6 +55,13 @@ def remarks(key: Key) -> str:
     return ""
 
 
+def _wrapped(text: str) -> str:
+    indent = " " * 6
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+
+
 def _section_help(path: str, section: type[Section], keys: Mapping[str, Key]) -> str:
     summary = (section.__doc__ or "").strip().partition("\n")[0]
     lines = [f"[{path}]  {summary}"]
@@ -62,5 +69,5 @@ def _section_help(path: str, section: type[Section], keys: Mapping[str, Key]) ->
         unit = f", {key.unit}" if key.unit else ""
         lines.append(f"  --{key.path}  ({type_and_range(key)}{unit}; default {show(key.default)})")
         text = f"{key.meaning} {remarks(key)}".strip()
-        lines.append(textwrap.fill(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(_wrapped(text))
     return "\n".join(lines) + "\n"

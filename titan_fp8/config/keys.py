@@ -9,9 +9,9 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from titan_fp8.config.section import NOT_SUPPORTED_YET, ONLY_WITH, OFF, PARKED_BY, UNIT, UNSUPPORTED_VALUES, Section
+from titan_fp8.config.section import NOT_SUPPORTED_YET, OFF, ONLY_WITH, PARKED_BY, UNIT, UNSUPPORTED_VALUES, Section
 
 _WORDS = {int: "integer", float: "number", str: "string"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -119,7 +119,7 @@ class Key:
     def expected(self) -> str:
         """`expected an integer`."""
         words = [_type_in_words(member) for member in self.members if member is not type(None)]
-        article = "" if words[0].startswith(("true", "list", '"')) else "an " if words == ["integer"] else "a "
+        article = "" if words[0].startswith(("true", '"')) else "an " if words == ["integer"] else "a "
         return f"expected {article}{' | '.join(words)}".replace(" | ", " or ")
 
 
@@ -129,7 +129,7 @@ def all_keys(root: type[Section]) -> dict[str, Key]:
 
 
 def all_sections(root: type[Section], prefix: str = "") -> dict[str, type[Section]]:
-    """Path -> class of all sections below `root`, in the order of the classes, an outer section before its inner ones."""
+    """Path -> class of all sections below `root`, in the order of the classes, outer before inner ones."""
     found: dict[str, type[Section]] = {}
     for name, field in root.model_fields.items():
         if is_section(field.annotation):
@@ -138,7 +138,7 @@ def all_sections(root: type[Section], prefix: str = "") -> dict[str, type[Sectio
     return found
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     """Whether a field's type is a section class."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 

@@ -36,7 +36,7 @@ _SECTIONS_ELSEWHERE = {"fp8": _FLOAT8}
 
 
 def current_path(path: str, sections: Iterable[str]) -> str:
-    """The path that an older spelling became, or `path` itself. A section of the job that has the older name is kept."""
+    """The path that an older spelling became, or `path` itself. `sections` are the job's own, which come first."""
     head, _, rest = path.partition(".")
     if head in _OLDER_SECTIONS and head not in sections:
         path = f"{_OLDER_SECTIONS[head]}.{rest}" if rest else _OLDER_SECTIONS[head]
@@ -64,6 +64,9 @@ def unknown_key(path: str, keys: Mapping[str, Key], sections: Iterable[str]) -> 
     if path in _NAMES_ELSEWHERE:
         target = _NAMES_ELSEWHERE[path]
         return _no_such("key", target.rpartition(".")[2] if target.rpartition(".")[0] == section else target)
+    inner = [other for other in sections if section and other.rpartition(".")[0] == section]
+    if inner and not siblings:
+        return unknown_section(path, inner)
     hits = nearest(name, siblings) or [key.path for key in keys.values() if key.name == name]
     if not hits:
         # A key of another section, misspelt.

@@ -23,7 +23,7 @@ def schema_text(root: type[Section]) -> str:
 
 
 def _plain(node: Any) -> Any:
-    """Our own words become standard ones: the unit joins the description, an unsupported key allows its default only."""
+    """Our words become standard ones: a unit joins the description, an unsupported key allows its default only."""
     if isinstance(node, list):
         return [_plain(item) for item in node]
     if not isinstance(node, dict):
@@ -41,4 +41,3 @@ def _plain(node: Any) -> Any:
     if "default" in node:
         plain.pop("title", None)  # it repeats the name
     return plain
-

@@ -34,7 +34,7 @@ class Float8LinearSection(Section):
     """How tensors are scaled: one scale a tensor (`tensorwise`), one a row or column (`rowwise`), or as `rowwise` with
     the weight's gradient in bfloat16 (`rowwise_with_gw_hp`). Unset means `tensorwise`."""
 
-    filter_fqns: list[str] = []
+    filter_fqns: list[str] = key([])
     """Modules to leave alone. A filter matches where its components stand as one run in the module's name (`output`,
     `attention.wk`, `layers.1` and all below it), with `*` for any name. `auto_filter_small_kn` leaves alone
     the linears that are too small to gain."""

@@ -13,7 +13,7 @@ measures what it seems to measure.
 import bisect
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,26 +33,37 @@ _MANIFEST = "manifest.json"
 
 
 class TextDocuments:
-    """A list of non-empty texts: one split of some files. Can be pickled; the tables stay on disk."""
+    """A list of non-empty texts: one split of some files. Can be pickled; the tables stay on disk.
 
-    def __init__(self, tables: list[Any], rows: np.ndarray | None, every: int, split: Split, total_bytes: int) -> None:
+    Attributes:
+        held_out: documents that are kept from training by their number.
+        total_bytes: of UTF-8, over both sides of that division.
+    """
+
+    def __init__(self, files: Sequence[str], every: int, split: Split) -> None:
         """
         Args:
-            tables: `datasets.Dataset`s with the one column `text`.
-            rows: row numbers over all tables that are not empty; None if none is.
+            files: Arrow streams with a column `text`.
             every: each `every`-th document is held out; 0 if none is.
             split: which side of that division this is. With `every` 0 it has no effect.
-            total_bytes: of UTF-8, over both sides.
         """
-        self._tables = tables
-        self._ends = list(itertools.accumulate(len(table) for table in tables))
-        self._rows = rows
+        self._files = tuple(files)
         self._every = every
         self._split = split
-        self.total_bytes = total_bytes
-        documents = sum(len(table) for table in tables) if rows is None else len(rows)
-        self._held_out = documents // every if every else 0
-        self._count = self._held_out if every and split == "validation" else documents - self._held_out
+        self._columns = [_text_column(file) for file in self._files]
+        sizes = np.concatenate([np.zeros(0, dtype=np.int64), *map(_text_sizes, self._columns)])
+        self._rows = None if sizes.all() else np.flatnonzero(sizes)  # which rows are not empty; None: all of them
+        self._ends = list(itertools.accumulate(len(column) for column in self._columns))
+        documents = int(np.count_nonzero(sizes))
+        self.total_bytes = int(sizes.sum())
+        self.held_out = documents // every if every else 0
+        self._count = self.held_out if every and split == "validation" else documents - self.held_out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_columns": None}  # mapped again, not copied, in another process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _columns=[_text_column(file) for file in state["_files"]])
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +78,7 @@ class TextDocuments:
                 index += index // (self._every - 1)
         row = index if self._rows is None else int(self._rows[index])
         table = bisect.bisect_right(self._ends, row)
-        return self._tables[table][row - (self._ends[table - 1] if table else 0)]["text"]
+        return self._columns[table][row - (self._ends[table - 1] if table else 0)].as_py()
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(self._count))
@@ -143,22 +154,20 @@ def load_text(
         chosen = files.validation
     elif not files.validation and not (split == "validation" and whole):
         every = HOLD_OUT_EVERY if hold_out_every is None else hold_out_every
+        if split == "validation" and every == 0:
+            raise UserError(f"{path}: hold_out_every = 0 leaves nothing to validate on; set validation.dataset_path")
     if every == 1:
         raise UserError("training.hold_out_every = 1 would hold out every document; give 0 (none) or 2 and more")
     if not chosen:
         raise UserError(f"{path} holds only validation files, so there is nothing to train on")
-    tables = [_read_table(kind, group, txt_documents) for kind, group in _by_kind(chosen)]
-    sizes = np.concatenate([_text_sizes(table) for table in tables] or [np.zeros(0, dtype=np.int64)])
-    rows = None if sizes.all() else np.flatnonzero(sizes)
-    documents = TextDocuments(tables, rows, every, split, int(sizes.sum()))
+    tables = [_arrow_files(kind, group, txt_documents) for kind, group in _by_kind(chosen)]
+    documents = TextDocuments([file for table in tables for file in table], every, split)
     if not len(documents):
-        if every and sizes.any():
+        if documents.total_bytes:
             raise UserError(
-                f"{path} has {np.count_nonzero(sizes)} documents, too few to hold out each {every}th for validation; "
+                f"{path} has fewer than {every} documents, too few to hold out each {every}th for validation; "
                 "lower training.hold_out_every, add a file named validation*, or set validation.dataset_path"
             )
-        if split == "validation" and not every and sizes.any():
-            raise UserError(f"{path}: hold_out_every = 0 leaves nothing to validate on; set validation.dataset_path")
         raise UserError(f"{path} is empty: no text in {len(chosen)} file(s), the first being {chosen[0].name}")
     return documents
 
@@ -178,8 +187,8 @@ def _by_kind(files: tuple[Path, ...]) -> Iterator[tuple[str, list[str]]]:
             yield kind, group
 
 
-def _read_table(kind: str, files: list[str], txt_documents: TxtDocuments) -> Any:
-    """A `datasets.Dataset` with the one column `text`, of type string."""
+def _arrow_files(kind: str, files: list[str], txt_documents: TxtDocuments) -> list[str]:
+    """Arrow streams with the rows of some files of one kind, in order, and a column `text` of strings."""
     import datasets.config
 
     info_once(f"reading {len(files)} {kind} file(s), first {files[0]} (cache: {datasets.config.HF_DATASETS_CACHE})")
@@ -190,7 +199,7 @@ def _read_table(kind: str, files: list[str], txt_documents: TxtDocuments) -> Any
             file, cause = _culprit(kind, files, txt_documents, error)
             raise UserError(f"cannot read {file}: {_root_cause(cause)}") from error
     _check_text_column(table, files[0])
-    return table.select_columns(["text"])
+    return [entry["filename"] for entry in table.cache_files]
 
 
 def _open(kind: str, files: list[Any], txt_documents: TxtDocuments) -> Any:
@@ -234,11 +243,18 @@ def _check_text_column(table: Any, file: str) -> None:
         raise UserError(f'{file}: the column "text" is of type {type_name}, but a document is a string')
 
 
-def _text_sizes(table: Any) -> np.ndarray:
-    """Bytes of each text, from the offsets alone, so the text itself is not read."""
+def _text_column(file: str) -> Any:
+    """The column `text` of an Arrow stream, mapped into memory: a `pyarrow.ChunkedArray`."""
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(pyarrow.memory_map(file)) as stream:
+        return stream.read_all().column("text")
+
+
+def _text_sizes(column: Any) -> np.ndarray:
+    """Bytes of each text [rows] int64, from the offsets alone, so the text itself is not read."""
     import pyarrow.compute
 
-    column = table.data.column("text")
     sizes = pyarrow.compute.fill_null(pyarrow.compute.binary_length(column), 0)  # type: ignore[attr-defined]
     return sizes.to_numpy().astype(np.int64)
 

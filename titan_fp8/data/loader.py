@@ -27,7 +27,7 @@ from titan_fp8.data.dataset_spec import training_spec
 from titan_fp8.data.documents import load_text
 from titan_fp8.data.feeds import Bookmark, open_stream, stream_texts
 from titan_fp8.data.packing import Cursor
-from titan_fp8.data.prefetch import Job, Prefetcher, Step, check_dataloader, prefetch_steps
+from titan_fp8.data.prefetch import Job, Prefetcher, Step, prefetch_steps
 from titan_fp8.data.sources import (
     BlockSource,
     LaneSource,
@@ -81,7 +81,6 @@ def build_train_loader(
         UserError: data that is missing, unreadable, empty, too small for one sample, or made with another tokenizer; a
             global batch that does not divide.
     """
-    check_dataloader(training.dataloader, "training")
     plan = StepPlan(global_batch_sequences, local_batch_sequences, dp_rank, dp_world_size)
     source = build_training_source(training, tokenizer, seed)
     return TrainLoader(source, plan, training, pin_memory=pin_memory, gather=gather)

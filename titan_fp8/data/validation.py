@@ -17,10 +17,11 @@ from titan_fp8.data.config import TrainingSection, ValidationSection
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.data.documents import TextDocuments, find_text_files, load_text
 from titan_fp8.data.feeds import open_stream, stream_texts
-from titan_fp8.data.prefetch import Job, WorkerPool, check_dataloader, prefetch_pass, worker_count
+from titan_fp8.data.prefetch import Job, Part, prefetch_pass, worker_count
 from titan_fp8.data.sources import BlockSource, Position, Source, StepPlan, SyntheticSource, collect_tokens
 from titan_fp8.data.token_store import ArrayStore, TokenStore, open_shards
 from titan_fp8.data.tokenizer import Tokenizer
+from titan_fp8.data.workers import WorkerPool
 from titan_fp8.runtime.errors import UserError
 
 _SEED = 0
@@ -33,7 +34,7 @@ class ValidationLoader:
     def __init__(self, source: Source, plan: StepPlan, batches: int, validation: ValidationSection) -> None:
         self._job = Job(source, Position(), plan, batches)
         self._section = validation.dataloader
-        self._pool: WorkerPool | None = None
+        self._pool: WorkerPool[Part] | None = None
 
     def __len__(self) -> int:
         """Batches of each rank in one validation."""
@@ -87,14 +88,11 @@ def build_validation_loader(
         dp_world_size: number of data-parallel ranks.
 
     Raises:
-        UserError: no held-out data, data that is also trained on, `validation.steps = -1` with endless data, or a
-            steps of 0; and as `build_train_loader`.
+        UserError: no held-out data, data that is also trained on, `validation.steps = -1` with endless
+            data; and as `build_train_loader`.
     """
-    check_dataloader(validation.dataloader, "validation")
     spec = validation_spec(validation, training)
     steps = validation.steps
-    if steps == 0:
-        raise UserError("validation.steps = 0 validates on nothing; give a number of batches, or -1 for all data")
     if steps < 0 and spec.kind in ("synthetic", "stream"):
         raise UserError(
             f"validation.steps = -1 means all of the validation data, but {spec.name!r} has no known end; "

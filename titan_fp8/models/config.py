@@ -73,7 +73,7 @@ class ModelSection(Section):
     """The model, its tokenizer and its converters."""
 
     name: str = "llama3"
-    """Model family."""
+    """Model family, such as `llama3`."""
 
     flavor: str = "debugmodel"
     """Size within the family, for example `8B`."""
@@ -85,7 +85,7 @@ class ModelSection(Section):
     tokenizer_path: str | None = None
     """Older name of `hf_assets_path`, with the same meaning. Set one of them."""
 
-    converters: list[str] = []
+    converters: list[str] = key([])
     """Converters that rewrite the model, in this order, for example `["quantize.linear.float8"]`. The settings of each
     stand in the section of its name."""
 

@@ -1,10 +1,9 @@
 """`[metrics]`, `[profiling]` and `[memory_estimation]`: what can be seen of a run."""
 
 import importlib.util
+from collections.abc import Iterator
 
-from pydantic import field_validator, model_validator
-
-from titan_fp8.config.section import Section, key, not_supported_yet
+from titan_fp8.config.section import Problem, Section, key, not_supported_yet
 
 
 class ProfilingSection(Section):
@@ -39,14 +38,14 @@ class ProfilingSection(Section):
     )
     """Folder of the snapshots, relative to `job.dump_folder`."""
 
-    @model_validator(mode="after")
-    def _a_cycle_fits_into_its_steps(self) -> "ProfilingSection":
+    def problems(self) -> Iterator[Problem]:
+        """A cycle holds its warm-up and its recorded steps."""
         if self.enable_profiling and self.profiler_warmup + self.profiler_active > self.profile_freq:
-            raise ValueError(
-                f"profiler_warmup {self.profiler_warmup} + profiler_active {self.profiler_active} steps do not fit "
-                f"into profile_freq = {self.profile_freq}; raise profile_freq or lower profiler_warmup"
+            yield Problem(
+                "profile_freq",
+                f"a cycle cannot hold profiler_warmup {self.profiler_warmup} + profiler_active {self.profiler_active} "
+                "steps; raise profile_freq or lower profiler_warmup",
             )
-        return self
 
 
 class MetricsSection(Section):
@@ -70,12 +69,10 @@ class MetricsSection(Section):
     enable_wandb: bool = False
     """Send the metrics to Weights & Biases too. Needs the extra `wandb`."""
 
-    @field_validator("enable_wandb")
-    @classmethod
-    def _wandb_is_installed(cls, enable_wandb: bool) -> bool:
-        if enable_wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError("the package wandb is not installed; pip install 'titan-fp8[wandb]' or leave this off")
-        return enable_wandb
+    def problems(self) -> Iterator[Problem]:
+        """A tracker's package is there."""
+        if self.enable_wandb and importlib.util.find_spec("wandb") is None:
+            yield Problem("enable_wandb", "the package wandb is not installed; pip install 'titan-fp8[wandb]'")
 
 
 class MemoryEstimationSection(Section):

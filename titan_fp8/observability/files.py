@@ -1,8 +1,8 @@
 """Writing files so that a crash or a full disk costs nothing.
 
-Two rules. A file that is replaced is written under another name, fsynced and renamed, so that a reader (or a crash) finds
-the old text or the new one, never half of it. And nothing of an earlier run is overwritten: what stands in the way is
-renamed to `NAME.1`, `NAME.2`, ..., the highest number being the latest.
+Two rules. A file that is replaced is written under another name, fsynced and renamed, so that a reader (or a crash)
+finds the old text or the new one, never half of it. And nothing of an earlier run is overwritten: what stands in the
+way is renamed to `NAME.1`, `NAME.2`, ..., the highest number being the latest.
 """
 
 import errno

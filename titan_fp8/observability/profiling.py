@@ -56,11 +56,13 @@ def maybe_enable_profiling(
         rank: of this process; each rank writes its own trace.
 
     Raises:
-        UserError: a trace cannot be written.
+        UserError: a cycle does not hold its steps, or a trace cannot be written.
     """
     if not config.enable_profiling:
         yield _Off()
         return
+    for problem in config.problems():
+        raise UserError(f"profiling.{problem.key} = {config.profile_freq}: {problem.text}")
     tracer = _Tracer(config, run_folder / config.save_traces_folder, global_step, rank)
     logger.info("profiling: a trace every %d steps in %s", config.profile_freq, tracer.folder)
     try:
@@ -85,7 +87,7 @@ class _Tracer:
         self.folder = folder
         self.written = 0
         self._config = config
-        self._step = global_step
+        self._step = self._cycle_start = global_step
         self._rank = rank
         self._profiler: profile | None = None
         self._start_if_due()
@@ -113,12 +115,16 @@ class _Tracer:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
+        self._cycle_start = self._step
         self._profiler = profile(activities=activities, schedule=self._action, record_shapes=True)
+        # Steps are called ProfilerStep#N in the trace; this makes N the step's own number.
+        self._profiler.step_num = self._step + 1
         self._profiler.start()
 
-    def _action(self, steps_done: int) -> ProfilerAction:
-        """What the profiler does in the step that follows `steps_done` steps of its cycle."""
+    def _action(self, _: int) -> ProfilerAction:
+        """What the profiler does in the step after `self._step`."""
         warmup, active = self._config.profiler_warmup, self._config.profiler_active
+        steps_done = self._step - self._cycle_start
         if steps_done < warmup:
             return ProfilerAction.WARMUP
         if steps_done >= warmup + active:

@@ -118,7 +118,7 @@ class WandbTracker:
 
     def __init__(self, run_folder: Path, *, rank_name: str | None, resume_step: int) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 "metrics.enable_wandb: the package wandb is not installed; pip install 'titan-fp8[wandb]'"

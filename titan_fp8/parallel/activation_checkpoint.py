@@ -1,5 +1,6 @@
 """Activation checkpointing: keep less of the forward pass, compute it again in the backward pass.
- The backward pass needs what the forward pass computed. Kept, it fills the memory: some thirty tensors of the size of
+
+The backward pass needs what the forward pass computed. Kept, it fills the memory: some thirty tensors of the size of
 a block's input for every block. Four answers, from `[activation_checkpoint] mode`:
 
     none           keep everything.
@@ -28,7 +29,8 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.parallel.config import ActivationCheckpointSection
+from titan_fp8.parallel.compile import compiles
+from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
@@ -51,26 +53,32 @@ _ALWAYS_KEPT = frozenset(
         amax,  # one number, which takes a read of the whole tensor
     }
 )
+# Backends that partition forward and backward with the solver that knows the budget.
+_BUDGET_BACKENDS = ("inductor", "aot_eager_decomp_partition")
 
 
 def apply_activation_checkpointing(
-    model: Decoder, section: ActivationCheckpointSection, *, compiles_model: bool, dump_folder: Path | None = None
+    model: Decoder,
+    section: ActivationCheckpointSection,
+    *,
+    compile_config: CompileSection,
+    dump_folder: Path | None = None,
 ) -> None:
     """Apply `section` to the blocks of `model`, in place.
 
     Args:
         model: not yet compiled, not yet sharded.
-        compiles_model: whether the blocks will be compiled; `memory_budget` is the compiler's work.
+        compile_config: how the blocks will be compiled; `memory_budget` is the compiler's work.
         dump_folder: the run's folder, where the picture of `visualize_memory_budget_pareto` goes.
 
     Raises:
-        UserError: the mode needs what the job does not have, or a name in
-            `per_op_sac_force_recompute_mm_shapes_by_fqns` matches no linear.
+        UserError: from `check_activation_checkpointing`.
     """
+    check_activation_checkpointing(model, section, compile_config)
     if section.mode == "none":
         return
     if section.mode == "memory_budget":
-        _set_memory_budget(section, compiles_model, dump_folder)
+        _set_memory_budget(section, dump_folder)
         return
     options: dict[str, Any] = {
         "preserve_rng_state": section.preserve_rng_state,
@@ -79,18 +87,38 @@ def apply_activation_checkpointing(
         "debug": section.debug,
     }
     every = 1
-    if section.mode == "selective" and section.selective_ac_option == "op":
-        if section.debug:
-            raise UserError(
-                'activation_checkpoint.debug does not work with selective_ac_option = "op", because PyTorch takes only '
-                "one of the two; turn one of them off"
-            )
+    if _is_per_op(section):
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
     elif section.mode == "selective":
         every = int(section.selective_ac_option)
     for number, block in enumerate(model.layers.values(), start=1):
         if number % every == 0:
             block.forward = _checkpointed(block.forward, options)
+
+
+def check_activation_checkpointing(
+    model: nn.Module, section: ActivationCheckpointSection, compile_config: CompileSection
+) -> None:
+    """Raise a `UserError` if `section` asks for what cannot be done with this model and this compiler.
+
+    The cases: a memory budget without a compiler that keeps it, a picture of the budget where there is nothing to choose
+    or nothing to draw with, `debug` of the per-op mode, and a name in `per_op_sac_force_recompute_mm_shapes_by_fqns`
+    that matches no linear (unless it is one of the default's).
+    """
+    if section.mode == "memory_budget":
+        _check_memory_budget(section, compile_config)
+    if not _is_per_op(section):
+        return
+    if section.debug:
+        raise UserError(
+            'activation_checkpoint.debug does not work with selective_ac_option = "op", because PyTorch takes only one '
+            "of the two; turn one of them off"
+        )
+    _recomputed_shapes(model, section)
+
+
+def _is_per_op(section: ActivationCheckpointSection) -> bool:
+    return section.mode == "selective" and section.selective_ac_option == "op"
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -136,10 +164,11 @@ def _recomputed_shapes(model: nn.Module, section: ActivationCheckpointSection) -
     """(K, N) of the linears that `per_op_sac_force_recompute_mm_shapes_by_fqns` names."""
     key = "per_op_sac_force_recompute_mm_shapes_by_fqns"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    defaults = type(section).model_fields[key].get_default()
     shapes: set[Shape] = set()
     for pattern in section.per_op_sac_force_recompute_mm_shapes_by_fqns:
         found = [linear for name, linear in linears.items() if _matches(pattern, name)]
-        if not found and key in section.model_fields_set:
+        if not found and pattern not in defaults:
             raise UserError(
                 f'activation_checkpoint.{key}: "{pattern}" matches no linear of the model'
                 f"{did_you_mean(pattern, _suffixes(linears))}"
@@ -163,21 +192,36 @@ def _suffixes(names: Iterable[str]) -> set[str]:
     return {".".join(parts[start:]) for parts in split for start in range(len(parts))}
 
 
-def _set_memory_budget(section: ActivationCheckpointSection, compiles_model: bool, dump_folder: Path | None) -> None:
-    """Hand the budget to the compiler's partitioner, which reads it from a setting of its own when it compiles."""
-    if not compiles_model:
+def _check_memory_budget(section: ActivationCheckpointSection, compile_config: CompileSection) -> None:
+    if not compiles(compile_config, "model"):
         raise UserError(
             'activation_checkpoint.mode = "memory_budget" is carried out by the compiler, but the model is not '
             "compiled; set compile.enable with `model` among compile.components, or choose another mode"
         )
+    if compile_config.backend not in _BUDGET_BACKENDS:
+        raise UserError(
+            f'activation_checkpoint.mode = "memory_budget": compile.backend = "{compile_config.backend}" keeps no '
+            f"budget; use {' or '.join(_BUDGET_BACKENDS)}, or choose another mode"
+        )
+    if not section.visualize_memory_budget_pareto:
+        return
+    if section.memory_budget in (0, 1):
+        raise UserError(
+            f"activation_checkpoint.visualize_memory_budget_pareto: with memory_budget = {section.memory_budget:g} "
+            "there is nothing to choose and so nothing to draw; choose a budget between 0 and 1, or turn it off"
+        )
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "activation_checkpoint.visualize_memory_budget_pareto draws with matplotlib, which is not installed; "
+            "pip install matplotlib, or turn it off"
+        )
+
+
+def _set_memory_budget(section: ActivationCheckpointSection, dump_folder: Path | None) -> None:
+    """Hand the budget to the compiler's partitioner, which reads it from a setting of its own when it compiles."""
     config = torch._functorch.config
     config.activation_memory_budget = section.memory_budget
     if section.visualize_memory_budget_pareto:
-        if find_spec("matplotlib") is None:
-            raise UserError(
-                "activation_checkpoint.visualize_memory_budget_pareto draws with matplotlib, which is not installed; "
-                "pip install matplotlib, or turn it off"
-            )
         folder = Path(dump_folder or ".") / "memory_budget_pareto"
         folder.mkdir(parents=True, exist_ok=True)
         config.visualize_memory_budget_pareto = True

@@ -1,24 +1,27 @@
 """The inner order: what is done to a converted model before it gets its weights.
 
     activation checkpointing (per block) -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
- Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
+
+Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
 of it. Recomputation sits inside the compiled region, so that the compiler sees it and may keep or fuse what it likes.
 FSDP sits outside of it, because its hooks would break the graph. Weights come last (`materialize`), when each rank
 knows its shards, so that the whole model never exists in one place; and the optimizer after that, since it needs the
 final parameters.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
-from titan_fp8.parallel.compile import apply_compile, compiles
+from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing, check_activation_checkpointing
+from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
-from titan_fp8.parallel.fsdp import apply_fsdp
+from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload
 from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.runtime.errors import UserError
 
 
 def parallelize(
@@ -49,8 +52,7 @@ def parallelize(
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
     """
-    compiles_model = compiles(compile_config, "model")
-    apply_activation_checkpointing(model, activation_checkpoint, compiles_model=compiles_model, dump_folder=dump_folder)
+    apply_activation_checkpointing(model, activation_checkpoint, compile_config=compile_config, dump_folder=dump_folder)
     apply_compile(model, compile_config)
     if mesh.world_size > 1 or cpu_offload:
         apply_fsdp(
@@ -62,6 +64,38 @@ def parallelize(
             cpu_offload=cpu_offload,
         )
     return model
+
+
+def check_parallelization(
+    model: nn.Module,
+    *,
+    device_type: str,
+    activation_checkpoint: ActivationCheckpointSection,
+    compile_config: CompileSection,
+    cpu_offload: bool,
+) -> None:
+    """What `parallelize` would refuse, all of it at once, before there is a process group or a mesh.
+
+    Args:
+        model: converted, on the meta device.
+        device_type: "cpu" or "cuda".
+        activation_checkpoint, compile_config, cpu_offload: as for `parallelize`.
+
+    Raises:
+        UserError: one line for each thing that cannot be done.
+    """
+    problems: list[str] = []
+    for check in (
+        partial(check_activation_checkpointing, model, activation_checkpoint, compile_config),
+        partial(check_backend, compile_config),
+        partial(check_cpu_offload, cpu_offload, device_type),
+    ):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:

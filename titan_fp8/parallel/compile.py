@@ -1,5 +1,6 @@
 """`torch.compile`, block by block.
- All blocks of a decoder are the same program on different weights. Compiled one by one they share one compilation,
+
+All blocks of a decoder are the same program on different weights. Compiled one by one they share one compilation,
 which takes seconds where the whole model takes minutes, and FSDP's hooks, which gather a block's weights before it
 runs and cannot be compiled, stay between the compiled regions.
 
@@ -32,9 +33,9 @@ def apply_compile(model: Decoder, section: CompileSection) -> None:
     Raises:
         UserError: no such backend.
     """
+    check_backend(section)
     if not compiles(section, "model"):
         return
-    check_backend(section.backend)
     for block in model.layers.values():
         block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True)
 
@@ -45,18 +46,21 @@ def compile_loss(loss: Callable[P, R], section: CompileSection) -> Callable[P, R
     Raises:
         UserError: no such backend.
     """
+    check_backend(section)
     if not compiles(section, "loss"):
         return loss
-    check_backend(section.backend)
     return torch.compile(loss, backend=section.backend, fullgraph=True)
 
 
-def check_backend(backend: str) -> None:
-    """Raise a `UserError` unless PyTorch knows the compiler backend of this name."""
+def check_backend(section: CompileSection) -> None:
+    """Raise a `UserError` if something is to be compiled by a backend that PyTorch does not know."""
+    if not section.enable:
+        return
     known = torch._dynamo.list_backends(exclude_tags=())
-    if backend not in known:
+    if section.backend not in known:
         common = ", ".join(torch._dynamo.list_backends())
         raise UserError(
-            f'compile.backend = "{backend}": no such backend of torch.compile{did_you_mean(backend, known)}; '
+            f'compile.backend = "{section.backend}": no such backend of torch.compile'
+            f"{did_you_mean(section.backend, known)}; "
             f"the usual ones are {common}"
         )

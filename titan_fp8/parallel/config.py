@@ -86,9 +86,7 @@ class ActivationCheckpointSection(Section):
     """`none` keeps all, `full` recomputes whole blocks, `selective` recomputes by layer or by operation, and
     `memory_budget` lets the compiler choose."""
 
-    selective_ac_option: str = key(
-        "2", only_with={"mode": ["selective"]}, parked_by=("none", "full", "memory_budget")
-    )
+    selective_ac_option: str = key("2", only_with={"mode": ["selective"]}, parked_by=("none", "full", "memory_budget"))
     """With `selective`: a number n recomputes every n-th block, `op` recomputes in every block all but the results of
     expensive operations."""
 
@@ -108,7 +106,7 @@ class ActivationCheckpointSection(Section):
     """With `memory_budget`: write a picture of memory against recomputation time into the run's folder."""
 
     preserve_rng_state: bool = key(True, only_with={"mode": ["full", "selective"]})
-    """Recompute with the random state of the first pass. The model has no random layers unless a custom one adds them."""
+    """Recompute with the random state of the first pass, for models with random layers."""
 
     determinism_check: Literal["default", "none"] = key("default", only_with={"mode": ["full", "selective"]})
     """Compare shapes and types of recomputed tensors with those of the first pass."""
@@ -132,7 +130,7 @@ class CompileSection(Section):
     enable: bool = False
     """Compile the components below."""
 
-    components: list[Literal["model", "loss"]] = ["model", "loss"]
+    components: list[Literal["model", "loss"]] = key(["model", "loss"])
     """What to compile: `model` (each transformer block by itself) and `loss`."""
 
     backend: str = key("inductor", min_length=1)

@@ -1,5 +1,6 @@
 """How many ranks each kind of parallelism gets: the arithmetic of the mesh, without torch.
- The ranks of a job form a grid with one axis per kind of parallelism, and the product of the axes' lengths is the
+
+The ranks of a job form a grid with one axis per kind of parallelism, and the product of the axes' lengths is the
 number of processes. A length of -1 in the configuration means "what the others leave". This part of the mesh needs no
 process and no torch, so a configuration that does not fit its WORLD_SIZE is refused before anything starts.
 """

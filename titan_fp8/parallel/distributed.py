@@ -1,5 +1,6 @@
 """Processes that know each other: start of the process group, its timeouts, sums over ranks, its end.
- torchrun starts one process a GPU and tells each its number through the environment (RANK, WORLD_SIZE, LOCAL_RANK). A
+
+torchrun starts one process a GPU and tells each its number through the environment (RANK, WORLD_SIZE, LOCAL_RANK). A
 process started without it is a world of one: it gets a process group all the same, so that no code after this asks
 whether there is one.
 

@@ -1,5 +1,6 @@
 """Data parallelism: FSDP2, HSDP and DDP, all three by `fully_shard`.
- Every rank computes on its own part of the batch with the whole model, one *unit* at a time. A unit's parameters are
+
+Every rank computes on its own part of the batch with the whole model, one *unit* at a time. A unit's parameters are
 gathered from the ranks' shards just before it runs and freed after; in the backward pass its gradients are summed
 over ranks while being scattered back to the shards. Units, in the order in which they run:
 
@@ -12,11 +13,12 @@ Three decisions:
 
 - **Gradients are sums.** The loss of a rank is already divided by the token count of the global batch, so nothing is
   divided here. Collectives are told to sum, which NCCL and gloo both do.
-- **What is gathered.** Layers cast their weights to the dtype of the activations themselves, so gathering in that dtype
-  gives the same values and moves half the bytes. Two kinds of unit are gathered in the master dtype: one with a
+- **What is gathered.** Layers cast their weights to the dtype of the activations themselves, so gathering in that
+  dtype gives the same values and moves half the bytes. Two kinds of unit are gathered in the master dtype: one with a
   Float8Linear, because scales and codes are computed from master weights, with or without FSDP; and the one with the
   embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in the master
-  dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right dtype.
+  dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right
+  dtype.
 - **Copies without shards are HSDP with shards of length 1.** Nothing is gathered then, only cast; gradients are
   all-reduced unit by unit while the backward pass goes on. One mechanism, and names, checkpoints, CPU offload and
   accumulation are the same everywhere.
@@ -60,11 +62,7 @@ def apply_fsdp(
     Raises:
         UserError: `cpu_offload` on a CPU.
     """
-    if cpu_offload and mesh.device_mesh.device_type == "cpu":
-        raise UserError(
-            "training.enable_cpu_offload moves parameters from GPU memory to host memory, but this job runs on a CPU, "
-            "where they already are; turn it off"
-        )
+    check_cpu_offload(cpu_offload, mesh.device_mesh.device_type)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     units = _units(model)
     root: list[nn.Module] = [model]
@@ -86,6 +84,15 @@ def apply_fsdp(
     if isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_unshard_in_backward(False)  # the gradient of a table needs no table
     _prefetch(model, units)
+
+
+def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
+    """Raise a `UserError` if parameters are to be offloaded to where they already are."""
+    if cpu_offload and device_type == "cpu":
+        raise UserError(
+            "training.enable_cpu_offload moves parameters from GPU memory to host memory, but this job runs on a CPU, "
+            "where they already are; turn it off"
+        )
 
 
 def set_gradient_sync(model: nn.Module, mesh: DataParallelMesh, *, is_last_microbatch: bool) -> None:

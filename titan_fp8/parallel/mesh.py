@@ -1,5 +1,6 @@
 """The grid of ranks: one named axis per kind of parallelism.
- A rank's place on the axis `dp_shard` says which part of the parameters it keeps, its place on `dp_replicate` which
+
+A rank's place on the axis `dp_shard` says which part of the parameters it keeps, its place on `dp_replicate` which
 copy of them. Both axes exist at every size, also at length 1, so code asks for an axis by name and need not know
 which are in use:
 

@@ -1,5 +1,6 @@
 """Garbage collection at fixed steps.
- Python's cyclic garbage collector runs whenever enough objects were made, so each rank of a job pauses at a step of
+
+Python's cyclic garbage collector runs whenever enough objects were made, so each rank of a job pauses at a step of
 its own and all others wait for it. With the collector off and called at the same steps on every rank, they pause
 together.
 

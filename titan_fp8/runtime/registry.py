@@ -30,7 +30,9 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            raise UserError(f"no such {self.kind}: {name!r}{did_you_mean(name, self)}; known: {', '.join(sorted(self))}")
+            raise UserError(
+                f"no such {self.kind}: {name!r}{did_you_mean(name, self)}; known: {', '.join(sorted(self))}"
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

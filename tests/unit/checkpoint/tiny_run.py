@@ -1,7 +1,7 @@
 """A whole training run in miniature: a few parameters, an optimizer, a schedule, data with a position, random numbers.
 
-`TinyRun` is to a `Checkpointer` what the trainer is. Its steps depend on everything that a checkpoint holds, so a resumed
-run that misses any part of it ends in other weights.
+`TinyRun` is to a `Checkpointer` what the trainer is. Its steps depend on everything that a checkpoint holds, so a
+resumed run that misses any part of it ends in other weights.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ def fingerprint(**model: Any) -> dict[str, Any]:
 
 
 class TinyRun:
-    """A run of `total` steps in `folder`; keys of `[checkpoint]` as keyword arguments."""
+    """A run of `total` steps; keys of `[checkpoint]` as keyword arguments."""
 
     def __init__(
         self,
-        folder: Path,
+        run_folder: Path,
+        /,
         *,
         total: int = 6,
         seed: int = 0,
@@ -103,7 +104,7 @@ class TinyRun:
         config = CheckpointSection(**({"enable": True, "interval": 2, "last_save_model_only": False} | checkpoint))
         self.checkpointer = Checkpointer(
             config,
-            folder,
+            run_folder,
             model_parts=[self.model],
             optimizers=self.optimizers,
             lr_schedulers=self.schedule,
@@ -115,7 +116,7 @@ class TinyRun:
 
     def step(self) -> None:
         """One training step, whose gradient depends on the data and on every random number generator."""
-        tokens = self.batches.next()
+        tokens = self.batches.next().to(next(self.model.parameters()).device)
         noise = torch.rand(()) + random.random() + float(np.random.rand())
         loss = nn.functional.cross_entropy(self.model(tokens), tokens.flip(0)) * noise
         loss.backward()
@@ -149,7 +150,7 @@ class TinyRun:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from titan_fp8.cli.plot import main, read_curve
+from titan_fp8.cli.main import main
+from titan_fp8.cli.plot import read_curve
 from titan_fp8.runtime.errors import UserError
 
 
@@ -19,7 +20,7 @@ def make_run(folder, losses):
 def test_curves_of_several_runs_become_one_picture_on_white(tmp_path, capsys):
     runs = [make_run(tmp_path / name, [3.0, 2.0, 1.5]) for name in ("bf16", "float8")]
     output = tmp_path / "loss.png"
-    assert main([*map(str, runs), "--output", str(output), "--title", "debug model"]) == 0
+    assert main(["plot", *map(str, runs), "--output", str(output), "--title", "debug model"]) == 0
     assert "loss of bf16, float8" in capsys.readouterr().out
 
     from matplotlib.image import imread
@@ -45,7 +46,7 @@ def test_the_torn_line_of_a_running_run_is_left_out(tmp_path):
 
 
 def test_a_folder_without_metrics_ends_with_exit_code_2_and_a_remedy(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    assert main(["plot", str(tmp_path)]) == 2
     assert "no metrics.jsonl here; name the folder of a run" in capsys.readouterr().err
 
 
@@ -56,11 +57,11 @@ def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path):
 
 def test_an_unknown_picture_format_is_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run", [1.0])
-    assert main([str(run), "--output", str(tmp_path / "loss.docx")]) == 2
+    assert main(["plot", str(run), "--output", str(tmp_path / "loss.docx")]) == 2
     assert "no known picture format" in capsys.readouterr().err
 
 
 def test_labels_must_match_the_folders(tmp_path, capsys):
     run = make_run(tmp_path / "run", [1.0])
-    assert main([str(run), "--labels", "a", "b"]) == 2
+    assert main(["plot", str(run), "--labels", "a", "b"]) == 2
     assert "2 texts for 1 run folders" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +98,15 @@ def test_all_broken_rules_are_named_at_once() -> None:
 def test_flavors_are_read_without_torch() -> None:
     code = "import sys, titan_fp8.models.flavors, titan_fp8.models.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_documented_table_is_the_table() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    for name, flavors in FLAVORS.items():
+        for flavor, dims in flavors.items():
+            row = (
+                f"| {name} | {flavor} | {count_parameters(dims):,} | {dims.dim:,} | {dims.n_layers} "
+                f"| {dims.n_heads} / {dims.kv_heads} | {dims.ffn_hidden_dim:,} | {dims.vocab_size:,} "
+                f"| {'tied' if dims.tied_embeddings else 'separate'} |"
+            )
+            assert row in text, row

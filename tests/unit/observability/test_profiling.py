@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from tests.unit.observability.test_files import files_no_larger_than
 from titan_fp8.observability.config import ProfilingSection
@@ -38,6 +37,14 @@ def test_a_trace_holds_the_last_steps_of_its_cycle(tmp_path):
     assert traces(tmp_path) == [f"profile_traces/iteration_{step}/rank3_trace.json" for step in (4, 8)]
     assert traced_sizes(tmp_path / "profile_traces/iteration_4/rank3_trace.json") == [3, 4]
     assert traced_sizes(tmp_path / "profile_traces/iteration_8/rank3_trace.json") == [7, 8]
+
+
+def test_steps_have_their_own_numbers_in_a_trace(tmp_path):
+    config = ProfilingSection(enable_profiling=True, profile_freq=4, profiler_warmup=1, profiler_active=2)
+    train(config, tmp_path, first_step=5, last_step=8)
+    events = json.loads((tmp_path / "profile_traces/iteration_8/rank0_trace.json").read_text())["traceEvents"]
+    marked = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+    assert marked == {"ProfilerStep#7", "ProfilerStep#8"}
 
 
 def test_a_resumed_run_traces_the_same_steps(tmp_path):
@@ -92,14 +99,18 @@ def test_a_run_too_short_for_a_trace_says_so(tmp_path):
     assert "before its first trace" in messages[-1]
 
 
-def test_a_cycle_that_does_not_fit_is_refused_with_its_numbers():
-    with pytest.raises(ValidationError, match=r"profiler_warmup 3 \+ profiler_active 2 .*profile_freq = 4"):
-        ProfilingSection(enable_profiling=True, profile_freq=4, profiler_active=2)
-    ProfilingSection(enable_profiling=True, profile_freq=4)
+def test_a_cycle_that_does_not_fit_is_refused_with_its_numbers(tmp_path):
+    config = ProfilingSection(enable_profiling=True, profile_freq=4, profiler_active=2)
+    (problem,) = config.problems()
+    assert problem.key == "profile_freq"
+    assert "profiler_warmup 3 + profiler_active 2" in problem.text
+    with pytest.raises(UserError, match=r"profiling\.profile_freq = 4: .*raise profile_freq"):
+        train(config, tmp_path, first_step=1, last_step=4)
 
 
-def test_the_cycle_does_not_matter_while_profiling_is_off():
-    ProfilingSection(profile_freq=2)
+def test_a_cycle_may_be_full_and_does_not_matter_while_profiling_is_off():
+    assert [*ProfilingSection(enable_profiling=True, profile_freq=4).problems()] == []
+    assert [*ProfilingSection(profile_freq=2).problems()] == []
 
 
 def test_a_trace_that_cannot_be_written_is_an_error_that_names_the_path(tmp_path):

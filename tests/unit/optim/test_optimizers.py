@@ -89,7 +89,7 @@ def test_skipped_step_changes_neither_parameters_nor_state(name: str, implementa
     _train(model, optimizers, range(2))
     before = _snapshot(model, optimizers)
     _backward(model, 2)
-    next(model.parameters()).grad.fill_(float("nan"))  # pyright: ignore[reportOptionalMemberAccess]
+    next(model.parameters()).grad.fill_(float("nan"))
     optimizers.step(skip=torch.tensor(True))
     _assert_equal(_snapshot(model, optimizers), before)
 
@@ -201,7 +201,7 @@ def test_state_made_ahead_of_a_step_is_what_the_step_would_make(implementation: 
 def test_state_names_every_parameter_also_one_that_had_no_gradient_yet() -> None:
     model = _model()
     optimizers = _build(model)
-    model[0](torch.ones(1, 3)).sum().backward()  # pyright: ignore[reportIndexIssue]
+    model[0](torch.ones(1, 3)).sum().backward()
     optimizers.step()
     assert optimizers.state_dict()["state.1.bias.step"] == 0
     assert optimizers.state_dict()["state.0.bias.step"] == 1
@@ -233,7 +233,7 @@ def test_tied_weight_is_optimized_once_and_has_one_state() -> None:
 
 def test_frozen_parameters_are_left_out() -> None:
     model = _model()
-    model[0].requires_grad_(False)  # pyright: ignore[reportIndexIssue]
+    model[0].requires_grad_(False)
     assert {key.split(".")[1] for key in _build(model).state_dict()} == {"1"}
 
 

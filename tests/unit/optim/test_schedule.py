@@ -13,7 +13,7 @@ from titan_fp8.runtime.errors import UserError
 
 
 def _factors(steps: int, count: int | None = None, **keys: object) -> list[float]:
-    config = LRSchedulerSection(**keys)  # pyright: ignore[reportArgumentType]
+    config = LRSchedulerSection(**keys)
     phases = plan_phases(config, steps)
     return [lr_factor(s, phases, config.decay_type, config.min_lr_factor) for s in range(count or steps)]
 

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
-from titan_fp8.parallel.config import ActivationCheckpointSection
+from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.quantization.ops import GEMM_OPS
 from titan_fp8.quantization.ops import amax as amax_op
 from titan_fp8.runtime.errors import UserError
 
 Build = Callable[..., Decoder]
+EAGER, COMPILED = CompileSection(), CompileSection(enable=True)
 LAYERS, LINEARS = 3, 7  # linears of a block; the output head is one more, outside of all blocks
 GEMMS = {torch.ops.aten.mm.default, *GEMM_OPS}
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
@@ -42,7 +43,7 @@ class _Count(TorchDispatchMode):
 
 def _run(model: Decoder, section: ActivationCheckpointSection) -> tuple[Tensor, dict[str, Tensor], _Count, _Count]:
     """Loss, gradients, operations of the forward pass, operations of the backward pass."""
-    apply_activation_checkpointing(model, section, compiles_model=False)
+    apply_activation_checkpointing(model, section, compile_config=EAGER)
     tokens = torch.randint(67, (2, 17), generator=torch.Generator().manual_seed(0))
     with _Count() as forward:
         loss = cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:])
@@ -63,9 +64,9 @@ RECOMPUTED = {
     "every second block": (_section(selective_ac_option="2"), 1 * LINEARS, 1),
     "every block": (_section(selective_ac_option="1"), LAYERS * LINEARS, LAYERS),
     "op": (_section(selective_ac_option="op"), LAYERS * 3, 0),
-    # w1's shape is w3's too: of the other five linears every second one is kept
-    "op without w1's shape": (
-        _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["feed_forward.w1"]),
+    # wk's shape is wv's too: of the other five linears every second one is kept
+    "op without wk's shape": (
+        _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["attention.wk"]),
         LAYERS * (2 + 2),
         0,
     ),
@@ -110,7 +111,7 @@ def test_early_stop_leaves_out_the_end_of_the_block(tiny_decoder: Build) -> None
 
 def test_the_modules_keep_their_names(tiny_decoder: Build) -> None:
     model, plain = tiny_decoder(), tiny_decoder()
-    apply_activation_checkpointing(model, _section(mode="full"), compiles_model=False)
+    apply_activation_checkpointing(model, _section(mode="full"), compile_config=EAGER)
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
     assert list(model.state_dict()) == list(plain.state_dict())
 
@@ -152,7 +153,7 @@ def test_debug_lists_the_operations_of_a_recomputation_that_differs(
 
 def test_the_determinism_check_can_be_turned_off(tiny_decoder: Build) -> None:
     model = tiny_decoder(1)
-    apply_activation_checkpointing(model, _section(mode="full", determinism_check="none"), compiles_model=False)
+    apply_activation_checkpointing(model, _section(mode="full", determinism_check="none"), compile_config=EAGER)
     options = inspect.getclosurevars(model.layers["0"].forward).nonlocals["options"]
     assert options["determinism_check"] == "none"
 
@@ -160,7 +161,7 @@ def test_the_determinism_check_can_be_turned_off(tiny_decoder: Build) -> None:
 def test_debug_with_the_per_op_mode_is_refused(tiny_decoder: Build) -> None:
     with pytest.raises(UserError, match=r"activation_checkpoint\.debug does not work with selective_ac_option"):
         apply_activation_checkpointing(
-            tiny_decoder(1), _section(selective_ac_option="op", debug=True), compiles_model=False
+            tiny_decoder(1), _section(selective_ac_option="op", debug=True), compile_config=EAGER
         )
 
 
@@ -168,19 +169,25 @@ def test_debug_with_the_per_op_mode_is_refused(tiny_decoder: Build) -> None:
 def test_a_forced_recomputation_that_matches_no_linear_is_refused(pattern: str, tiny_decoder: Build) -> None:
     section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=[pattern])
     with pytest.raises(UserError, match=f'"{pattern}" matches no linear'):
-        apply_activation_checkpointing(tiny_decoder(2), section, compiles_model=False)
+        apply_activation_checkpointing(tiny_decoder(2), section, compile_config=EAGER)
 
 
 def test_a_misspelt_forced_recomputation_gets_a_suggestion(tiny_decoder: Build) -> None:
     section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["feed_foward.w1"])
     with pytest.raises(UserError, match=r'did you mean "feed_forward\.w1"\?'):
-        apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=False)
+        apply_activation_checkpointing(tiny_decoder(1), section, compile_config=EAGER)
+
+
+def test_the_default_names_may_match_nothing_also_when_they_are_written_out(tiny_decoder: Build) -> None:
+    default = ActivationCheckpointSection().per_op_sac_force_recompute_mm_shapes_by_fqns
+    section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=list(default))
+    apply_activation_checkpointing(tiny_decoder(1), section, compile_config=EAGER)
 
 
 @pytest.mark.parametrize("pattern", ["layers.1", "layers.*.attention.wq", "feed_forward.*", "output"])
 def test_patterns_match_runs_of_whole_components(pattern: str, tiny_decoder: Build) -> None:
     section = _section(selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=[pattern])
-    apply_activation_checkpointing(tiny_decoder(2), section, compiles_model=False)
+    apply_activation_checkpointing(tiny_decoder(2), section, compile_config=EAGER)
 
 
 # ---- memory budget
@@ -200,15 +207,39 @@ def compiler_settings(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_memory_budget_needs_the_compiler(tiny_decoder: Build) -> None:
     with pytest.raises(UserError, match=r"the model is not compiled; set compile\.enable"):
-        apply_activation_checkpointing(tiny_decoder(1), _section(mode="memory_budget"), compiles_model=False)
+        apply_activation_checkpointing(tiny_decoder(1), _section(mode="memory_budget"), compile_config=EAGER)
+
+
+@pytest.mark.parametrize(
+    ("compile_config", "message"),
+    [
+        (CompileSection(enable=True, components=["loss"]), "the model is not compiled"),
+        (
+            CompileSection(enable=True, backend="aot_eager"),
+            'compile.backend = "aot_eager" keeps no budget; use inductor',
+        ),
+    ],
+)
+def test_a_memory_budget_needs_a_compiler_that_keeps_it(
+    compile_config: CompileSection, message: str, tiny_decoder: Build
+) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_activation_checkpointing(tiny_decoder(1), _section(mode="memory_budget"), compile_config=compile_config)
 
 
 def test_a_memory_budget_reaches_the_compiler(compiler_settings, tiny_decoder: Build, tmp_path: Path) -> None:
     section = _section(mode="memory_budget", memory_budget=0.3, visualize_memory_budget_pareto=True)
-    apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=True, dump_folder=tmp_path)
+    apply_activation_checkpointing(tiny_decoder(1), section, compile_config=COMPILED, dump_folder=tmp_path)
     assert compiler_settings.activation_memory_budget == 0.3
     assert compiler_settings.visualize_memory_budget_pareto
     assert Path(compiler_settings.memory_budget_pareto_dir).parent == tmp_path
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+def test_a_picture_of_no_choice_is_refused(budget: float, compiler_settings, tiny_decoder: Build) -> None:
+    section = _section(mode="memory_budget", memory_budget=budget, visualize_memory_budget_pareto=True)
+    with pytest.raises(UserError, match=f"memory_budget = {budget:g} there is nothing to choose"):
+        apply_activation_checkpointing(tiny_decoder(1), section, compile_config=COMPILED)
 
 
 def test_a_picture_without_matplotlib_is_refused(
@@ -217,4 +248,4 @@ def test_a_picture_without_matplotlib_is_refused(
     monkeypatch.setattr("titan_fp8.parallel.activation_checkpoint.find_spec", lambda name: None)
     section = _section(mode="memory_budget", visualize_memory_budget_pareto=True)
     with pytest.raises(UserError, match="draws with matplotlib, which is not installed"):
-        apply_activation_checkpointing(tiny_decoder(1), section, compiles_model=True, dump_folder=tmp_path)
+        apply_activation_checkpointing(tiny_decoder(1), section, compile_config=COMPILED, dump_folder=tmp_path)

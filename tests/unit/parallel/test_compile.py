@@ -18,8 +18,14 @@ from titan_fp8.runtime.errors import UserError
 Build = Callable[..., Decoder]
 BACKEND = "count_graphs_for_a_test"
 
-# Dynamo looks at `.grad` of the block's input and hides the warning only from what is shown, not from what is raised.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+# What Dynamo does to trace is not ours: it looks at `.grad` of a block's input, instantiates autograd.Function
+# and, on its way to Inductor, imports scripted functions.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning"),
+]
 
 
 @pytest.fixture
@@ -52,8 +58,9 @@ def _step(model: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
 def test_all_blocks_share_one_graph(recipe: str | None, mode: str, graphs: list, tiny_decoder: Build) -> None:
     model = tiny_decoder(4, recipe)
     section = ActivationCheckpointSection(mode=mode, selective_ac_option="op")
-    apply_activation_checkpointing(model, section, compiles_model=True)
-    apply_compile(model, CompileSection(enable=True, backend=BACKEND))
+    compile_config = CompileSection(enable=True, backend=BACKEND)
+    apply_activation_checkpointing(model, section, compile_config=compile_config)
+    apply_compile(model, compile_config)
     loss, grads = _step(model)
     assert len(graphs) == 1
     plain_loss, plain_grads = _step(tiny_decoder(4, recipe))
@@ -108,14 +115,16 @@ def test_a_backend_is_not_looked_at_when_nothing_is_compiled(tiny_decoder: Build
 
 
 def test_a_small_memory_budget_keeps_less_for_the_backward_pass(tiny_decoder: Build, tmp_path: Path) -> None:
-    def kept_bytes(budget: float, picture: bool) -> int:
+    def kept_bytes(budget: float) -> int:
         torch._dynamo.reset()
         model = tiny_decoder(1)
         section = ActivationCheckpointSection(
-            mode="memory_budget", memory_budget=budget, visualize_memory_budget_pareto=picture
+            mode="memory_budget", memory_budget=budget, visualize_memory_budget_pareto=0 < budget < 1
         )
-        apply_activation_checkpointing(model, section, compiles_model=True, dump_folder=tmp_path)
-        apply_compile(model, CompileSection(enable=True, backend="aot_eager_decomp_partition"))
+        compile_config = CompileSection(enable=True, backend="aot_eager_decomp_partition")
+        apply_activation_checkpointing(model, section, compile_config=compile_config, dump_folder=tmp_path)
+        apply_compile(model, compile_config)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -123,8 +132,8 @@ def test_a_small_memory_budget_keeps_less_for_the_backward_pass(tiny_decoder: Bu
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(torch.zeros(2, 16, dtype=torch.int64))
-        return sum(kept.values())
+            model(torch.zeros(32, 16, dtype=torch.int64))
+        return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
     config = torch._functorch.config
     with config.patch(
@@ -133,17 +142,17 @@ def test_a_small_memory_budget_keeps_less_for_the_backward_pass(tiny_decoder: Bu
         memory_budget_pareto_dir=None,
         enable_autograd_cache=False,
     ):
-        assert kept_bytes(0.0, picture=True) < kept_bytes(1.0, picture=False)
+        assert kept_bytes(0.0) < kept_bytes(0.5) < kept_bytes(1.0)
     assert list((tmp_path / "memory_budget_pareto").iterdir())
     torch._dynamo.reset()
 
 
 @pytest.mark.slow
 def test_inductor_computes_what_eager_code_computes(tiny_decoder: Build) -> None:
-    model, plain = tiny_decoder(1, "tensorwise"), tiny_decoder(1, "tensorwise")
+    model, plain = tiny_decoder(1), tiny_decoder(1)
     apply_compile(model, CompileSection(enable=True))
     loss, grads = _step(model)
     plain_loss, plain_grads = _step(plain)
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-3)
     for name, grad in plain_grads.items():
-        assert (grads[name] - grad).norm() <= 0.05 * grad.norm(), name
+        assert (grads[name] - grad).norm() <= 0.02 * grad.norm(), name

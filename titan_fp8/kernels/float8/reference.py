@@ -76,7 +76,7 @@ def scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor
 def to_codes(x: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes of x `[T, K]` times `inv_scale` (broadcast against x): saturated, nearest even, 0x7F for NaN."""
     limit = FP8_MAX[dtype]
-    scaled = x.float() * inv_scale
+    scaled = x.float().contiguous() * inv_scale
     codes = scaled.clamp(-limit, limit).to(dtype).view(torch.uint8)
     # The sign of a NaN differs between devices; here it has none.
     return torch.where(scaled.isnan(), NAN_CODE, codes).view(dtype)
@@ -118,7 +118,7 @@ def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cast x `[T, K]` with a power-of-two scale a column, transposed: `(codes_t [K, padded(T)], scale_t [K, 1])`."""
     inv_scale, scale = scales(amax_bits(x, dim=0).unsqueeze(0), dtype, power_of_two=True)
-    return transposed(to_codes(x, inv_scale, dtype)), scale.t()
+    return transposed(to_codes(x, inv_scale, dtype)), scale.view(-1, 1)
 
 
 def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

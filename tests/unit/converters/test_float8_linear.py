@@ -1,0 +1,287 @@
+"""The float8 converter: what it converts, what it leaves, and that it refuses the rest with every reason at once."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import titan_fp8
+from titan_fp8.converters import ConversionError, build_converters
+from titan_fp8.converters.config import Float8LinearSection, QuantizeLinearSection, QuantizeSection
+from titan_fp8.models.linear import Linear
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.runtime.device import DeviceCapabilities
+
+CPU = DeviceCapabilities("cpu", "CPU", None, False, None, None, None)
+H200 = DeviceCapabilities("cuda", "NVIDIA H200", (9, 0), True, 989e12, 1979e12, 141.0)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wo = Linear(32, 32), Linear(32, 16), Linear(32, 32)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.norm = nn.RMSNorm(32)
+        self.w1 = nn.Linear(32, 64, bias=False)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(128, 32)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.output = nn.Linear(32, 128, bias=False)
+
+
+def converter(device: DeviceCapabilities = CPU, **settings):
+    section = Float8LinearSection(**({"emulate": "auto"} | settings))
+    quantize = QuantizeSection(linear=QuantizeLinearSection(float8=section))
+    (result,) = build_converters(["quantize.linear.float8"], quantize, device)
+    return result
+
+
+def converted_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+
+
+def violations(model: nn.Module, device: DeviceCapabilities = CPU, **settings) -> list[str]:
+    with pytest.raises(ConversionError) as error:
+        converter(device, **settings).convert(model)
+    assert converted_names(model) == set()
+    return error.value.violations
+
+
+def test_every_linear_is_converted_but_what_filters_name() -> None:
+    model = Model()
+    report = converter(filter_fqns=["output", "attention.wk"]).convert(model)
+    expected = {f"layers.{i}.{name}" for i in range(2) for name in ("attention.wq", "attention.wo", "w1")}
+    assert converted_names(model) == expected
+    assert {row.fqn for row in report.converted} == expected
+    assert {row.fqn: row.reason for row in report.rows if row.reason} == {
+        "layers.0.attention.wk": 'filter "attention.wk"',
+        "layers.1.attention.wk": 'filter "attention.wk"',
+        "output": 'filter "output"',
+    }
+
+
+def test_parameters_stay_the_same_objects_under_the_same_names() -> None:
+    model = Model()
+    before = dict(model.named_parameters())
+    converter(recipe_name="rowwise").convert(model)
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_conversion_works_on_the_meta_device_and_gives_the_same_report() -> None:
+    with torch.device("meta"):
+        model = Model()
+    report = converter(filter_fqns=["output"]).convert(model)
+    assert report == converter(filter_fqns=["output"]).convert(Model())
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_report_counts_flops_and_survives_json() -> None:
+    report = converter(filter_fqns=["output"]).convert(Model())
+    assert sum(row.flop_share for row in report.rows) == pytest.approx(1)
+    inside, head = 2 * (32 * 32 * 2 + 32 * 16 + 32 * 64), 32 * 128
+    assert report.flop_share == pytest.approx(inside / (inside + head))
+    assert report.rows[1].global_shape == (16, 32)
+    assert json.loads(json.dumps(report.to_json()))["rows"][-1]["reason"] == 'filter "output"'
+    summary = report.summary()
+    assert "\n" not in summary
+    assert "8 of 9 linears" in summary
+    assert "CPU has no FP8 tensor cores" in summary
+    table = str(report).splitlines()
+    assert len(table) == 11
+    assert "layers.1.attention.wk" in table[6]
+    assert "16 x 32" in table[6]
+
+
+def test_a_section_reaches_the_layers() -> None:
+    model = Model()
+    converter(
+        H200, recipe_name="rowwise", emulate=True, fast_accum_in_backward=True, grad_weight_dtype="float32"
+    ).convert(model)
+    config = model.output.config
+    assert (config.recipe.name, config.emulate, config.fast_accum_in_backward) == ("rowwise", True, True)
+    assert config.grad_weight_dtype == torch.float32
+    model = Model()
+    converter(H200).convert(model)
+    config = model.output.config
+    assert (config.recipe.name, config.emulate, config.fast_accum_in_backward) == ("tensorwise", False, False)
+    assert config.grad_weight_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "emulate", "outcome"),
+    [(CPU, "auto", True), (CPU, True, True), (H200, "auto", False), (H200, True, True), (H200, False, False)],
+)
+def test_emulation_is_used_exactly_where_asked(device: DeviceCapabilities, emulate: bool | str, outcome: bool) -> None:
+    model = Model()
+    report = converter(device, emulate=emulate).convert(model)
+    assert model.output.config.emulate == outcome
+    assert report.mode.startswith("emulated") == outcome
+
+
+def test_no_emulation_without_tensor_cores_is_an_error_that_names_both_remedies() -> None:
+    (problem,) = violations(Model(), emulate=False)
+    assert "quantize.linear.float8.emulate = false, but CPU has no FP8 tensor cores" in problem
+    assert 'true (emulate) or "auto"' in problem
+
+
+def test_all_violations_come_at_once_and_the_model_stays_as_it_was() -> None:
+    model = Model()
+    model.layers[0].w1 = nn.Linear(30, 32)
+    problems = violations(model, emulate=False, filter_fqns=["outptu", ""])
+    assert len(problems) == 4
+    assert any("layers.0.w1: in_features=30 is not a multiple of 16; add it to" in p for p in problems)
+
+
+def test_odd_dimensions_may_be_filtered_by_name_or_by_the_rule_of_size() -> None:
+    for pattern in ("layers.0.w1", "auto_filter_small_kn"):
+        model = Model()
+        model.layers[0].w1 = nn.Linear(30, 32)
+        report = converter(filter_fqns=[pattern]).convert(model)
+        assert {row.fqn for row in report.rows if row.reason} >= {"layers.0.w1"}
+
+
+def test_the_rule_of_size_may_leave_every_linear_alone_but_names_may_not() -> None:
+    report = converter(filter_fqns=["auto_filter_small_kn"]).convert(Model())
+    assert report.converted == []
+    assert report.flop_share == 0
+    (problem,) = violations(Model(), filter_fqns=["layers", "output"])
+    assert "leaves every linear of the model alone" in problem
+
+
+class Scaled(nn.Linear):
+    """Its forward is not a plain product."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class ScaledModelLinear(Linear):
+    """Overrides the forward of a class that declared its own to be plain."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledModelLinear])
+def test_a_subclass_with_a_forward_of_its_own_is_refused_unless_filtered(kind: type) -> None:
+    model = Model()
+    model.layers[1].w1 = kind(32, 64)
+    (problem,) = violations(model)
+    assert "layers.1.w1" in problem
+    assert kind.__name__ in problem
+    converter(filter_fqns=["layers.1.w1"]).convert(model)
+    assert type(model.layers[1].w1) is kind
+
+
+def test_a_parametrized_linear_is_refused_by_name() -> None:
+    model = Model()
+    nn.utils.parametrizations.weight_norm(model.layers[0].w1)
+    (problem,) = violations(model)
+    assert "layers.0.w1" in problem
+    assert "parametrization" in problem
+
+
+def test_converting_twice_is_refused() -> None:
+    model = Model()
+    converter().convert(model)
+    with pytest.raises(ConversionError, match=r"layers\.0\.attention\.wq: it is converted to float8 already"):
+        converter().convert(model)
+
+
+def test_a_weight_in_float64_is_refused() -> None:
+    problems = violations(Model().double())
+    assert len(problems) == 9
+    assert "torch.float64" in problems[0]
+
+
+def test_a_router_stays_in_high_precision() -> None:
+    model = Model()
+    model.layers[0].router = nn.ModuleDict({"gate": nn.Linear(32, 16)})
+    report = converter().convert(model)
+    (row,) = [row for row in report.rows if row.fqn == "layers.0.router.gate"]
+    assert row.recipe is None
+    assert "router" in row.reason
+
+
+def test_one_module_under_two_names_stays_one_module() -> None:
+    model = Model()
+    model.layers[1].w1 = model.layers[0].w1
+    converter().convert(model)
+    assert isinstance(model.layers[0].w1, Float8Linear)
+    assert model.layers[1].w1 is model.layers[0].w1
+
+
+def test_a_model_that_is_a_linear_or_has_none_is_refused() -> None:
+    assert "nn.Sequential(model)" in violations(nn.Linear(32, 32))[0]
+    assert "no nn.Linear" in violations(nn.Sequential(nn.ReLU()))[0]
+
+
+def test_unknown_duplicate_and_unsupported_converters_are_refused_together() -> None:
+    names = ["quantize.linear.float8", "quantize.linear.flaot8", "quantize.linear.mx", "quantize.linear.float8"]
+    with pytest.raises(ConversionError) as error:
+        build_converters(names, QuantizeSection(), CPU)
+    text = str(error.value)
+    assert len(error.value.violations) == 3
+    assert "'quantize.linear.float8' is named twice" in text
+    assert 'did you mean "quantize.linear.float8"?' in text
+    assert "'quantize.linear.mx': not supported yet" in text
+    assert build_converters([], QuantizeSection(), CPU) == []
+
+
+def test_after_the_optimizer_step_there_is_nothing_to_do() -> None:
+    model = Model()
+    subject = converter()
+    subject.convert(model)
+    subject.post_optimizer([model])
+
+
+def test_the_api_converts_anybodys_model_and_the_optimizer_made_before_trains_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    report = titan_fp8.convert_to_float8_training(model, recipe_name="rowwise", emulate=True)
+    assert len(report.converted) == 2
+    x = torch.randn(64, 32)
+    target = x.roll(1, 1)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe_name": "tensorwize"}, 'did you mean "tensorwise"'),
+        ({"recipe_name": "rowwise_with_gw_hp"}, "not supported yet"),
+        ({"filter_fqns": "output"}, "expected a list"),
+        ({"filter_fqns": ["outptu"]}, 'did you mean "output"'),
+        ({"emulate": "maybe"}, 'expected true, false or "auto"'),
+        ({"grad_weight_dtype": torch.float16}, "grad_weight_dtype"),
+    ],
+)
+def test_wrong_arguments_of_the_api_are_value_errors(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        titan_fp8.convert_to_float8_training(Model(), **({"emulate": True} | arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
+def test_the_api_does_not_emulate_unasked() -> None:
+    with pytest.raises(ValueError, match="has no FP8 tensor cores"):
+        titan_fp8.convert_to_float8_training(Model())

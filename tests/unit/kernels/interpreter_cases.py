@@ -1,0 +1,168 @@
+"""Compares the Triton kernels with the reference bit for bit in Triton's interpreter; run by
+test_float8_interpreter.py.
+
+    TRITON_INTERPRET=1 python -m tests.unit.kernels.interpreter_cases OUT.json
+
+Triton decides at import whether it interprets, so this is a process of its own. It writes {case: "" or what differs}.
+Blocks are made tiny so that tiny inputs need several programs, partial blocks and several steps of each loop.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.unit.kernels.test_float8_reference import UNIT_AMAX, awkward_values
+from titan_fp8.kernels.float8 import E4M3, E5M2, kernel, reference
+
+
+def poisoned_codes(*shape: int, device: torch.device) -> Tensor:
+    """In place of `kernel.new_codes`: an unwritten code shows as NaN."""
+    return torch.full(shape, 0x7F, dtype=torch.uint8, device=device)
+
+
+def shrink_blocks() -> None:
+    """Tiny blocks and poisoned outputs."""
+    kernel.AMAX_BLOCK, kernel.AMAX_STEPS = 64, 2
+    kernel.GROUP_AMAX_BLOCK_T, kernel.GROUP_AMAX_BLOCK_K, kernel.GROUP_AMAX_STEPS = 8, 16, 2
+    kernel.TILE_T = kernel.TILE_K = 16
+    kernel.ROW_BLOCK_MAX = 32
+    kernel.new_codes = poisoned_codes
+
+
+def difference(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> str:
+    """What differs, bit by bit, or the empty string."""
+    for position, (result, reference_result) in enumerate(zip(results, expected, strict=True)):
+        if result is None or reference_result is None:
+            if result is not reference_result:
+                return f"output {position}: one is None"
+            continue
+        if result.shape != reference_result.shape or result.dtype != reference_result.dtype:
+            return (
+                f"output {position}: {result.dtype} {result.shape}, {reference_result.dtype} {reference_result.shape}"
+            )
+        as_int = torch.uint8 if result.element_size() == 1 else torch.int32
+        wrong = result.contiguous().view(as_int) != reference_result.contiguous().view(as_int)
+        if wrong.any():
+            return f"output {position}: {int(wrong.sum())} of {wrong.numel()} differ, at {wrong.nonzero()[0].tolist()}"
+    return ""
+
+
+def compare_all(x: Tensor, dtype: torch.dtype) -> str:
+    """Every cast of x against the reference."""
+    amax = reference.amax_bits(x)
+    rows = reference.cast_rows(x, dtype)
+    columns = reference.cast_columns(x, dtype)
+    pairs = {
+        "amax": ((kernel.amax(x),), (amax,)),
+        "cast_rows": (kernel.cast_rows(x, dtype), rows),
+        "cast_columns": (kernel.cast_columns(x, dtype), columns),
+        "cast_rows_and_columns": (kernel.cast_rows_and_columns(x, dtype), rows + columns),
+        "columns_from_rows": (kernel.columns_from_rows(*rows), reference.columns_from_rows(*rows)),
+    }
+    for layouts in (
+        {"rows": True, "columns": False},
+        {"rows": False, "columns": True},
+        {"rows": True, "columns": True},
+    ):
+        pairs[f"cast_tensor {layouts}"] = (
+            kernel.cast_tensor(x, amax, dtype, **layouts),
+            reference.cast_tensor(x, amax, dtype, **layouts),
+        )
+    return "; ".join(f"{name}: {text}" for name, pair in pairs.items() if (text := difference(*pair)))
+
+
+def case_rounding() -> str:
+    """Every code, every midpoint and their neighbours, with a scale of one."""
+    texts = []
+    for dtype in (E4M3, E5M2):
+        special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, -1e-40])
+        x = torch.cat([awkward_values(dtype).flatten(), special]).unsqueeze(0)
+        texts.append(
+            difference(
+                kernel.cast_tensor(x, UNIT_AMAX[dtype], dtype, rows=True, columns=False),
+                reference.cast_tensor(x, UNIT_AMAX[dtype], dtype, rows=True, columns=False),
+            )
+        )
+    return "".join(texts)
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.randn(shape[0], 1, generator=generator).exp()
+
+
+def case_float32() -> str:
+    return compare_all(_random(33, 48), E4M3)
+
+
+def case_bfloat16_e5m2() -> str:
+    return compare_all(_random(17, 64).bfloat16(), E5M2)
+
+
+def case_float16_odd_sizes() -> str:
+    return compare_all(_random(19, 23).half(), E4M3)
+
+
+def case_one_row() -> str:
+    return compare_all(_random(1, 16), E4M3)
+
+
+def case_transposed_input() -> str:
+    return compare_all(_random(32, 20).bfloat16().t(), E4M3)
+
+
+def case_strided_input() -> str:
+    return compare_all(_random(40, 64)[::2, ::2], E5M2)
+
+
+def case_broadcast_input() -> str:
+    return compare_all(_random(1, 32).expand(18, 32), E4M3)
+
+
+def case_nan() -> str:
+    x = _random(18, 32)
+    x[7, 9] = -torch.nan
+    return compare_all(x, E4M3)
+
+
+def case_inf() -> str:
+    x = _random(18, 32).bfloat16()
+    x[0, 31] = -torch.inf
+    return compare_all(x, E5M2)
+
+
+def case_zeros() -> str:
+    return compare_all(torch.zeros(16, 32), E4M3)
+
+
+def case_extreme_magnitudes() -> str:
+    x = _random(16, 32)
+    x[0] *= 1e-30
+    x[1] *= 1e37
+    x[:, 3] *= 1e-20
+    return compare_all(x, E4M3)
+
+
+CASES = {name.removeprefix("case_"): function for name, function in dict(globals()).items() if name.startswith("case_")}
+
+
+def main(out: str) -> None:
+    """Run all cases and write what differs."""
+    assert kernel.INTERPRETED, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    shrink_blocks()
+    results = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc()
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

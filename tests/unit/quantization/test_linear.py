@@ -1,0 +1,290 @@
+"""Float8Linear: accuracy of the output and every gradient, bit-equality of eager and compiled, and its odd cases."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tolerances import BIAS_GRAD_SQNR_DB, SQNR_DB, sqnr_db
+from tests.unit.quantization.test_ops import CountCalls
+from titan_fp8.quantization import ops
+from titan_fp8.quantization.function import Float8Config
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.recipes import RECIPES
+
+ALL_RECIPES = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def make(recipe: str, k: int = 32, n: int = 48, *, bias: bool = False, **config) -> Float8Linear:
+    torch.manual_seed(0)
+    return Float8Linear.from_linear(nn.Linear(k, n, bias=bias), Float8Config(RECIPES[recipe], emulate=True, **config))
+
+
+def run(module: nn.Module, x: Tensor, grad_output: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and every gradient by name."""
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    output = module(x)
+    output.backward(torch.ones_like(output) if grad_output is None else grad_output)
+    gradients = {f"grad_{name}": p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"output": output.detach(), "grad_input": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("recipe", "weights"), SQNR_DB)
+def test_output_and_every_gradient_are_as_exact_as_the_recipe_allows(
+    recipe: str, weights: str, input_dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    linear = make(recipe, 256, 128, bias=True, grad_weight_dtype=torch.float32)
+    with torch.no_grad():
+        linear.weight.normal_() if weights == "normal" else linear.weight.uniform_(-(2.0**-6), 2.0**-6)
+    x, grad_output = torch.randn(2, 100, 256).to(input_dtype), torch.randn(2, 100, 128).to(input_dtype)
+    result = run(linear, x, grad_output)
+    exact = nn.Linear(256, 128).double()
+    exact.load_state_dict(linear.state_dict())
+    expected = run(exact, x.double(), grad_output.double())
+    minimum = SQNR_DB[recipe, weights]
+    assert sqnr_db(expected["output"], result["output"]) > minimum.output
+    assert sqnr_db(expected["grad_input"], result["grad_input"]) > minimum.grad_input
+    assert sqnr_db(expected["grad_weight"], result["grad_weight"]) > minimum.grad_weight
+    assert sqnr_db(expected["grad_bias"], result["grad_bias"]) > BIAS_GRAD_SQNR_DB
+    assert result["output"].dtype == result["grad_input"].dtype == input_dtype
+    assert result["grad_weight"].dtype == result["grad_bias"].dtype == torch.float32
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str) -> None:
+    torch._dynamo.reset()
+    linear = make(recipe, 32, 48, bias=True)
+    x = torch.randn(3, 7, 32).bfloat16()
+    grad_output = torch.randn(3, 7, 48).bfloat16()
+    eager = run(linear, x, grad_output)
+    compiled = run(torch.compile(linear, backend=backend, fullgraph=True), x, grad_output)
+    for name, value in eager.items():
+        assert torch.equal(compiled[name.replace("grad_", "grad__orig_mod.") if name not in compiled else name], value)
+
+
+@ALL_RECIPES
+def test_varying_token_counts_compile_twice_at_most(recipe: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    linear = make(recipe)
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
+    for tokens in (8, 17, 33, 50):
+        x = torch.randn(tokens, 32)
+        assert torch.equal(compiled(x), linear(x))
+    assert counter.frame_count <= 2
+
+
+@ALL_RECIPES
+def test_leading_dimensions_do_not_matter(recipe: str) -> None:
+    linear = make(recipe)
+    x = torch.randn(24, 32)
+    flat = run(linear, x)
+    for shape in ((2, 12), (2, 3, 4), (1, 24, 1)):
+        result = run(linear, x.view(*shape, 32))
+        assert result["output"].shape == (*shape, 48)
+        assert torch.equal(result["output"].view(24, 48), flat["output"])
+        assert torch.equal(result["grad_input"].view(24, 32), flat["grad_input"])
+        assert torch.equal(result["grad_weight"], flat["grad_weight"])
+    assert linear(x[0]).shape == (48,)
+    with pytest.raises(ValueError, match="in_features=32 got input"):
+        linear(torch.randn(4, 64))
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("tokens", [1, 15, 17])
+def test_token_counts_that_are_no_multiple_of_16_equal_zero_padding(recipe: str, tokens: int) -> None:
+    linear = make(recipe)
+    x, grad_output = torch.randn(tokens, 32), torch.randn(tokens, 48)
+    result = run(linear, x, grad_output)
+    padding = 32 - tokens
+    padded = run(linear, torch.cat([x, torch.zeros(padding, 32)]), torch.cat([grad_output, torch.zeros(padding, 48)]))
+    torch.testing.assert_close(padded["output"][:tokens], result["output"])
+    torch.testing.assert_close(padded["grad_input"][:tokens], result["grad_input"])
+    torch.testing.assert_close(padded["grad_weight"], result["grad_weight"])
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
+def test_an_empty_input_gives_an_empty_output_and_a_zero_weight_gradient(recipe: str, shape: tuple[int, ...]) -> None:
+    linear = make(recipe, bias=True)
+    result = run(linear, torch.empty(shape))
+    assert result["output"].shape == (*shape[:-1], 48)
+    assert result["grad_input"].shape == shape
+    assert (result["grad_weight"] == 0).all()
+    assert (result["grad_bias"] == 0).all()
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_in_the_input_reach_the_output_and_the_weight_gradient(recipe: str, bad: float) -> None:
+    linear = make(recipe)
+    x = torch.randn(20, 32)
+    x[3, 5] = bad
+    result = run(linear, x)
+    assert not result["output"][3].isfinite().any()
+    assert not result["grad_weight"][:, 5].isfinite().any()
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_nan_and_inf_in_gradient_and_weight_reach_every_product(recipe: str, bad: float) -> None:
+    linear = make(recipe)
+    x, grad_output = torch.randn(20, 32), torch.randn(20, 48)
+    grad_output[4, 7] = bad
+    result = run(linear, x, grad_output)
+    assert not result["grad_input"][4].isfinite().any()
+    assert not result["grad_weight"][7].isfinite().any()
+    with torch.no_grad():
+        linear.weight[9, 2] = bad
+    result = run(linear, x)
+    assert not result["output"][:, 9].isfinite().any()
+    assert not result["grad_input"][:, 2].isfinite().any()
+
+
+@ALL_RECIPES
+def test_zeros_in_give_zeros_out(recipe: str) -> None:
+    linear = make(recipe)
+    result = run(linear, torch.zeros(16, 32), torch.zeros(16, 48))
+    assert all((value == 0).all() for value in result.values())
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("what", ["no_grad", "frozen weight", "eval"])
+def test_columns_of_the_input_are_cast_only_for_a_weight_gradient(recipe: str, what: str) -> None:
+    linear = make(recipe)
+    x = torch.randn(16, 32, requires_grad=True)
+    linear.train(what != "eval")
+    linear.weight.requires_grad_(what != "frozen weight")
+    with torch.set_grad_enabled(what != "no_grad"), CountCalls() as counter:
+        linear(x)
+    columns = {ops.cast_tensor_both, ops.cast_rows_and_columns} & set(counter.calls)
+    assert bool(columns) == (what == "eval")
+
+
+@ALL_RECIPES
+def test_no_gradient_costs_a_product_that_nobody_asked_for(recipe: str) -> None:
+    linear = make(recipe, bias=True)
+    linear.weight.requires_grad_(False)
+    with CountCalls() as counter:
+        linear(torch.randn(16, 32)).sum().backward()
+    assert counter.calls[ops.scaled_mm] == 1
+    assert torch.equal(linear.bias.grad, torch.full((48,), 16.0))
+
+
+@ALL_RECIPES
+def test_float8_codes_are_saved_for_backward_and_not_the_input(recipe: str) -> None:
+    linear = make(recipe)
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(x)
+    assert any(t is linear.weight for t in saved)
+    others = [t for t in saved if t is not linear.weight]
+    assert sum(t.nbytes for t in others) <= 64 * 32 + 4 * 32 + 8
+    assert torch.float8_e4m3fn in {t.dtype for t in others}
+
+
+@pytest.mark.parametrize(("recipe", "expected"), [("tensorwise", torch.float8_e5m2), ("rowwise", torch.float8_e4m3fn)])
+@pytest.mark.parametrize("fast_in_backward", [False, True])
+def test_products_use_the_formats_and_accumulation_of_the_recipe(
+    recipe: str, expected: torch.dtype, fast_in_backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[torch.dtype, torch.dtype, bool]] = []
+    product = ops.scaled_mm
+
+    def record(a: Tensor, b: Tensor, *rest) -> Tensor:
+        calls.append((a.dtype, b.dtype, rest[4]))
+        return product(a, b, *rest)
+
+    monkeypatch.setattr(ops, "scaled_mm", record)
+    run(make(recipe, fast_accum_in_backward=fast_in_backward), torch.randn(16, 32))
+    e4m3 = torch.float8_e4m3fn
+    assert calls == [(e4m3, e4m3, True), (expected, e4m3, fast_in_backward), (expected, e4m3, fast_in_backward)]
+
+
+def test_a_tensorwise_gradient_of_wide_range_is_not_flushed_to_zero() -> None:
+    """e5m2 keeps what is 1e7 below the largest; e4m3 with one scale would not."""
+    x, grad_output = torch.eye(16, 32), torch.zeros(16, 48)
+    grad_output[:, 0], grad_output[0, 1] = 1e-6, 10.0
+    assert (run(make("tensorwise"), x, grad_output)["grad_weight"][0, 1:16] > 0).all()
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_weight_gradient_leaves_its_product_in_the_dtype_asked_for(recipe: str, dtype: torch.dtype) -> None:
+    gradient = run(make(recipe, grad_weight_dtype=dtype), torch.randn(40, 32))["grad_weight"]
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient.bfloat16().float(), gradient) == (dtype == torch.bfloat16)
+
+
+@ALL_RECIPES
+def test_autocast_casts_the_input_and_quantizes_the_stored_weight(recipe: str) -> None:
+    linear = make(recipe, bias=True)
+    x = torch.randn(8, 32)
+    expected = run(linear, x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(linear, x)
+    assert result["output"].dtype == torch.bfloat16
+    for name in ("output", "grad_weight", "grad_bias"):
+        assert torch.equal(result[name], expected[name]), name
+    assert torch.equal(result["grad_input"], expected["grad_input"].float())
+
+
+@ALL_RECIPES
+def test_the_weight_is_quantized_from_its_master_and_not_through_bf16(recipe: str) -> None:
+    linear = make(recipe)
+    rounded = copy.deepcopy(linear)
+    with torch.no_grad():
+        rounded.weight.copy_(rounded.weight.bfloat16())
+    x = torch.randn(64, 32).bfloat16()
+    assert not torch.equal(linear(x), rounded(x))
+
+
+def test_parameters_hooks_and_names_are_those_of_the_original() -> None:
+    original = nn.Linear(32, 48)
+    calls: list[str] = []
+    original.register_forward_hook(lambda *_: calls.append("hook"))
+    optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
+    linear = Float8Linear.from_linear(original.eval(), Float8Config(RECIPES["rowwise"], emulate=True))
+    assert linear.weight is original.weight
+    assert linear.bias is original.bias
+    assert list(linear.state_dict()) == ["weight", "bias"]
+    assert not linear.training
+    before = linear.weight.detach().clone()
+    linear(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert calls == ["hook"]
+    assert not torch.equal(linear.weight, before)
+    linear.bias = None
+    assert original.bias is not None
+    assert "rowwise, emulated" in repr(linear)
+
+
+def test_a_weight_tied_to_an_embedding_trains_through_both() -> None:
+    embedding = nn.Embedding(48, 32)
+    head = nn.Linear(32, 48, bias=False)
+    head.weight = embedding.weight
+    linear = Float8Linear.from_linear(head, Float8Config(RECIPES["tensorwise"], emulate=True))
+    linear(embedding(torch.arange(6))).sum().backward()
+    assert linear.weight is embedding.weight
+    assert (embedding.weight.grad[40:] != 0).any()
+
+
+@pytest.mark.parametrize(("k", "n"), [(30, 32), (32, 20)])
+def test_dimensions_that_are_no_multiple_of_16_are_refused_by_name(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match=f"features={30 if k == 30 else 20} is not a multiple of 16"):
+        Float8Linear.from_linear(nn.Linear(k, n), Float8Config(RECIPES["tensorwise"]))
+
+
+def test_differentiating_twice_is_an_error() -> None:
+    x = torch.randn(4, 32, requires_grad=True)
+    output = make("tensorwise")(x).square().sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
