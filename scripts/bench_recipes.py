@@ -55,7 +55,7 @@ def command_of(row: str, args: argparse.Namespace, steps: int, folder: Path) -> 
         *("--training.dataset", "tokens", "--training.dataset_path", str(args.data)),
         *("--training.steps", str(steps), "--training.local_batch_size", batch, "--training.seq_len", "8192"),
         *("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"),
-        *("--metrics.log_freq", "5"),
+        *("--metrics.log_freq", "5", "--debug.seed", "0"),
         *layers,
         *ROWS[row],
         *args.overrides,

@@ -23,6 +23,15 @@ ONE_GPU = {
     "offload": (Case(cpu_offload=True, device_type="cuda"), FP32),
     "offload_tied": (Case(cpu_offload=True, tied_embeddings=True, device_type="cuda"), FP32),
     "offload_bf16_tensorwise": (Case(cpu_offload=True, float8_recipe="tensorwise", **BF16_JOB), BF16),
+    "offload_bf16_rowwise_op_ac": (
+        Case(
+            cpu_offload=True,
+            float8_recipe="rowwise",
+            activation_checkpoint={"selective_ac_option": "op"},
+            **BF16_JOB,
+        ),
+        BF16,
+    ),
 }
 TWO_GPUS = {
     "fsdp": (Case(shard=2, device_type="cuda"), FP32),

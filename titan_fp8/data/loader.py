@@ -232,12 +232,13 @@ class TrainLoader:
         self._epoch = -1
         slots = self._plan.slots()
         touched = lanes_of_slots(slots, samples, self._plan.global_batch, lanes)
-        if len(touched) > len(slots):
+        tokenized, read = len(touched) * self._plan.global_batch, len(slots) * lanes
+        if tokenized > read:
             logger.info(
-                "data: the global batch changed to %d; each rank now tokenizes for %d lanes to read %d",
+                "data: %d does not divide the run's first global batch %d; each rank tokenizes %.1f times its share",
                 self._plan.global_batch,
-                len(touched),
-                len(slots),
+                lanes,
+                tokenized / read,
             )
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ the step would have been.
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,7 @@ from titan_fp8.data.workers import WorkerPool
 T = TypeVar("T")
 
 _DEFAULT_AHEAD = 2
+_CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,16 @@ class Prefetcher(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread. What was prepared and not asked for is lost. Closing twice is the same as once."""
+        """End the thread. What was prepared and not asked for is lost. Closing twice is the same as once.
+
+        A thread that waits for a stalled network is left behind after some seconds; it ends with the process.
+        """
         self._stop.set()
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
-        while self._thread.is_alive():  # it may wait for room in the queue
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._thread.is_alive() and time.monotonic() < deadline:  # it may wait for room in the queue
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()
             self._thread.join(timeout=0.005)

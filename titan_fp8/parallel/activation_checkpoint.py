@@ -101,9 +101,9 @@ def check_activation_checkpointing(
 ) -> None:
     """Raise a `UserError` if `section` asks for what cannot be done with this model and this compiler.
 
-    The cases: a memory budget without a compiler that keeps it, a picture of the budget where there is nothing to choose
-    or nothing to draw with, `debug` of the per-op mode, and a name in `per_op_sac_force_recompute_mm_shapes_by_fqns`
-    that matches no linear (unless it is one of the default's).
+    The cases: a memory budget without a compiler that keeps it, a picture of the budget where there is nothing to
+    choose or nothing to draw with, `debug` of the per-op mode, and a name in
+    `per_op_sac_force_recompute_mm_shapes_by_fqns` that matches no linear (unless it is one of the default's).
     """
     if section.mode == "memory_budget":
         _check_memory_budget(section, compile_config)

@@ -11,6 +11,7 @@ from tests.unit.data.conftest import make_documents
 from titan_fp8.data import sources as sources_module
 from titan_fp8.data.config import DataloaderSection, TrainingSection
 from titan_fp8.data.dataset_spec import DatasetSpec
+from titan_fp8.data.feeds import StreamFeed
 from titan_fp8.data.loader import TrainLoader
 from titan_fp8.data.sources import (
     BlockSource,
@@ -248,6 +249,18 @@ def test_lanes_of_slots_are_those_that_a_long_run_meets(global_batch, lanes, fir
     assert lanes_of_slots(slots, first, global_batch, lanes) == met
 
 
+@pytest.mark.parametrize(("global_batch", "said"), [(8, None), (4, None), (2, None), (6, "2.0"), (16, "2.0")])
+def test_what_a_change_of_the_global_batch_costs_is_said(ranks, caplog, monkeypatch, global_batch, said):
+    monkeypatch.setattr("titan_fp8.runtime.logging.logger.propagate", True)
+    source = make_source("text")
+    state = ranks(source, 1, 8).state()
+    run = ranks(source, 2, global_batch)
+    with caplog.at_level("INFO"):
+        run.loaders[0].load_state_dict(state)
+    assert ("times its share" in caplog.text) == (said is not None)
+    assert (said or "") in caplog.text
+
+
 def test_with_fewer_documents_than_slots_no_two_slots_read_the_same_text(ranks):
     source = make_source("text", documents=1)
     text = source.documents[0] = "abcdefghij" * 100
@@ -271,6 +284,16 @@ def test_a_resumed_stream_continues_at_its_bookmark_instead_of_the_beginning(ran
     resumed.step()
     resumed.close()
     assert 0 < FakeStream.read < 30
+
+
+def test_a_bookmark_is_the_newest_one_that_leaves_nothing_out(fake_stream):
+    texts = list(make_documents(50))
+    feed = StreamFeed(lambda: FakeStream(texts), 1, {0: 0})
+    for number in range(31):
+        feed.text(number)
+    assert feed.bookmark(2) is None
+    for oldest, expected in [(4, 4), (11, 8), (12, 12), (30, 28)]:
+        assert json.loads(feed.bookmark(oldest))[0] == expected
 
 
 def test_a_stream_begins_again_at_its_end_and_resumes_in_a_later_epoch(ranks, fake_stream, monkeypatch):
