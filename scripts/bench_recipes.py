@@ -4,9 +4,9 @@
     python scripts/bench_recipes.py --data DIR --out DIR                      # one GPU: 8 of 32 layers, batch 2
     python scripts/bench_recipes.py --data DIR --out DIR --gpus 2             # two GPUs: all 32 layers, FSDP2, batch 1
 
-`--data` is a folder written by `titan-fp8 prepare`. Every row is one `./run_train.sh` of its own, so what is measured is
-what a user gets: tok/s per GPU and MFU are medians over the logged steps after the warm-up, peak memory is the allocator's
-highest reserved amount, the loss is that of the last step. `--rows` picks rows, `--steps NAME=N` sets a row's length.
+`--data` is a folder written by `titan-fp8 prepare`. Every row is one `./run_train.sh` of its own, so what is measured
+is what a user gets: tok/s per GPU and MFU are medians over the logged steps after the warm-up, peak memory is the
+allocator's highest reserved amount, the loss is that of the last step. `--rows` picks rows.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def run_row(row: str, args: argparse.Namespace) -> dict:
 
 def table(results: list[dict]) -> str:
     """A Markdown table, one line a row."""
-    head = "| row | GPUs | steps | tok/s/GPU | TFLOP/s/GPU | MFU | peak GiB | loss, first -> last |\n|---|---|---|---|---|---|---|---|"
-    lines = [head]
+    columns = ("row", "GPUs", "steps", "tok/s/GPU", "TFLOP/s/GPU", "MFU", "peak GiB", "loss, first -> last")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in results:
         if r.get("tps") is None:
             lines.append(

@@ -1,4 +1,4 @@
-"""What holds for every test: GPU tests are skipped without a GPU, and a test has one thread, so that two run side by side."""
+"""What holds for every test: GPU tests are skipped without a GPU, and a test has one thread."""
 
 import pytest
 import torch

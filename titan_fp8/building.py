@@ -1,6 +1,6 @@
 """From a checked configuration to a trainer: the outer build order, once.
 
-    plan on the meta device  ->  process group, mesh  ->  tokenizer, data  ->  parallelize (inner order, parallel/apply.py)
+    plan on the meta device  ->  process group, mesh  ->  data  ->  parallelize (inner order, parallel/apply.py)
       ->  materialize and initialize, sharded  ->  optimizer, schedule  ->  load a checkpoint  ->  metrics
 
 The plan comes first because all that can be wrong with a model shows without storage and without other processes.

@@ -1,9 +1,9 @@
-"""The model of a job on the meta device, converted: what `plan` prints, what the checks look at, what the trainer trains.
+"""The model of a job on the meta device, converted: what `plan` prints, the checks look at and the trainer trains.
 
-Everything that can be wrong with a model (dimensions that do not divide, a filter that matches nothing, a recipe that the
-device cannot run, a tokenizer with more codes than the embedding) shows on tensors without storage. So the model is built and
-converted there first, in a second even for 405B, before any process group exists, and all of its violations are
-reported together. The same object is then sharded and materialized by the trainer.
+Everything that can be wrong with a model (dimensions that do not divide, a filter that matches nothing, a recipe that
+the device cannot run, a tokenizer with more codes than the embedding) shows on tensors without storage. So the model is
+built and converted there first, in a second even for 405B, before any process group exists, and all of its violations
+are reported together. The same object is then sharded and materialized by the trainer.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
 from titan_fp8.job_config import JobConfig
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
+from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
@@ -86,6 +87,7 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
     if model is not None:
         conversions = [partial(converter.convert, model) for converter in converters or []]
         reports = [attempt("model.converters", conversion) for conversion in conversions]
+        attempt("", partial(_check_parallelization, job, model, device))
     if attempt.violations:
         raise ConfigErrors(attempt.violations)
     assert tokenizer is not None
@@ -98,6 +100,16 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         converters=converters,
         reports=[report for report in reports if report is not None],
         flops_per_token=flops_per_token(dims, job.training.seq_len),
+    )
+
+
+def _check_parallelization(job: JobConfig, model: Decoder, device: DeviceCapabilities) -> None:
+    check_parallelization(
+        model,
+        device_type=device.kind,
+        activation_checkpoint=job.activation_checkpoint,
+        compile_config=job.compile,
+        cpu_offload=job.training.enable_cpu_offload,
     )
 
 

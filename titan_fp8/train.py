@@ -3,8 +3,8 @@
     python -m titan_fp8.train --job.config_file train_configs/debug_model.toml --training.steps 20
     torchrun --nproc_per_node 2 -m titan_fp8.train --job.config_file ...
 
-Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration and 1 for
-anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
+Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration and 1
+for anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
 """
 
 import os

@@ -1,7 +1,7 @@
 """`titan-fp8 plan ARGS`: what a training command would build, without training.
 
-Takes the options of the trainer (`--job.config_file`, `--section.key value`) and prints the model's size, how the ranks are
-arranged, the batch, the memory that parameters and optimizer take on each rank, and the converters' whole report.
+Takes the options of the trainer (`--job.config_file`, `--section.key value`) and prints the model's size, how the ranks
+are arranged, the batch, the memory that parameters and optimizer take on each rank, and the converters' whole report.
 WORLD_SIZE in the environment is the number of processes to plan for.
 """
 
@@ -45,11 +45,9 @@ def describe(job: JobConfig, world_size: int) -> str:
     degrees = resolve_degrees(job.parallelism, world_size)
     training = job.training
     parameters = count_parameters(plan.dims)
-    batch = (
-        training.global_batch_size
-        if training.global_batch_size > 0
-        else training.local_batch_size * degrees.data_parallel
-    )
+    batch = training.global_batch_size
+    if batch < 0:
+        batch = training.local_batch_size * degrees.data_parallel
     # Parameter, gradient and two moments.
     bytes_per_parameter = (4 if training.dtype == "float32" else 2) * 4
     state_gib = parameters * bytes_per_parameter / degrees.data_parallel_shard / 2**30
@@ -58,7 +56,7 @@ def describe(job: JobConfig, world_size: int) -> str:
         f"tokenizer    {plan.tokenizer.name}: {plan.tokenizer.vocab_size:,} of {plan.dims.vocab_size:,} codes",
         f"attention    {plan.model.attention_backend}",
         f"device       {device.name}",
-        f"ranks        {world_size} = {degrees.data_parallel_replicate} replicas x {degrees.data_parallel_shard} shards",
+        f"ranks        {degrees.data_parallel_replicate} copies of the model in {degrees.data_parallel_shard} shards",
         f"step         {batch} sequences x {training.seq_len} tokens = {batch * training.seq_len:,} tokens, "
         f"{plan.flops_per_token * batch * training.seq_len / 1e12:,.1f} TFLOP",
         f"state        {state_gib:.2f} GiB a rank for parameters, gradients and optimizer",

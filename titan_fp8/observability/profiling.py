@@ -116,7 +116,7 @@ class _Tracer:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._cycle_start = self._step
-        self._profiler = profile(activities=activities, schedule=self._action, record_shapes=True)
+        self._profiler = profile(activities=activities, schedule=self._action, record_shapes=True, acc_events=True)
         # Steps are called ProfilerStep#N in the trace; this makes N the step's own number.
         self._profiler.step_num = self._step + 1
         self._profiler.start()

@@ -1,7 +1,7 @@
 """The one base class of errors that a user can act on.
 
-An entry point prints a `UserError` as one block without a traceback; every other exception is a defect of ours and keeps
-its traceback. A message names what was asked, the offending value, the rule and the remedy.
+An entry point prints a `UserError` as one block without a traceback; every other exception is a defect of ours and
+keeps its traceback. A message names what was asked, the offending value, the rule and the remedy.
 """
 
 

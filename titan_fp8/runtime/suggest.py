@@ -1,4 +1,4 @@
-"""Nearest names for error messages: a misspelt key, flavor, dataset or module is answered with what was likely meant."""
+"""Nearest names for error messages: a misspelt key, flavor or module is answered with what was likely meant."""
 
 import difflib
 from collections.abc import Iterable
