@@ -1,13 +1,14 @@
 """Bandwidth of the float8 kernels and speed of the scaled products at Llama 8B shapes, beside a plain copy and bf16.
 
     python scripts/bench_casts.py                 # T = 16384 tokens
-    python scripts/bench_casts.py --sweep         # other block sizes of the tile kernel as well
+    python scripts/bench_casts.py --sweep         # only: which block sizes are best on this GPU, in about a minute
 
 Each figure is the median of `--repeats` timings with device events, after a warm-up, on random data larger than the
 L2 cache. GB/s counts the bytes a kernel must move: each input read once per pass, each output written once.
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from titan_fp8.kernels import float8
-from titan_fp8.kernels.float8 import E4M3, E5M2
+from titan_fp8.kernels.float8 import E4M3, E5M2, FP8_MAX, reference
 from titan_fp8.quantization import ops
 
 WEIGHTS = {"wq": (4096, 4096), "wk": (1024, 4096), "w1": (14336, 4096), "w2": (4096, 14336)}
@@ -98,19 +99,109 @@ def bench_products(tokens: int, timer: Timer) -> None:
         print(f"  {name} [{n}, {k}]: " + "; ".join(f"{recipe} {' / '.join(r)}" for recipe, r in rates.items()))
 
 
-def sweep(tokens: int, timer: Timer) -> None:
-    """Print the tile kernel's rate for other block sizes, one layout and both."""
+def configurations() -> dict[str, list[dict[str, Any]]]:
+    """What the sweep tries: for each cast, sets of values for constants of `kernels/float8/kernel.py`."""
+    from titan_fp8.kernels.float8.kernel import Tile
+
+    shapes = [(128, 64, 8), (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 128, 16), (256, 64, 8), (64, 256, 8)]
+    tiles = [Tile(*shape, band) for shape in shapes for band in (1, 4)]
+    wide = [Tile(*shape, 1) for shape in ((64, 128, 4), (64, 256, 8), (32, 512, 8), (128, 128, 8))]
+    amax_names = ("AMAX_BLOCK", "AMAX_STEPS", "AMAX_WARPS")
+    group_names = ("GROUP_AMAX_BLOCK_T", "GROUP_AMAX_BLOCK_K", "GROUP_AMAX_STEPS", "GROUP_AMAX_WARPS")
+    row_names = ("ROW_VALUES", "ROW_VALUES_PER_WARP")
+    amax = [(4096, 8, 8), (4096, 4, 8), (8192, 4, 8), (8192, 8, 16), (2048, 8, 4), (4096, 16, 8)]
+    groups = [(32, 256, 16, 8), (16, 512, 16, 8), (32, 256, 8, 8), (64, 128, 8, 8), (64, 256, 8, 16), (16, 256, 16, 4)]
+    rows = [(4096, 1024), (8192, 1024), (4096, 2048), (4096, 512), (8192, 512)]
+    return {
+        "amax": [dict(zip(amax_names, values, strict=True)) for values in amax],
+        "tensor rows": [{"ROWS_TILE": tile} for tile in wide],
+        "tensor columns": [{"COLUMNS_TILE": tile} for tile in tiles],
+        "tensor both": [{"BOTH_TILE": tile} for tile in tiles],
+        "rows": [dict(zip(row_names, values, strict=True)) for values in rows],
+        "amax of columns": [dict(zip(group_names, values, strict=True)) for values in groups],
+        "amax of rows and columns": [dict(zip(group_names, values, strict=True)) for values in groups],
+        "rows and columns": [{"BOTH_TILE": tile} for tile in tiles],
+    }
+
+
+def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """(bytes moved, call) of each entry of `configurations`, one kernel each."""
     from titan_fp8.kernels.float8 import kernel
 
-    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-    bits = float8.amax(x)
-    print("\ntile kernel on bf16, GB/s: both layouts / columns only / per row and column")
-    for block_t, block_k, warps in itertools.product((64, 128, 256), (64, 128), (4, 8)):
-        kernel.TILE_T, kernel.TILE_K, kernel.TILE_WARPS = block_t, block_k, warps
-        both = 4 * x.numel() / timer(lambda: ops.cast_tensor_both(x, bits, E4M3)) / 1e9
-        columns = 3 * x.numel() / timer(lambda: ops.cast_tensor_columns(x, bits, E4M3)) / 1e9
-        groups = 6 * x.numel() / timer(lambda: ops.cast_rows_and_columns(x, E4M3)) / 1e9
-        print(f"  {block_t:3} x {block_k:3}, {warps} warps: {both:5.0f} / {columns:5.0f} / {groups:5.0f}")
+    tokens, features = x.shape
+    n, read = x.numel(), x.numel() * x.element_size()
+    bits, scale = kernel.amax(x), torch.empty(tokens + features, device=x.device)
+    amaxes = torch.zeros(tokens + features, dtype=torch.int32, device=x.device).split((tokens, features))
+    kernel._group_amax(x, None, amaxes, E4M3, rows=True)
+    column_amax, scales = (amaxes[1], amaxes[1]), scale.split((tokens, features))
+
+    def groups() -> Any:
+        return kernel._cast_tiles(x, None, amaxes, scales, E4M3, True, True, per_tensor=False)
+
+    return {
+        "amax": (read, lambda: kernel.amax(x)),
+        "tensor rows": (read + n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=True, columns=False)),
+        "tensor columns": (read + n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=False, columns=True)),
+        "tensor both": (read + 2 * n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=True, columns=True)),
+        "rows": (read + n, lambda: kernel.cast_rows(x, E4M3)),
+        "amax of columns": (read, lambda: kernel._group_amax(x, None, column_amax, E4M3, rows=False)),
+        "amax of rows and columns": (read, lambda: kernel._group_amax(x, None, amaxes, E4M3, rows=True)),
+        "rows and columns": (read + 2 * n, groups),
+    }
+
+
+def hardware_gives_the_codes_of_nan() -> bool:
+    """Whether the kernels equal the reference on NaN, both signs and both formats, without selecting its code."""
+    nan = torch.tensor([[torch.nan, -torch.nan, torch.inf, 1.0] * 16] * 16)
+    for dtype in (E4M3, E5M2):
+        finite_amax = torch.tensor(FP8_MAX[dtype]).view(torch.int32)
+        for amax in (finite_amax, reference.amax_bits(nan)):
+            expected, expected_t, _ = reference.cast_tensor(nan, amax, dtype, rows=True, columns=True)
+            result, result_t, _ = float8.cast_tensor(nan.cuda(), amax.cuda(), dtype, rows=True, columns=True)
+            for ours, theirs in ((result, expected), (result_t, expected_t)):
+                assert ours is not None
+                assert theirs is not None
+                if not torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8)):
+                    return False
+    return True
+
+
+@contextlib.contextmanager
+def constants(**values: Any) -> Iterator[None]:
+    """Other values for constants of the kernels' module, inside."""
+    from titan_fp8.kernels.float8 import kernel
+
+    before = {name: getattr(kernel, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(kernel, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(kernel, name, value)
+
+
+def sweep(tokens: int, timer: Timer) -> None:
+    """Print each kernel's rate with the present constants and with the best of `configurations`."""
+    x = torch.randn(tokens, 14336, device="cuda", dtype=torch.bfloat16)
+    calls = sweep_calls(x)
+    with constants(SELECT_NAN=False):
+        canonical = hardware_gives_the_codes_of_nan()
+    print(f"\n{list(x.shape)} bf16. Without SELECT_NAN, NaN has the reference's codes: {canonical}")
+    for name, configs in configurations().items():
+        moved, call = calls[name]
+        rates = [(moved / timer(call) / 1e12, "as it is")]
+        for select_nan, config in itertools.product((False,) if canonical else (True,), configs):
+            with constants(SELECT_NAN=select_nan, **config):
+                rates.append((moved / timer(call) / 1e12, ", ".join(f"{k} {_short(v)}" for k, v in config.items())))
+        best = sorted(rates, reverse=True)[:4]
+        print(f"  {name}: {rates[0][0]:.2f} TB/s as it is; best:")
+        for rate, text in best:
+            print(f"    {rate:.2f}  {text}")
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def main() -> None:
@@ -124,10 +215,10 @@ def main() -> None:
         raise SystemExit("this needs a CUDA device")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, T={arguments.tokens}")
     timer = Timer(arguments.repeats)
+    if arguments.sweep:
+        return sweep(arguments.tokens, timer)
     bench_casts(arguments.tokens, timer)
     bench_products(arguments.tokens, timer)
-    if arguments.sweep:
-        sweep(arguments.tokens, timer)
 
 
 if __name__ == "__main__":

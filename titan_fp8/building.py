@@ -24,8 +24,9 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import count_parameters
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.observability.files import disk_errors
 from titan_fp8.observability.metrics import MetricsLogger
-from titan_fp8.observability.run_folder import atomic_write, create_run_folder, write_run_record
+from titan_fp8.observability.run_folder import RunFolderLock, atomic_write, create_run_folder, write_run_record
 from titan_fp8.optim.optimizers import build_optimizer
 from titan_fp8.optim.schedule import build_lr_scheduler
 from titan_fp8.parallel.apply import materialize, parallelize
@@ -79,6 +80,9 @@ def build_trainer(
     mesh = build_mesh(resolve_degrees(job.parallelism, dist.get_world_size()), device.type)
     seed = set_seed(job.debug, device)
     with contextlib.ExitStack() as undo:
+        lock = RunFolderLock(folder) if mesh.rank == 0 else None
+        if lock is not None:
+            undo.callback(lock.release)
         loaders = _build_loaders(job, plan, mesh, seed)
         for loader in loaders:
             if loader is not None:
@@ -101,7 +105,8 @@ def build_trainer(
         undo.callback(checkpointer.close)
         if not _start(job, checkpointer):
             return None
-        metrics = _start_record(job, plan, capabilities, folder, mesh, device, state.step, seed)
+        # A resumed run goes on under its checkpoint's seed, so that is the one to write down.
+        metrics = _start_record(job, plan, capabilities, folder, mesh, device, state.step, loaders[0].seed, lock)
         undo.pop_all()
     return Trainer(
         job=job,
@@ -134,8 +139,10 @@ def _start(job: JobConfig, checkpointer: Checkpointer) -> bool:
             f"{job.training.steps}. Raise training.steps to go on, or set another job.dump_folder to start anew"
         )
         return False
-    checkpointer.load()
-    return True
+    step = checkpointer.load()
+    if step >= job.training.steps:
+        info_once(f"nothing to train: that was after step {step}, and training.steps is {job.training.steps}; raise it")
+    return step < job.training.steps
 
 
 def _build_loaders(
@@ -205,13 +212,15 @@ def _start_record(
     device: torch.device,
     resume_step: int,
     seed: int,
+    lock: RunFolderLock | None,
 ) -> MetricsLogger:
     """Say what is about to run, write it into the run's folder, and start the clock of the metrics."""
     for report in plan.reports:
         info_once(report.summary())
     if job.model.print_after_conversion:
         info_once(str(plan.model))
-    config_toml = to_toml(job)
+    # With the seed that was drawn: the same run again, and not another one.
+    config_toml = to_toml(job.model_copy(update={"debug": job.debug.model_copy(update={"seed": seed})}))
     if job.job.print_config:
         info_once(f"configuration:\n{config_toml}")
     info_once(
@@ -222,7 +231,10 @@ def _start_record(
         reports = {"converters": [report.to_json() for report in plan.reports]}
         write_run_record(folder, config_toml=config_toml, conversion_report=reports)
         if job.job.save_config_file is not None:
-            atomic_write(folder / job.job.save_config_file, config_toml)
+            copy = folder / job.job.save_config_file
+            with disk_errors(copy):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(copy, config_toml)
     return MetricsLogger(
         job.metrics,
         folder,
@@ -233,4 +245,5 @@ def _start_record(
         peak_flops=capabilities.peak_bf16_flops,
         total_steps=job.training.steps,
         resume_step=resume_step,
+        lock=lock,
     )

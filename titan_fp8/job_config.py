@@ -119,7 +119,9 @@ def sections_belong_to_named_converters(keys: Mapping[str, Key], sources: Source
         if CONVERTERS_KEY in sources.cli:
             sources.drop(filled_in, f"--{CONVERTERS_KEY} does not name {converter}")
         else:
-            sources.violations += [Violation(sources.toml[path].place, _unnamed(path, converter)) for path in filled_in]
+            remedy = f", or leave the file's converters out with --{CONVERTERS_KEY}="
+            problems = [(path, _unnamed(path, converter) + remedy) for path in filled_in]
+            sources.violations += [Violation(sources.toml[path].place, problem) for path, problem in problems]
 
 
 def _unnamed(path: str, converter: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_fp8.config.section import Problem
 from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
-from titan_fp8.data.dataset_spec import training_spec, validation_spec
+from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
 from titan_fp8.parallel.degrees import MeshDegrees, resolve_degrees
 from titan_fp8.runtime.errors import UserError
@@ -138,14 +138,17 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
 
 def data_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """The data sources are known and have what they need."""
-    yield from _domain_problems("training", lambda: training_spec(job.training))
+    specs: list[DatasetSpec] = []
+    yield from _domain_problems("training", lambda: specs.append(training_spec(job.training)))
+    if not specs:
+        return
     path = job.training.dataset_path
     if path is not None and job.training.dataset.startswith(("c4", "hf:")):
         yield from _missing("training.dataset_path", path)
-    if not job.validation.enable:
-        return
-    if not [*_domain_problems("training", lambda: training_spec(job.training))]:
-        yield from _domain_problems("validation", lambda: validation_spec(job.validation, job.training))
+    if job.validation.enable:
+        yield from _domain_problems("validation", lambda: specs.append(validation_spec(job.validation, job.training)))
+    if job.training.txt_documents != "line" and all(spec.kind != "text" for spec in specs):
+        yield Problem("training.txt_documents", "is for text, and no data set of this job is; leave it out")
 
 
 def validation_ends(job: "JobConfig", world_size: int) -> Iterator[Problem]:
@@ -165,10 +168,11 @@ def files_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     assets, older = job.model.hf_assets_path, job.model.tokenizer_path
     if assets is not None and older is not None and Path(assets) != Path(older):
         yield Problem("model.tokenizer_path", "is an older name of model.hf_assets_path, which differs; keep that one")
-    remedy = "scripts/download_tokenizer.py fetches one; without the key the built-in tokenizer is used"
     for key, path in (("model.hf_assets_path", assets), ("model.tokenizer_path", older)):
         if path is None:
             continue
+        without = f"without the key, or with --{key}=None, the built-in one is used"
+        remedy = f"scripts/download_tokenizer.py fetches one; {without}"
         yield from _missing(key, path, f"; {remedy}")
         folder = Path(path).expanduser()
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():

@@ -88,6 +88,7 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         conversions = [partial(converter.convert, model) for converter in converters or []]
         reports = [attempt("model.converters", conversion) for conversion in conversions]
         attempt("", partial(_check_parallelization, job, model, device))
+    attempt("", partial(_check_device, job, device))
     if attempt.violations:
         raise ConfigErrors(attempt.violations)
     assert tokenizer is not None
@@ -111,6 +112,24 @@ def _check_parallelization(job: JobConfig, model: Decoder, device: DeviceCapabil
         compile_config=job.compile,
         cpu_offload=job.training.enable_cpu_offload,
     )
+
+
+def _check_device(job: JobConfig, device: DeviceCapabilities) -> None:
+    """What only a GPU can do is asked of a GPU."""
+    if device.kind == "cuda":
+        return
+    pinned_save = job.checkpoint.enable and job.checkpoint.async_mode == "async_with_pinned_mem"
+    asked = {
+        "training.dataloader.pin_memory": job.training.dataloader.pin_memory,
+        "validation.dataloader.pin_memory": job.validation.enable and job.validation.dataloader.pin_memory,
+        'checkpoint.async_mode = "async_with_pinned_mem"': pinned_save,
+        "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
+    }
+    faults = [
+        f"{key}: needs a GPU, but this job runs on a {device.kind}; turn it off" for key, on in asked.items() if on
+    ]
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def _build_meta_model(job: JobConfig, dims: ModelDims, device: DeviceCapabilities) -> Decoder:

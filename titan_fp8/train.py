@@ -3,19 +3,21 @@
     python -m titan_fp8.train --job.config_file train_configs/debug_model.toml --training.steps 20
     torchrun --nproc_per_node 2 -m titan_fp8.train --job.config_file ...
 
-Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration and 1
-for anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
+Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration, 130
+after Ctrl-C and 1 for anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
 """
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from titan_fp8.config.errors import ConfigErrors
 from titan_fp8.job_config import HelpRequested, JobConfig, load_job_config
 
 CONFIGURATION_ERROR = 2
 RUN_ERROR = 1
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(job: JobConfig, notices: Sequence[str]) -> int:
     # Importing torch takes seconds; a mistake in the configuration is answered before that.
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     from titan_fp8.building import run
     from titan_fp8.runtime.errors import UserError
     from titan_fp8.runtime.logging import info_once, init_logging, logger
@@ -45,15 +49,27 @@ def _train(job: JobConfig, notices: Sequence[str]) -> int:
     except ConfigErrors as errors:
         _say(errors.render(), sys.stderr)
         return CONFIGURATION_ERROR
-    except UserError as error:
+    except Exception as error:
+        # LOG_RANK may hide this rank's log; torchrun's closing summary shows what is noted here, whatever the rank.
+        get_error_handler().record_exception(error)
+        if not isinstance(error, UserError):
+            raise
         logger.error("%s", error)
         return RUN_ERROR
+    except KeyboardInterrupt:
+        logger.error("interrupted: what is saved stays, and the same command resumes if checkpoint.enable is set")
+        return INTERRUPTED
     return 0
 
 
-def _say(text: str, stream) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def _say(text: str, stream: TextIO) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
         print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # The reader (`--help | head`) has seen enough; without this, closing the stream complains once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.observability.metrics import MetricsLogger
 from titan_fp8.observability.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 from titan_fp8.observability.summary import format_summary
-from titan_fp8.optim.clipping import clip_grad_norm_
 from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.optim.schedule import LRSchedulers
 from titan_fp8.parallel.distributed import all_reduce_sum, set_train_timeouts
@@ -121,7 +120,7 @@ class Trainer:
             loss.backward()
             loss_sum += loss.detach()
         loss = all_reduce_sum(loss_sum, self.mesh.group)
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.job.training.max_norm)
+        grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm)
         # Decided on the device: reading it here would leave the GPU idle until the optimizer's kernels are launched.
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.state.lr = self.lr_scheduler.lr

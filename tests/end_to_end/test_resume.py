@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import FLOAT8, TINY, command_environment
+from titan_fp8.trainer import Trainer
 
 CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.interval", "2"]
 FULL_LAST = ["--checkpoint.no_last_save_model_only"]
+FULL_START = ["--checkpoint.no_initial_load_model_only"]
 
 
 def _train_until_step_and_kill(folder: Path, step: int, *options: str) -> None:
@@ -26,6 +28,23 @@ def _train_until_step_and_kill(folder: Path, step: int, *options: str) -> None:
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
+
+
+def test_an_interrupted_run_ends_with_one_line_and_can_go_on(run_here, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = Trainer._validate
+
+    def interrupted(trainer: Trainer, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        validate(trainer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", interrupted)
+        result = run_here(*CHECKPOINTS, "--checkpoint.async_mode", "async")
+    assert result.code == 130
+    assert "interrupted" in result.output
+    assert "Traceback" not in result.output
+    assert run_here(*CHECKPOINTS, "--checkpoint.async_mode", "async").code == 0
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -48,6 +67,19 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run_here) -> N
     again = run_here(*CHECKPOINTS)
     assert again.code == 0
     assert "finished already" in again.output
+    assert (first.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loaded_checkpoint_with_nothing_left_to_train_is_said_and_changes_nothing(run_here) -> None:
+    first = run_here(*CHECKPOINTS, *FULL_LAST, folder="first")
+    before = (first.folder / "metrics.jsonl").read_bytes()
+    saved = str(first.folder / "checkpoint" / "step-6")
+    again = run_here(*CHECKPOINTS, "--checkpoint.load_step", "6", folder="first")
+    other = run_here(*CHECKPOINTS, "--checkpoint.initial_load_path", saved, *FULL_START, folder="other")
+    for result in (again, other):
+        assert result.code == 0
+        assert "nothing to train" in result.output
+        assert "trained 0 steps" not in result.output
     assert (first.folder / "metrics.jsonl").read_bytes() == before
 
 

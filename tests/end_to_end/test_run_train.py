@@ -1,10 +1,14 @@
 """`run_train.sh` as a user calls it: the seeds' flags, several gloo ranks, mistakes."""
 
+import os
+import subprocess
+import sys
 import time
+import tomllib
 
 import pytest
 
-from tests.end_to_end.conftest import FLOAT8
+from tests.end_to_end.conftest import FLOAT8, command_environment
 
 
 def test_four_ranks_and_two_compute_what_one_does(run_shell, run_here) -> None:
@@ -38,18 +42,44 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
     assert one.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
-def test_the_seed_documents_flags_run(run_shell) -> None:
-    """The rowwise command of the float8 document, with a CONFIG_FILE that stands elsewhere in torchtitan's tree."""
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        (
+            [
+                "--model.converters=quantize.linear.float8",
+                *("--quantize.linear.float8.recipe_name", "rowwise"),
+                "--quantize.linear.float8.filter_fqns=attention.wk,attention.wv,output",
+                "--compile.enable",
+            ],
+            "rowwise",
+        ),
+        (
+            [
+                "--model.converters=float8",
+                "--float8.recipe_name=tensorwise",
+                "--quantize.linear.float8.filter_fqns=auto_filter_small_kn",
+            ],
+            "tensorwise",
+        ),
+    ],
+    ids=["compiled", "older names"],
+)
+def test_the_seed_documents_flags_run(run_shell, flags: list[str], recipe: str) -> None:
+    """The commands of the float8 documents, with a CONFIG_FILE that stands elsewhere in torchtitan's tree."""
     result = run_shell(
-        *("--model.converters=quantize.linear.float8", "--quantize.linear.float8.recipe_name", "rowwise"),
-        *("--quantize.linear.float8.filter_fqns=attention.wk,attention.wv,output", "--quantize.linear.float8.emulate"),
+        *flags,
+        *("--quantize.linear.float8.emulate", "--model.overrides.n_layers", "1"),
         *("--training.steps", "2", "--training.global_batch_size", "2", "--training.local_batch_size", "1"),
         CONFIG_FILE="./torchtitan/models/llama3/train_configs/llama3_8b.toml",
         NGPU="2",
+        timeout_s=240,
     )
     assert result.code == 0, result.output
     assert "train_configs/llama3_8b.toml" in result.output
-    assert "rowwise" in result.output
+    assert recipe in result.output
+    assert len(result.losses) == 2
 
 
 def test_an_old_converter_spelling_says_what_it_became(run_here) -> None:
@@ -70,6 +100,67 @@ def test_a_mistake_ends_in_one_clean_block_with_exit_code_2(run_shell) -> None:
     assert "torch.distributed" not in result.output
     assert not result.folder.exists()
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NGPU": "two"},
+        {"NGPU": "0"},
+        {"LOG_RANK": "x"},
+        {"LOG_RANK": "1"},
+        {"NNODES": "2"},
+        {"NNODES": "0"},
+        {"NODE_RANK": "1"},
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_launcher_that_means_nothing_is_one_line(run_shell, environment: dict[str, str]) -> None:
+    (name,) = environment
+    result = run_shell(**{"NGPU": "1", **environment})
+    assert result.code == 2
+    assert result.output.startswith(f"run_train.sh: {name}=")
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [("--help", "compile"), ("--help=compile",), ("-h", "compile")], ids=" ".join)
+def test_help_in_every_form_starts_no_run(run_shell, options: tuple[str, ...]) -> None:
+    result = run_shell(*options, NGPU="2")
+    assert result.code == 0
+    assert result.output.startswith("[compile]")
+
+
+def test_one_process_answers_a_late_mistake_without_a_trace_of_a_launcher(run_shell) -> None:
+    """Ranks that are set from outside are not this run's."""
+    result = run_shell("--checkpoint.enable", "--checkpoint.load_step", "7", NGPU="1", RANK="1", WORLD_SIZE="4")
+    assert result.code == 1
+    assert "checkpoint.load_step = 7" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_reader_of_the_help_may_leave_early() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    child = subprocess.run(
+        [sys.executable, "-m", "titan_fp8.train", "--help"],
+        env=command_environment(),
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write_end)
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_the_drawn_seed_is_in_the_resolved_configuration_also_after_a_resume(run_here) -> None:
+    options = ["--debug.seed=None", "--checkpoint.enable", "--checkpoint.no_last_save_model_only"]
+    first = run_here(*options, "--training.steps", "2", "--job.save_config_file", "copies/first.toml")
+    seed = tomllib.loads((first.folder / "copies" / "first.toml").read_text())["debug"]["seed"]
+    again = run_here("--job.config_file", str(first.folder / "config.toml"), f"--debug.seed={seed}", folder="again")
+    assert again.losses[:2] == first.losses
+    resumed = run_here(*options, "--training.steps", "3")
+    assert resumed.code == 0, resumed.output
+    assert tomllib.loads((first.folder / "config.toml").read_text())["debug"]["seed"] == seed
 
 
 def test_float8_all_gather_is_refused_by_name(run_here) -> None:

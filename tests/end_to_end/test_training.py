@@ -2,12 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.end_to_end.conftest import FLOAT8
+from tests.end_to_end.conftest import FLOAT8, command_environment
 
 
 def test_a_run_writes_its_record_and_one_line_a_step(run_here) -> None:
@@ -110,6 +112,19 @@ def test_a_non_finite_loss_stops_the_run_with_one_clear_error(run_here, poisoned
     assert result.losses[-1] is None
 
 
+def test_a_non_finite_gradient_is_seen_before_it_is_saved_though_backward_dropped_it(run_here) -> None:
+    result = run_here(
+        *("--optimizer.lr", "1e30", "--lr_scheduler.warmup_steps", "0", "--checkpoint.enable"),
+        *("--checkpoint.interval", "1", "--optimizer.early_step_in_backward", "--training.max_norm", "0"),
+    )
+    assert result.code == 1
+    last = result.lines[-1]
+    assert (last["loss"] is not None, last["grad_norm"]) == (True, None)
+    assert {path.name for path in (result.folder / "checkpoint").iterdir()} == {
+        f"step-{step}" for step in range(1, last["step"])
+    }
+
+
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_skipped_step_leaves_the_weights_alone_and_is_counted(run_here, poisoned_step, implementation: str) -> None:
     poisoned_step(3)
@@ -145,6 +160,24 @@ def test_recomputed_activations_change_nothing(run_here, options: list[str]) -> 
     assert recomputed.losses == kept.losses
 
 
+def test_a_second_run_in_a_folder_that_is_in_use_changes_nothing_there(run_here) -> None:
+    first = run_here("--training.steps", "2")
+    program = (
+        "import sys, time; from pathlib import Path; from titan_fp8.observability.run_folder import RunFolderLock;"
+    )
+    program += "lock = RunFolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", program, str(first.folder)]
+    with subprocess.Popen(command, env=command_environment(), stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = {path.name: path.read_bytes() for path in first.folder.iterdir() if path.is_file()}
+        second = run_here("--training.steps", "3", "--checkpoint.enable")
+        holder.kill()
+    assert second.code == 1
+    assert "another run is writing here" in second.output
+    assert {path.name: path.read_bytes() for path in first.folder.iterdir() if path.is_file()} == before
+
+
 def test_model_mistakes_are_reported_together_before_anything_is_written(run_here) -> None:
     result = run_here(
         *("--model.overrides.n_heads", "3", "--model.converters", "quantize.linear.float8"),
@@ -153,6 +186,17 @@ def test_model_mistakes_are_reported_together_before_anything_is_written(run_her
     assert result.code == 2
     assert "n_heads" in result.output
     assert "Traceback" not in result.output
+    assert not result.folder.exists()
+
+
+def test_what_needs_a_gpu_is_refused_on_a_cpu_before_anything_is_written(run_here) -> None:
+    result = run_here(
+        *("--training.dataloader.pin_memory", "--profiling.enable_memory_snapshot", "--validation.enable"),
+        *("--validation.dataloader.pin_memory", "--validation.steps", "1", "--validation.seq_len", "64"),
+        *("--checkpoint.enable", "--checkpoint.async_mode", "async_with_pinned_mem"),
+    )
+    assert result.code == 2
+    assert result.output.count("needs a GPU") == 4
     assert not result.folder.exists()
 
 

@@ -87,6 +87,14 @@ def test_kernels_equal_the_reference_on_special_values(bad: float) -> None:
         assert_every_cast_equals_the_reference(torch.full((20, 32), bad).half(), dtype)
 
 
+def test_kernels_equal_the_reference_whatever_the_bits_of_a_nan() -> None:
+    for bits, dtype in ((0x7FFF, torch.bfloat16), (0x7F81, torch.bfloat16), (-1, torch.float16)):
+        x = random(63, 1000).to(dtype)
+        x[40, 100] = torch.inf
+        x.view(torch.int16)[62, 999] = bits
+        assert_every_cast_equals_the_reference(x, E4M3)
+
+
 def test_kernels_equal_the_reference_on_strided_inputs() -> None:
     for x in (random(128, 96).bfloat16().t(), random(64, 128)[::2, ::2], random(1, 64).expand(50, 64)):
         assert_every_cast_equals_the_reference(x, E4M3)

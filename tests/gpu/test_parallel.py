@@ -60,17 +60,31 @@ COMPILED = {
 }
 
 
-def _train_on_gpus(rank: int, world_size: int, case: Case, folder: str) -> Trained | None:
+def _train_on_gpus(rank: int, world_size: int, cases: list[Case], folder: str) -> list[Trained | None]:
     device = local_device("cuda")
     init_distributed(CommSection(), device, folder)
     try:
-        return train_on_ranks(rank, world_size, case)
+        return [train_on_ranks(rank, world_size, case) for case in cases]
     finally:
         destroy()
 
 
-def _train(case: Case, folder: Path) -> Trained:
-    return run_distributed(_train_on_gpus, case.ranks, case, str(folder), init=False, timeout_s=TIMEOUT_S)[0]
+def _train(cases: list[Case], folder: Path) -> list[Trained]:
+    """All cases in the same processes, whose start takes longer than a training; they have one number of ranks."""
+    return run_distributed(_train_on_gpus, cases[0].ranks, cases, str(folder), init=False, timeout_s=TIMEOUT_S)[0]
+
+
+@pytest.fixture(scope="module")
+def on_one_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    trained = _train([case for case, _ in ONE_GPU.values()], tmp_path_factory.mktemp("one_gpu"))
+    return dict(zip(ONE_GPU, trained, strict=True))
+
+
+@pytest.fixture(scope="module")
+def on_two_gpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    _need_gpus(2)
+    trained = _train([case for case, _ in TWO_GPUS.values()], tmp_path_factory.mktemp("two_gpus"))
+    return dict(zip(TWO_GPUS, trained, strict=True))
 
 
 def _need_gpus(count: int) -> None:
@@ -80,17 +94,16 @@ def _need_gpus(count: int) -> None:
 
 @pytest.mark.parametrize("name", ONE_GPU)
 @pytest.mark.timeout(TIMEOUT_S)
-def test_offloaded_parameters_train_as_those_on_the_gpu(name: str, tmp_path: Path) -> None:
+def test_offloaded_parameters_train_as_those_on_the_gpu(name: str, on_one_gpu: dict[str, Trained]) -> None:
     case, tolerance = ONE_GPU[name]
-    assert_same(_train(case, tmp_path), train_alone(case), tolerance)
+    assert_same(on_one_gpu[name], train_alone(case), tolerance)
 
 
 @pytest.mark.parametrize("name", TWO_GPUS)
 @pytest.mark.timeout(TIMEOUT_S)
-def test_training_on_two_gpus_equals_one_process(name: str, tmp_path: Path) -> None:
-    _need_gpus(2)
+def test_training_on_two_gpus_equals_one_process(name: str, on_two_gpus: dict[str, Trained]) -> None:
     case, tolerance = TWO_GPUS[name]
-    assert_same(_train(case, tmp_path), train_alone(case), tolerance)
+    assert_same(on_two_gpus[name], train_alone(case), tolerance)
 
 
 @pytest.mark.slow
@@ -98,7 +111,7 @@ def test_training_on_two_gpus_equals_one_process(name: str, tmp_path: Path) -> N
 @pytest.mark.timeout(TIMEOUT_S)
 def test_compiled_blocks_on_two_gpus_train_like_eager_ones_on_one(recipe: str, tmp_path: Path) -> None:
     _need_gpus(2)
-    compiled, eager = _train(COMPILED[recipe], tmp_path), train_alone(COMPILED[recipe])
+    (compiled,), eager = _train([COMPILED[recipe]], tmp_path), train_alone(COMPILED[recipe])
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-2)
     for name, grad in eager.grads[0].items():
         # Inductor keeps fp32 between norm and cast where eager code rounds, so some codes differ by one.

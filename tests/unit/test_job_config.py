@@ -469,3 +469,23 @@ def test_a_configuration_error_imports_no_heavy_library_and_takes_well_under_a_s
     assert ran.returncode == 2
     # Processor time, since other work on the machine is not ours.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_data_path_that_does_not_exist_is_said_once():
+    found = error("--training.dataset=c4_test", "--training.dataset_path=nowhere")
+    assert found.startswith("--training.dataset_path: ")
+
+
+def test_a_missing_tokenizer_says_how_to_do_without_a_file():
+    found = error(toml='[model]\nhf_assets_path = "./tests/assets/tokenizer"')
+    assert found.startswith("my.toml:2: ")
+    assert "--model.hf_assets_path=None" in found
+    assert load("--model.hf_assets_path=None", toml='[model]\nhf_assets_path = "x"').model.hf_assets_path is None
+
+
+def test_what_a_document_of_a_txt_file_is_needs_text_to_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    option = "--training.txt_documents=paragraph"
+    assert "is for text" in error(option)
+    assert load(option, "--training.dataset=text", "--training.dataset_path=a.txt")
+    assert load(option, "--validation.enable", "--validation.dataset=text", "--validation.dataset_path=a.txt")

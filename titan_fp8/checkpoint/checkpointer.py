@@ -131,6 +131,8 @@ class Checkpointer:
             return 0
         exclusions = tensors.Exclusions(tuple(self.config.exclude_from_loading))
         exclusions.check(tensors.every_name(self._model_parts))
+        if not self.config.load_only:  # found out now, and not after the first `interval` steps
+            self._ranks.on_rank_0(f"making {self.folder}", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         chosen = self._ranks.on_rank_0(f"reading {self.folder}", self._choose)
         if chosen is None:
             return 0
@@ -309,7 +311,7 @@ class Checkpointer:
             world_size=self._ranks.world_size,
             fingerprint=fingerprint.normalized(self._fingerprint),
             versions=_versions(),
-            saved_at_unix_s=time.time(),
+            saved_at_unix_s=folder.time_after_all(self.folder),
             files=files,
         )
         folder.commit(path, manifest)

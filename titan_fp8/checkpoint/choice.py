@@ -3,7 +3,8 @@
 In this order:
 
 1. `load_step` names a step: that checkpoint of the run's own folder, or an error.
-2. The newest *full* checkpoint in the run's own folder. A later model-only one is no resume point, and is said.
+2. The *full* checkpoint saved last in the run's own folder. A later model-only one is no resume point, and is said.
+   Saved last, not of the highest step: a run that went back with `load_step` leaves its old ones behind.
 3. A seed checkpoint (`step-0`, weights only) in the run's own folder.
 4. `initial_load_path`: a checkpoint anywhere, weights only unless `initial_load_model_only = false`.
 5. Nothing: a fresh start.
@@ -23,6 +24,7 @@ from titan_fp8.checkpoint.folder import (
     METADATA_NAME,
     CheckpointError,
     Manifest,
+    by_age,
     complete_checkpoints,
     describe,
     fault_of,
@@ -50,11 +52,11 @@ class Choice:
 
 
 def finished_step(folder: Path, config: CheckpointSection, total_steps: int) -> int | None:
-    """The step at which the run in `folder` is finished: that of any checkpoint of `total_steps` steps or more."""
+    """The step at which the run in `folder` is finished: that of the last one saved, if it is `total_steps` or more."""
     if config.load_step >= 0 or config.create_seed_checkpoint:
         return None
-    steps = [saved.manifest.step for saved in complete_checkpoints(folder)]
-    return max((step for step in steps if step >= total_steps), default=None)
+    saved = [entry for entry in by_age(complete_checkpoints(folder)) if entry.manifest.kind != "seed"]
+    return saved[-1].manifest.step if saved and saved[-1].manifest.step >= total_steps else None
 
 
 def choose(folder: Path, config: CheckpointSection) -> Choice | None:
@@ -66,15 +68,18 @@ def choose(folder: Path, config: CheckpointSection) -> Choice | None:
     recover(folder)
     if config.load_step >= 0:
         return _of_step(folder, config.load_step)
-    saved, faults = complete_checkpoints(folder), faulty_checkpoints(folder)
+    saved, faults = by_age(complete_checkpoints(folder)), faulty_checkpoints(folder)
     for path, fault in faults.items():
         logger.warning("%s does not count as a checkpoint: %s", path, fault)
     newest = {entry.manifest.kind: entry for entry in saved}
     best = newest.get("full") or newest.get("seed")
     if best is not None:
-        later = [entry for entry in saved if entry.manifest.step > best.manifest.step]
+        later = [entry for entry in saved[saved.index(best) + 1 :] if entry.manifest.kind == "model"]
         if later:
             logger.info("resuming from %s; later ones have only weights: %s", best.path.name, describe(later))
+        left = [entry for entry in saved[: saved.index(best)] if entry.manifest.step > best.manifest.step]
+        if left:
+            logger.info("resuming from %s, which was saved after %s", best.path.name, describe(left))
         return Choice(best.path, best.manifest.kind == "full", best.manifest)
     if saved:
         raise CheckpointError(

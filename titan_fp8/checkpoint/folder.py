@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ MANIFEST_NAME = "manifest.json"
 METADATA_NAME = ".metadata"  # torch.distributed.checkpoint's
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"
+REMEDY = "restore it, or remove that step's folder to go on from an earlier checkpoint"  # for a damaged file
 _FORMAT = 1
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
@@ -55,7 +57,7 @@ class Manifest:
         world_size: processes that wrote it.
         fingerprint: the run's description, compared when it is loaded.
         versions: versions of the software that wrote it.
-        saved_at_unix_s: when the last file was complete, in seconds since 1970.
+        saved_at_unix_s: when the last file was complete, in seconds since 1970; grows from save to save.
         files: size in bytes of every file but the manifest.
     """
 
@@ -94,6 +96,17 @@ def complete_checkpoints(folder: Path) -> list[Saved]:
     return sorted(saved, key=lambda entry: entry.manifest.step)
 
 
+def by_age(saved: Sequence[Saved]) -> list[Saved]:
+    """Checkpoints in the order in which they were saved, which is not that of steps after a run went back."""
+    return sorted(saved, key=lambda entry: entry.manifest.saved_at_unix_s)
+
+
+def time_after_all(folder: Path) -> float:
+    """The time in seconds since 1970, or just after the last checkpoint's in `folder` where this clock is behind."""
+    saved = by_age(complete_checkpoints(folder))
+    return max(time.time(), saved[-1].manifest.saved_at_unix_s + 0.001) if saved else time.time()
+
+
 def faulty_checkpoints(folder: Path) -> dict[Path, str]:
     """The `step-N` folders that do not count, each with the reason."""
     faults = {path: fault_of(path) for path in _children(folder) if step_of(path) is not None}
@@ -126,7 +139,10 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(file.read_text())
         if content.pop("format") != _FORMAT:
             raise CheckpointError(f"{file} has a format that this version does not know")
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        if not isinstance(manifest.files, dict) or not isinstance(manifest.step, int):
+            raise TypeError("its entries are not what they should be")
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"it has no {MANIFEST_NAME}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -179,9 +195,9 @@ def purge(folder: Path, keep: int) -> list[Path]:
     """
     if keep == 0:
         return []
-    by_age = sorted(complete_checkpoints(folder), key=lambda entry: entry.manifest.saved_at_unix_s)
-    keepers = by_age[-keep:] + [entry for entry in by_age if entry.manifest.kind == "full"][-1:]
-    doomed = [entry.path for entry in by_age if entry not in keepers]
+    saved = by_age(complete_checkpoints(folder))
+    keepers = saved[-keep:] + [entry for entry in saved if entry.manifest.kind == "full"][-1:]
+    doomed = [entry.path for entry in saved if entry not in keepers]
     for path in doomed:
         # Half deleted, it would be a faulty checkpoint under its own name; under this one, the next save clears it.
         dying = path.with_name(path.name + INCOMPLETE)

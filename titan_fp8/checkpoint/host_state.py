@@ -19,13 +19,14 @@ import io
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from titan_fp8.checkpoint.folder import CheckpointError
+from titan_fp8.checkpoint.folder import REMEDY, CheckpointError
 from titan_fp8.runtime.logging import info_once
 
 FILE_NAME = "host_state.pt"
@@ -73,11 +74,19 @@ def read(path: Path) -> tuple[dict[str, bytes], list[dict[str, bytes]]]:
     Raises:
         CheckpointError: the file cannot be read.
     """
+    file = path / FILE_NAME
     try:
-        content = unpack((path / FILE_NAME).read_bytes())
+        data = file.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load leaves the archive's checksums alone
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{file} is damaged: {damaged} does not match its checksum; {REMEDY}")
+        content = unpack(data)
         return content["shared"], content["ranks"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{path / FILE_NAME} cannot be read: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise anything
+        raise CheckpointError(f"{file} cannot be read: {error}; {REMEDY}") from error
 
 
 def data_state_for(ranks: list[dict[str, bytes]], rank: int, world_size: int) -> Any:

@@ -11,6 +11,7 @@ large checkpoint takes longer than any training step.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,6 +108,9 @@ def _describe(what: str, error: BaseException | None) -> _Failure | None:
         return _Failure(message, all(failure.mendable for failure in failures))
     if isinstance(error, UserError):
         return _Failure(str(error), mendable=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space and start again, which resumes from the newest complete checkpoint"
+        return _Failure(f"{what} failed: {error.strerror}; {remedy}", mendable=True)
     return _Failure(f"{what} failed: {type(error).__name__}: {error}", mendable=isinstance(error, OSError))
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from titan_fp8.checkpoint.folder import METADATA_NAME, CheckpointError
+from titan_fp8.checkpoint.folder import METADATA_NAME, REMEDY, CheckpointError
 from titan_fp8.checkpoint.ranks import Ranks
 
 
@@ -47,8 +47,8 @@ def read_metadata(path: Path) -> Metadata:
         return _Reader(path).read_metadata()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint: it has no {METADATA_NAME} file") from None
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path / METADATA_NAME} cannot be read: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path / METADATA_NAME} cannot be read: {error}; {REMEDY}") from error
 
 
 def check_whole(path: Path, sizes: dict[str, int]) -> None:
@@ -79,4 +79,4 @@ class _Reader(FileSystemReader):
         try:
             return super().read_data(plan, planner)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+            raise CheckpointError(f"{self.path} is damaged: {error}; {REMEDY}") from error

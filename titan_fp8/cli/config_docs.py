@@ -148,7 +148,9 @@ Values are strict: `"2048"` is no integer and neither is 10.5; only an integer m
 feature does not exist yet is refused at any value but its default.
 
 Where the command line sets `model.converters`, the TOML file's sections of the converters that it leaves out are
-dropped, and a line says so. Otherwise a section that is filled in without its converter is an error.
+dropped, and a line says so. Otherwise a section that is filled in without its converter is an error. torchtitan's own
+recipes are such files: start them with `--model.converters=quantize.linear.float8` or, for none, `--model.converters=`.
+Their tokenizer has to be there too, or `--model.hf_assets_path=None` takes the built-in one.
 """
 
 

@@ -90,21 +90,22 @@ def enter_options(
     """Enter the options into `sources.cli`. Unknown names and values that cannot be read become violations."""
     for option in options:
         path = current_path(option.name, sections)
-        is_off = path not in keys and _flag_that_is_off(path, keys) is not None
+        off = None if path in keys else _flag_that_is_off(option.name, keys, sections)
+        if off is not None:
+            path = f"{off.section}.{_NO}{off.name}"
         if path != option.name:
             sources.notices.append(f"{option.typed} is read as --{path}")
-        if is_off:
-            path = path.rpartition(".")[0] + "." + path.rpartition(".")[2].removeprefix(_NO)
-        if path not in keys:
+        key = keys.get(path, off)
+        if key is None:
             sources.violations.append(Violation(option.typed, unknown_key(path, keys, sections)))
         else:
-            _enter(option, keys[path], is_off, sources)
+            _enter(option, key, off is not None, sources)
 
 
-def _flag_that_is_off(path: str, keys: Mapping[str, Key]) -> Key | None:
-    """The flag `compile.enable` for `compile.no_enable`."""
+def _flag_that_is_off(path: str, keys: Mapping[str, Key], sections: Mapping[str, Any]) -> Key | None:
+    """The flag `compile.enable` for `compile.no_enable`, and for the older `training.no_compile`."""
     section, _, name = path.rpartition(".")
-    key = keys.get(f"{section}.{name.removeprefix(_NO)}")
+    key = keys.get(current_path(f"{section}.{name.removeprefix(_NO)}", sections))
     return key if name.startswith(_NO) and key is not None and key.is_flag else None
 
 

@@ -6,7 +6,7 @@ from titan_fp8.config.section import Section, key
 class JobSection(Section):
     """The run itself: its configuration file and its folder."""
 
-    config_file: str | None = None
+    config_file: str | None = key(None, min_length=1)
     """TOML file to read. Keys on the command line override it. A path that does not exist is looked up by its base
     name in `train_configs/`. Without it every key keeps its default."""
 
@@ -20,7 +20,7 @@ class JobSection(Section):
     print_config: bool = False
     """Print the resolved configuration as TOML when the run starts."""
 
-    save_config_file: str | None = None
+    save_config_file: str | None = key(None, min_length=1)
     """Write a further copy of the resolved configuration to this file, relative to `dump_folder`. The run's folder
     holds `config.toml` in any case."""
 

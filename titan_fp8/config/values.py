@@ -105,6 +105,8 @@ def _problem(key: Key, found: Iterable[Any]) -> str:
     words = [one["input"] for one in found if one["type"] == "literal_error" and isinstance(one["input"], str)]
     if words:
         others = ["true", "false"] if key.is_flag else []
+        if words[0] in others:  # TOML's true, in quotes
+            return key.expected
         element = f"{show(words[0])} is " if key.list_item is not None else ""
         choices = [*others, *key.choices]
         return f"{element}not one of {', '.join(choices)}{did_you_mean(words[0], choices)}"

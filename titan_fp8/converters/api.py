@@ -43,8 +43,11 @@ def convert_to_float8_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
-    if isinstance(filter_fqns, str):
-        raise UserError(f"filter_fqns = {filter_fqns!r}: expected a list of names, not one string")
+    is_list = isinstance(filter_fqns, Sequence) and not isinstance(filter_fqns, str)
+    if not is_list or not all(isinstance(pattern, str) for pattern in filter_fqns):
+        raise UserError(f"filter_fqns = {filter_fqns!r}: expected a list of names")
+    if not isinstance(fast_accum_in_backward, bool):
+        raise UserError(f"fast_accum_in_backward = {fast_accum_in_backward!r}: expected True or False")
     if grad_weight_dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"grad_weight_dtype = {grad_weight_dtype}: expected torch.bfloat16 or torch.float32")
     request = Float8Request(

@@ -8,23 +8,13 @@ component: `layers.*.wo`, `w*`.
 A pattern that matches nothing is a mistake, and is answered with the names nearest to it.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 
+from titan_fp8.runtime.patterns import matches
 from titan_fp8.runtime.suggest import did_you_mean
 
 AUTO_FILTER = "auto_filter_small_kn"
 """Stands in a list of patterns for the rule of size below."""
-
-
-def matches(pattern: str, fqn: str) -> bool:
-    """Whether the components of `pattern` are a contiguous run of those of `fqn`."""
-    wanted = [re.compile(re.escape(part).replace(r"\*", ".*")) for part in pattern.split(".")]
-    parts = fqn.split(".")
-    return any(
-        all(expression.fullmatch(part) for expression, part in zip(wanted, parts[start:], strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
 
 
 def first_match(patterns: Iterable[str], fqn: str) -> str | None:

@@ -162,6 +162,10 @@ def _obstacle(linear: nn.Linear) -> str | None:
             f"it is a {kind.__module__}.{kind.__qualname__}, a subclass of nn.Linear whose forward may differ; "
             "declare the class attribute casts_weight_to_input_dtype = True on it if it does not, or"
         ).removesuffix(", or")
+    if hasattr(linear.weight, "device_mesh"):
+        return "its weight is sharded already, and what shards it would go on with the module as it was; convert before"
+    if "forward" in vars(linear):
+        return "its forward was replaced on the instance, which conversion would not change; convert before wrapping it"
     if linear.weight.dtype not in _WEIGHT_DTYPES:
         return f"its weight is {linear.weight.dtype}, and float8 casts take float32, bfloat16 or float16"
     return check_dims(linear.in_features, linear.out_features)

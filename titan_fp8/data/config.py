@@ -22,7 +22,8 @@ class DataloaderSection(Section):
     """Processes that tokenize and pack. 0 prepares batches in a thread of the training process."""
 
     persistent_workers: bool = False
-    """Keep the worker processes when the data is read again from its start. Needs `num_workers` > 0."""
+    """Keep the worker processes when the data is read again from its start, which only validation does: those of the
+    training stay in any case. Needs `num_workers` > 0."""
 
     pin_memory: bool = False
     """Put batches into page-locked memory, so that the copy to the GPU does not block. Needs a GPU."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from titan_fp8.config.text import show
 from titan_fp8.data.config import DATASETS, HUB_PREFIX, TrainingSection, ValidationSection
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import nearest
@@ -56,8 +57,8 @@ def training_spec(training: TrainingSection) -> DatasetSpec:
     spec = _parse(training.dataset, training.dataset_path, "training")
     if training.hold_out_every is not None and spec.kind != "text":
         raise UserError(
-            f"training.hold_out_every = {training.hold_out_every} is for text, but training.dataset is {spec.name!r}; "
-            "leave it out (for tokens it is an option of `titan-fp8 prepare`)"
+            f"training.hold_out_every = {training.hold_out_every} is for text, but training.dataset is "
+            f"{show(spec.name)}; leave it out (for tokens it is an option of `titan-fp8 prepare`)"
         )
     return spec
 
@@ -82,7 +83,7 @@ def validation_spec(validation: ValidationSection, training: TrainingSection) ->
         if name.startswith(HUB_PREFIX):
             spec = replace(spec, split="validation")
         if spec == replace(trained, name=spec.name):
-            raise UserError(f"validation.dataset = {name!r} is what training reads; name another one")
+            raise UserError(f"validation.dataset = {show(name)} is what training reads; name another one")
         return spec
     if trained.kind == spec.kind and _same_path(spec.path, trained.path):
         return _held_out(trained)
@@ -92,7 +93,7 @@ def validation_spec(validation: ValidationSection, training: TrainingSection) ->
 def _held_out(trained: DatasetSpec) -> DatasetSpec:
     if trained.kind == "stream" and trained.split == "validation":
         raise UserError(
-            f"training.dataset = {trained.name!r} is itself a validation split, so none is left to validate on; "
+            f"training.dataset = {show(trained.name)} is itself a validation split, so none is left to validate on; "
             "name one in validation.dataset"
         )
     return replace(trained, split="validation")
@@ -102,25 +103,25 @@ def _parse(name: str, path: str | None, section: str) -> DatasetSpec:
     if name.startswith(HUB_PREFIX):
         repository, _, config = name.removeprefix(HUB_PREFIX).partition(":")
         if not repository:
-            raise UserError(f'{section}.dataset = {name!r} names no data set; write "hf:owner/name[:config]"')
+            raise UserError(f'{section}.dataset = {show(name)} names no data set; write "hf:owner/name[:config]"')
         return DatasetSpec("stream", name, "train", path or repository, config or None)
     if name not in DATASETS:
         close = nearest(name, DATASETS)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
-        raise UserError(f"{section}.dataset = {name!r}: not one of {', '.join(DATASETS)}, {HUB_PREFIX}<name>{hint}")
+        raise UserError(f"{section}.dataset = {show(name)}: not one of {', '.join(DATASETS)}, {HUB_PREFIX}<name>{hint}")
     if name in ("c4", "c4_validation"):
         return DatasetSpec("stream", name, "train" if name == "c4" else "validation", path or "allenai/c4", "en")
     if name == "synthetic" or (name == "c4_test" and path is None):
         if path is not None:
             raise UserError(
-                f"{section}.dataset_path = {path!r} has no use with {section}.dataset = {name!r}; "
+                f"{section}.dataset_path = {show(path)} has no use with {section}.dataset = {show(name)}; "
                 'set dataset = "text" to read it, or leave the path out'
             )
         return DatasetSpec("synthetic", name, "train")
     if path is None:
-        raise UserError(f"{section}.dataset = {name!r} needs {section}.dataset_path")
+        raise UserError(f"{section}.dataset = {show(name)} needs {section}.dataset_path")
     if not Path(path).expanduser().exists():
-        raise UserError(f"{section}.dataset_path = {path!r} does not exist")
+        raise UserError(f"{section}.dataset_path = {show(path)} does not exist")
     kind = "tokens" if name == "tokens" else "text"
     return DatasetSpec(kind, name, "train", str(Path(path).expanduser()))
 

@@ -12,6 +12,7 @@ measures what it seems to measure.
 
 import bisect
 import contextlib
+import errno
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def _arrow_files(kind: str, files: list[str], txt_documents: TxtDocuments) -> li
         try:
             table = _open(kind, files, txt_documents)
         except Exception as error:  # every reader has errors of its own; all mean that the files cannot be read
+            _refuse_full_disk(error)
             file, cause = _culprit(kind, files, txt_documents, error)
             raise UserError(f"cannot read {file}: {_root_cause(cause)}") from error
     _check_text_column(table, files[0])
@@ -273,6 +275,25 @@ def quiet_datasets() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _refuse_full_disk(error: BaseException) -> None:
+    """Say so if it was the cache that could not be written, which is no fault of the files that were read."""
+    import datasets.config
+
+    causes = _causes(error)
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        raise UserError(
+            f"the disk of the cache {datasets.config.HF_DATASETS_CACHE} is full; "
+            "free some space or set HF_DATASETS_CACHE to a folder on another disk"
+        ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
 
 
 def _root_cause(error: BaseException) -> str:

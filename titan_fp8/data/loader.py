@@ -156,6 +156,11 @@ class TrainLoader:
         """Samples consumed so far by all ranks together."""
         return self._position.samples
 
+    @property
+    def seed(self) -> int:
+        """What the order of the samples depends on; a loaded state brings its own."""
+        return self._source.seed
+
     def next_step(self) -> list[Batch]:
         """This rank's microbatches of the next global step, on the host, in order.
 

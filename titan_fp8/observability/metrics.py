@@ -48,6 +48,7 @@ class MetricsLogger:
         peak_flops: the device's peak in FLOP/s that MFU is relative to, None if unknown.
         total_steps: the step at which training ends.
         resume_step: the step of the checkpoint that training goes on from; 0 for a fresh start.
+        lock: of the run's folder, held since before anything was written there; None takes it here. Closed with this.
         clock: seconds, monotonic.
 
     Raises:
@@ -67,6 +68,7 @@ class MetricsLogger:
         peak_flops: float | None = None,
         total_steps: int,
         resume_step: int = 0,
+        lock: RunFolderLock | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config = config
@@ -78,7 +80,7 @@ class MetricsLogger:
         self._resume_step = resume_step
         self._colors = use_colors(disabled=config.disable_color_printing)
 
-        self._lock: RunFolderLock | None = None
+        self._lock = lock
         self._metrics: JsonLinesFile | None = None
         self._validation: JsonLinesFile | None = None
         self._writes_files = rank == 0
@@ -95,7 +97,7 @@ class MetricsLogger:
         self._totals = RunTotals(first_record=self._metrics.first if self._metrics else None)
 
     def _open_files(self) -> None:
-        self._lock = RunFolderLock(self._folder)
+        self._lock = self._lock or RunFolderLock(self._folder)
         paths = (self._folder / METRICS_FILE, self._folder / VALIDATION_FILE)
         if self._resume_step == 0:
             for moved in move_aside(*(path for path in paths if path.exists() and path.stat().st_size > 0)):

@@ -80,7 +80,8 @@ class _Tracer:
     """Runs one `torch.profiler.profile` a cycle.
 
     One profiler for the whole run would do as well until something fails inside it: PyTorch calls its handler between
-    two states, and a handler that raises there (a full disk) leaves a profiler whose closing crashes the process.
+    two states, and a handler that raises there (a full disk) leaves a profiler whose closing crashes the process. For
+    the same reason a profiler that fails while it changes its state is let go and never stopped.
     """
 
     def __init__(self, config: ProfilingSection, folder: Path, global_step: int, rank: int) -> None:
@@ -94,10 +95,11 @@ class _Tracer:
 
     def step(self) -> None:
         self._step += 1
-        if self._profiler is not None:
-            self._profiler.step()
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.step()
+            self._profiler = profiler
             if self._step % self._config.profile_freq == 0:
-                profiler = self._profiler
                 self.abandon()
                 self._write(profiler)
         self._start_if_due()
@@ -116,10 +118,12 @@ class _Tracer:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._cycle_start = self._step
-        self._profiler = profile(activities=activities, schedule=self._action, record_shapes=True, acc_events=True)
+        # Without acc_events, PyTorch 2.11 warns of events lost between cycles in the first cycle already.
+        profiler = profile(activities=activities, schedule=self._action, record_shapes=True, acc_events=True)
         # Steps are called ProfilerStep#N in the trace; this makes N the step's own number.
-        self._profiler.step_num = self._step + 1
-        self._profiler.start()
+        profiler.step_num = self._step + 1
+        profiler.start()
+        self._profiler = profiler
 
     def _action(self, _: int) -> ProfilerAction:
         """What the profiler does in the step after `self._step`."""

@@ -55,14 +55,33 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, *, f
     for grad in grads:
         groups.setdefault(_layout(grad), []).append(_local(grad))
     squares = [_square_sum(layout, local, foreach) for layout, local in groups.items()]
-    if not squares:
-        return torch.zeros(())
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    if max_norm > 0:
+    norm = _root_of_sum(squares)
+    if max_norm > 0 and groups:
         factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
         for locals_ in groups.values():
             _scale(locals_, factor, foreach)
     return norm
+
+
+class GradNorm:
+    """The norm of gradients that do not live at the same time: each is added before it is dropped."""
+
+    def __init__(self) -> None:
+        self._squares: dict[_Layout, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, grad: Tensor) -> None:
+        """Take one gradient, a plain tensor or a DTensor."""
+        layout, local = _layout(grad), _local(grad)
+        square = torch.linalg.vector_norm(local, dtype=torch.float32).square()
+        self._squares[layout] = self._squares[layout] + square if layout in self._squares else square
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """The norm of what was added since the last call, as `clip_grad_norm_` returns it, by all ranks together."""
+        squares = [_over_ranks(layout, square) for layout, square in self._squares.items()]
+        self._squares = {}
+        return _root_of_sum(squares)
 
 
 def _layout(grad: Tensor) -> _Layout:
@@ -86,12 +105,23 @@ def _square_sum(layout: _Layout, locals_: list[Tensor], foreach: bool | None) ->
         square = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     else:
         square = torch.zeros((), device=locals_[0].device)
+    return _over_ranks(layout, square)
+
+
+def _over_ranks(layout: _Layout, square: Tensor) -> Tensor:
+    """Add up what the ranks hold of one group's gradients."""
     if layout is not None:
         mesh, sharded_axes = layout
         square = square.to(mesh.device_type)  # offloaded gradients live on the CPU, their group on the GPU
         for axis in sharded_axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
     return square
+
+
+def _root_of_sum(squares: list[Tensor]) -> Tensor:
+    if not squares:
+        return torch.zeros(())
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 
 
 def _norms(tensors: list[Tensor], foreach: bool | None) -> list[Tensor]:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
+from titan_fp8.optim.clipping import GradNorm, clip_grad_norm_
 from titan_fp8.optim.config import OptimizerSection
 from titan_fp8.runtime.errors import UserError
 
@@ -45,8 +46,8 @@ class OptimizersContainer:
     Args:
         model_parts: the modules whose parameters are optimized.
         optimizers: for each part, its optimizers.
-        steps_in_backward: the parameters are updated during backward, by hooks; `step()` then only runs the post-step
-            hooks.
+        steps_in_backward: the norm of the gradients, if the parameters are updated during backward, by hooks that add
+            to it; `step()` then only runs the post-step hooks.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class OptimizersContainer:
         model_parts: Sequence[nn.Module],
         optimizers: Sequence[Sequence[Adam]],
         *,
-        steps_in_backward: bool = False,
+        steps_in_backward: GradNorm | None = None,
     ) -> None:
         self.model_parts = list(model_parts)
-        self.steps_in_backward = steps_in_backward
+        self._norm_in_backward = steps_in_backward
         self._by_part = [list(part) for part in optimizers]
         self._post_step_hooks: list[Callable[[], None]] = []
 
@@ -66,6 +67,23 @@ class OptimizersContainer:
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._by_part)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether backward updates the parameters and drops their gradients."""
+        return self._norm_in_backward is not None
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Clip the gradients of all parts together: `clip_grad_norm_`. Those that backward dropped are measured only.
+
+        All ranks must call it once a step.
+
+        Returns:
+            The norm before clipping: a plain fp32 tensor `[]`, the same on every rank.
+        """
+        if self._norm_in_backward is not None:
+            return self._norm_in_backward.take()
+        return clip_grad_norm_([p for part in self.model_parts for p in part.parameters()], max_norm)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -191,10 +209,11 @@ def build_optimizer(model_parts: Sequence[nn.Module], config: OptimizerSection) 
             "after they are accumulated; shard instead (parallelism.data_parallel_shard_degree = -1) or unset it"
         )
     optimizers = [[_build_one([p], config) for p in part] for part in trainable]
+    norm = GradNorm()
     for part in optimizers:
         for optimizer in part:
-            _step_in_backward(optimizer)
-    return OptimizersContainer(model_parts, optimizers, steps_in_backward=True)
+            _step_in_backward(optimizer, norm)
+    return OptimizersContainer(model_parts, optimizers, steps_in_backward=norm)
 
 
 def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam:
@@ -209,10 +228,12 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
     )
 
 
-def _step_in_backward(optimizer: Optimizer) -> None:
+def _step_in_backward(optimizer: Optimizer, norm: GradNorm) -> None:
     """Update the optimizer's one parameter as soon as its gradient is accumulated (and reduced), then drop it."""
 
     def update(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        norm.add(parameter.grad)
         optimizer.step()
         parameter.grad = None
 

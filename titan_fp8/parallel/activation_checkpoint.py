@@ -17,7 +17,6 @@ of parameters and modules stay, and the compiler, applied after, sees the recomp
 
 import functools
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.patterns import matches
 from titan_fp8.runtime.suggest import did_you_mean
 
 Shape = tuple[int, int]
@@ -167,7 +167,7 @@ def _recomputed_shapes(model: nn.Module, section: ActivationCheckpointSection) -
     defaults = type(section).model_fields[key].get_default()
     shapes: set[Shape] = set()
     for pattern in section.per_op_sac_force_recompute_mm_shapes_by_fqns:
-        found = [linear for name, linear in linears.items() if _matches(pattern, name)]
+        found = [linear for name, linear in linears.items() if matches(pattern, name)]
         if not found and pattern not in defaults:
             raise UserError(
                 f'activation_checkpoint.{key}: "{pattern}" matches no linear of the model'
@@ -175,15 +175,6 @@ def _recomputed_shapes(model: nn.Module, section: ActivationCheckpointSection) -
             )
         shapes |= {(linear.in_features, linear.out_features) for linear in found}
     return frozenset(shapes)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether the components of `pattern` (with `*`) stand as one run in those of `name`."""
-    wanted, parts = pattern.split("."), name.split(".")
-    return any(
-        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
 
 
 def _suffixes(names: Iterable[str]) -> set[str]:

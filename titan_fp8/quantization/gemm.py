@@ -10,6 +10,7 @@ the reduced-precision modes of CPUs are off in it, whatever the process has set:
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,11 +81,18 @@ def _native(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: t
 
 
 def _takes_row_scales(a: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` takes a scale a row here: fp32 results need cuBLAS's kernel, which is for SM90 alone;
-    and a scale of one element is read as one for the tensor, which a single row's is not."""
+    """Whether `torch._scaled_mm` takes a scale a row here: results other than bf16 need cuBLAS's kernel; and a scale of
+    one element is read as one for the tensor, which a single row's is not."""
     if a.shape[0] == 1:
         return False
-    return out_dtype != torch.float32 or torch.cuda.get_device_capability(a.device) == (9, 0)
+    return out_dtype == torch.bfloat16 or _cublas_takes_row_scales(a.device)
+
+
+@functools.cache
+def _cublas_takes_row_scales(device: torch.device) -> bool:
+    """cuBLAS has such a kernel since CUDA 12.9, for SM90 alone; elsewhere PyTorch's own one runs."""
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
+    return cuda >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @contextlib.contextmanager

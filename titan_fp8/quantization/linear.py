@@ -71,7 +71,9 @@ class Float8Linear(nn.Linear):
             grad and x.requires_grad,
             grad and self.weight.requires_grad,
         )
-        return output.view(*x.shape[:-1], self.out_features)
+        # Not a view for autograd: FSDP hooks the outputs of the modules it wraps, and a view would lose the hook when
+        # it is changed in place.
+        return torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], self.out_features])
 
     def extra_repr(self) -> str:
         """Dimensions, recipe and whether it is emulated."""

@@ -68,7 +68,8 @@ def _cast_tensor_both(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _sum_rows(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=torch.float32)
+    # The order of a sum depends on strides, which eager and compiled code need not share.
+    return x.contiguous().sum(0, dtype=torch.float32)
 
 
 amax = _register("amax(Tensor x) -> Tensor", float8.amax, lambda x: x.new_empty((), dtype=torch.int32))

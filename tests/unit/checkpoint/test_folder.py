@@ -18,6 +18,10 @@ def _save(root: Path, step: int, kind: Kind = "full", text: str = "tensors", at:
     return folder.commit(path, manifest)
 
 
+def _rewrite(manifest: Path, **entries: object) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | entries))
+
+
 def _steps(root: Path) -> list[int]:
     return [saved.manifest.step for saved in folder.complete_checkpoints(root)]
 
@@ -45,6 +49,7 @@ def test_folder_that_is_being_written_does_not_count(tmp_path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text("[]"), "cannot be read"),
         (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "cannot be read"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "does not know"),
+        (lambda path: _rewrite(path / "manifest.json", files=5), "cannot be read"),
         (lambda path: (path / "data").unlink(), "data is missing"),
         (lambda path: (path / "data").write_text("tens"), "data has 4 bytes instead of 7"),
     ],

@@ -1,5 +1,6 @@
 """A resumed run is the run that was not interrupted."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def test_load_step_goes_back_and_replaces_what_comes_after(tmp_path: Path, unint
     assert again.checkpointer.finished_step() is None
     assert_same(again.train().state(), uninterrupted)
     assert names(tmp_path) == {"step-2", "step-4", "step-6"}
+
+
+def test_killed_after_it_went_back_a_run_goes_on_from_what_it_saved_last(tmp_path: Path) -> None:
+    TinyRun(tmp_path, last_save_model_only=True).train()
+    again = TinyRun(tmp_path, load_step=2, seed=1, interval=1).resume()
+    again.train(until=3)
+    after_kill = TinyRun(tmp_path, seed=2)
+    assert after_kill.checkpointer.finished_step() is None
+    assert_same(after_kill.resume().state(), again.state())
+
+
+def test_a_clock_that_is_behind_does_not_make_the_newest_checkpoint_an_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TinyRun(tmp_path, keep_latest_k=1).train(until=2)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    run.train(until=4)
+    assert names(tmp_path) == {"step-4"}
+    assert TinyRun(tmp_path).resume().counter.step == 4
 
 
 def test_load_step_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:

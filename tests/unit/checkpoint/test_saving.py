@@ -112,6 +112,33 @@ def test_tensor_file_of_the_right_size_but_damaged_is_a_clear_error(tmp_path: Pa
         TinyRun(tmp_path).resume()
 
 
+def test_folder_that_cannot_be_made_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"making .*checkpoint failed: FileExistsError"):
+        TinyRun(tmp_path).resume()
+
+
+def test_damage_in_the_list_of_tensors_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyRun(tmp_path).train(until=2)
+
+    def damaged(*_: object) -> None:
+        raise TypeError("'tuple' object is not callable")  # what one flipped bit in a pickle made of it
+
+    monkeypatch.setattr(tensor_files.FileSystemReader, "read_metadata", damaged)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: .*remove that step's folder"):
+        TinyRun(tmp_path).resume()
+
+
+def test_damage_anywhere_in_the_host_state_is_a_clear_error(tmp_path: Path) -> None:
+    TinyRun(tmp_path).train(until=2)
+    file = tmp_path / "checkpoint/step-2" / host_state.FILE_NAME
+    whole = file.read_bytes()
+    for start in range(0, len(whole) - 64, len(whole) // 12):
+        file.write_bytes(whole[:start] + bytes(byte ^ 0x5A for byte in whole[start : start + 64]) + whole[start + 64 :])
+        with pytest.raises(CheckpointError, match=r"host_state\.pt .*remove that step's folder"):
+            host_state.read(file.parent)
+
+
 # ---- full disks
 
 
@@ -157,7 +184,7 @@ def test_disk_that_fills_up_at_the_manifest_leaves_no_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(folder, "_write_flushed", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(CheckpointError, match=r"writing step-4 .*No space left on device; free some space"):
         run.train(until=4)
     assert names(tmp_path) == {"step-2"}
 

@@ -71,8 +71,9 @@ def test_a_converters_section_needs_the_converter(read):
     error = read(toml=f"[{FLOAT8}]\nemulate = true").error
     assert error == (
         f"my.toml:2: {FLOAT8}.emulate is set, but model.converters does not name {FLOAT8}; "
-        "name it there or remove the key"
+        "name it there or remove the key, or leave the file's converters out with --model.converters="
     )
+    assert read("--model.converters=", toml=f"[{FLOAT8}]\nemulate = true").accepted.model.converters == []
 
 
 def test_a_converters_section_that_holds_defaults_asks_for_nothing(read):

@@ -82,3 +82,10 @@ def test_misspelt_names_are_answered_with_the_nearest(read, options, answer):
 
 def test_the_hub_is_no_misspelling(read):
     assert read("--training.dataset=hf:owner/name").accepted.training.dataset == "hf:owner/name"
+
+
+@pytest.mark.parametrize("option", ["--training.no_compile", "--training.compile=false"])
+def test_an_older_flag_can_be_turned_off(read, option):
+    reading = read(option, toml="[compile]\nenable = true")
+    assert reading.accepted.compile.enable is False
+    assert reading.notices[0].startswith(f"{option.partition('=')[0]} is read as --compile.")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from titan_fp8.converters.filters import check_patterns, is_too_small, matches
+from titan_fp8.converters.filters import check_patterns, is_too_small
+from titan_fp8.runtime.patterns import matches
 
 FQNS = [
     "tok_embeddings", "layers", "layers.1", "layers.1.attention", "layers.1.attention.wq", "layers.1.attention.wk",
@@ -24,6 +25,7 @@ FQNS = [
         ("put", []),
         ("wk.attention", []),
         ("w?", []),
+        ("[1]", []),
     ],
 )
 def test_a_pattern_matches_whole_components_standing_together(pattern: str, matching: list[str]) -> None:

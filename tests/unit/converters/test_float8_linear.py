@@ -4,7 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import titan_fp8
 from titan_fp8.converters import ConversionError, build_converters
@@ -193,6 +197,26 @@ def test_a_parametrized_linear_is_refused_by_name() -> None:
     assert "parametrization" in problem
 
 
+def test_a_linear_whose_forward_was_replaced_is_refused_instead_of_converted_without_effect() -> None:
+    model = Model()
+    plain = model.layers[0].w1.forward
+    model.layers[0].w1.forward = lambda x: plain(x)
+    (problem,) = violations(model)
+    assert "layers.0.w1: its forward was replaced on the instance" in problem
+    converter(filter_fqns=["layers.0.w1"]).convert(model)
+
+
+def test_a_sharded_model_is_refused() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = fully_shard(Model(), mesh=init_device_mesh("cpu", (2,)))
+        problems = violations(model)
+    finally:
+        dist.destroy_process_group()
+    assert len(problems) == 9
+    assert "layers.0.attention.wq: its weight is sharded already" in problems[0]
+
+
 def test_converting_twice_is_refused() -> None:
     model = Model()
     converter().convert(model)
@@ -271,6 +295,9 @@ def test_the_api_converts_anybodys_model_and_the_optimizer_made_before_trains_it
         ({"recipe_name": "tensorwize"}, 'did you mean "tensorwise"'),
         ({"recipe_name": "rowwise_with_gw_hp"}, "not supported yet"),
         ({"filter_fqns": "output"}, "expected a list"),
+        ({"filter_fqns": None}, "filter_fqns = None"),
+        ({"filter_fqns": [3]}, r"filter_fqns = \[3\]"),
+        ({"fast_accum_in_backward": "no"}, "expected True or False"),
         ({"filter_fqns": ["outptu"]}, 'did you mean "output"'),
         ({"emulate": "maybe"}, 'expected true, false or "auto"'),
         ({"grad_weight_dtype": torch.float16}, "grad_weight_dtype"),

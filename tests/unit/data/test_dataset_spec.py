@@ -38,7 +38,7 @@ def test_local_sources_have_a_path(path):
         ("hf:", {}, "names no data set"),
         ("text", {}, r"needs training\.dataset_path"),
         ("tokens", {}, r"needs training\.dataset_path"),
-        ("text", {"path": "/nowhere/at/all"}, "'/nowhere/at/all' does not exist"),
+        ("text", {"path": "/nowhere/at/all"}, '"/nowhere/at/all" does not exist'),
         ("synthetic", {"path": "/tmp"}, "has no use"),
         ("synthetic", {"hold_out_every": 10}, "hold_out_every = 10 is for text"),
     ],

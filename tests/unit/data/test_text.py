@@ -1,5 +1,6 @@
 """Local files and streams through `datasets`. One module, since importing that library takes seconds."""
 
+import errno
 import gzip
 import json
 import pickle
@@ -70,6 +71,19 @@ def test_each_kind_of_file_gives_its_texts_in_order(tmp_path, name):
     documents = load_text(tmp_path / name, "train")
     assert list(documents) == TEXTS
     assert list(pickle.loads(pickle.dumps(documents))) == TEXTS
+
+
+def test_a_full_disk_under_the_cache_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("while preparing") from error
+
+    (tmp_path / "a.txt").write_text("some text\n")
+    monkeypatch.setattr(datasets.Dataset, "from_text", full)
+    with pytest.raises(UserError, match=r"^the disk of the cache .* is full; free some space or set HF_DATASETS_CACHE"):
+        load_text(tmp_path / "a.txt", "train", hold_out_every=0)
 
 
 def test_a_txt_file_is_cut_as_asked(tmp_path):

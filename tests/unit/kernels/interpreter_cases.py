@@ -28,7 +28,7 @@ def shrink_blocks() -> None:
     """Tiny blocks and poisoned outputs."""
     kernel.AMAX_BLOCK, kernel.AMAX_STEPS = 64, 2
     kernel.GROUP_AMAX_BLOCK_T, kernel.GROUP_AMAX_BLOCK_K, kernel.GROUP_AMAX_STEPS = 8, 16, 2
-    kernel.TILE_T = kernel.TILE_K = 16
+    kernel.ROWS_TILE = kernel.COLUMNS_TILE = kernel.BOTH_TILE = kernel.Tile(16, 16, 4, 2)
     kernel.ROW_BLOCK_MAX = 32
     kernel.new_codes = poisoned_codes
 
@@ -126,6 +126,13 @@ def case_broadcast_input() -> str:
 def case_nan() -> str:
     x = _random(18, 32)
     x[7, 9] = -torch.nan
+    return compare_all(x, E4M3)
+
+
+def case_nan_of_other_bits() -> str:
+    x = _random(18, 32).bfloat16()
+    x.view(torch.int16)[7, 9] = 0x7FFF
+    x.view(torch.int16)[3, 2] = 0x7F81
     return compare_all(x, E4M3)
 
 

@@ -12,11 +12,16 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from scripts.bench_casts import configurations  # noqa: E402
 from titan_fp8.kernels.float8 import kernel  # noqa: E402
 
 SIZES = ["i32", "i32+", "i32+", "1"]  # tokens, features, stride_t, stride_k; + is a multiple of 16
 TILE_SIZES = ["i32", "i32+", "i32+", "i32+", "1"]
-TILES = {"BLOCK_T": kernel.TILE_T, "BLOCK_K": kernel.TILE_K}
+TILES = {
+    "rows": kernel.ROWS_TILE,
+    "columns": kernel.COLUMNS_TILE,
+    "rows columns": kernel.BOTH_TILE,
+}
 GROUPS = {
     "BLOCK_T": kernel.GROUP_AMAX_BLOCK_T,
     "BLOCK_K": kernel.GROUP_AMAX_BLOCK_K,
@@ -24,9 +29,10 @@ GROUPS = {
 }
 E4M3_HARDWARE = {"E5M2": False, "EXACT_BITS": False}
 E5M2_HARDWARE = {"E5M2": True, "EXACT_BITS": False}
+SELECT_NAN = {"SELECT_NAN": kernel.SELECT_NAN}
 
 
-def compile_ptx(function: Any, arguments: list[str], capability: int = 90, **constants: Any) -> str:
+def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_warps: int = 8, **constants: Any) -> str:
     """PTX of a kernel for pointers aligned to 16 bytes and sizes as marked."""
     signature: dict[str, str] = {}
     values = dict(constants)
@@ -40,7 +46,24 @@ def compile_ptx(function: Any, arguments: list[str], capability: int = 90, **con
             attributes[(position,)] = [["tt.divisibility", 16]]
         signature[name] = argument.rstrip("+")
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}).asm["ptx"]
+
+
+def compile_tiles(x: str, layouts: str, tile: kernel.Tile, capability: int = 90, **constants: Any) -> str:
+    """PTX of the tile kernel."""
+    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
+    return compile_ptx(
+        kernel._cast_tiles_kernel,
+        arguments,
+        capability,
+        tile.warps,
+        ROWS="rows" in layouts,
+        COLUMNS="columns" in layouts,
+        BLOCK_T=tile.tokens,
+        BLOCK_K=tile.features,
+        BAND=tile.band,
+        **constants,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +99,7 @@ def test_group_amax_compiles(x: str, rows: bool, from_codes: bool) -> None:
 def test_rowwise_cast_compiles_with_correct_division_and_saturating_conversion(one_block: bool) -> None:
     arguments = ["*fp32", "*u8", "*fp32", *SIZES]
     ptx = compile_ptx(
-        kernel._cast_rows_kernel, arguments, ONE_BLOCK=one_block, BLOCK_T=1, BLOCK_K=4096, **E4M3_HARDWARE
+        kernel._cast_rows_kernel, arguments, ONE_BLOCK=one_block, BLOCK_T=1, BLOCK_K=4096, **E4M3_HARDWARE, **SELECT_NAN
     )
     assert "div.rn.f32" in ptx
     assert not re.search(r"div\.(full|approx)", ptx)
@@ -97,21 +120,37 @@ def test_rowwise_cast_compiles_with_correct_division_and_saturating_conversion(o
 def test_tile_cast_compiles_with_wide_stores_in_each_layout(
     x: str, layouts: str, per_tensor: bool, from_codes: bool, format_: dict[str, bool]
 ) -> None:
-    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
-    flags = {"ROWS": "rows" in layouts, "COLUMNS": "columns" in layouts}
-    ptx = compile_ptx(
-        kernel._cast_tiles_kernel, arguments, **flags, PER_TENSOR=per_tensor, FROM_CODES=from_codes, **format_, **TILES
-    )
+    flags = {"PER_TENSOR": per_tensor, "FROM_CODES": from_codes}
+    ptx = compile_tiles(x, layouts, TILES[layouts], **flags, **format_, **SELECT_NAN)
     assert "ld.global.v4.b32" in ptx
     assert f"cvt.rn.satfinite.{'e5m2' if format_['E5M2'] else 'e4m3'}x2.f32" in ptx
     narrow = re.findall(r"st\.global\.(?:v\d\.)?b8", ptx)
     assert not narrow, narrow
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layouts"), {"tensor columns": "columns", "tensor both": "rows columns"}.items())
+def test_every_tile_of_the_sweep_compiles(name: str, layouts: str) -> None:
+    """So that a run of `bench_casts.py --sweep` on a GPU is not lost to one that does not."""
+    for config in configurations()[name]:
+        (tile,) = config.values()
+        for per_tensor in {True, "rows" not in layouts}:
+            flags = {"PER_TENSOR": per_tensor, "FROM_CODES": False, "SELECT_NAN": False}
+            compile_tiles("*bf16", layouts, tile, **flags, **E4M3_HARDWARE)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_sweep_compiles_for_amax() -> None:
+    for values in (tuple(config.values()) for config in configurations()["amax"]):
+        sizes = dict(zip(("BLOCK", "STEPS", "num_warps"), values, strict=True))
+        compile_ptx(kernel._amax_kernel, ["*bf16", "*i32", "i32+", "i32+", "i32+", "1"], DENSE=True, **sizes)
+    for values in (tuple(config.values()) for config in configurations()["amax of columns"]):
+        sizes = dict(zip(("BLOCK_T", "BLOCK_K", "STEPS", "num_warps"), values, strict=True))
+        arguments = ["*bf16", "*fp32", "*i32", "*i32", *SIZES]
+        for rows in (False, True):
+            compile_ptx(kernel._group_amax_kernel, arguments, ROWS=rows, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
+
+
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:
-    arguments = ["*bf16", "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
-    flags = {"ROWS": True, "COLUMNS": True, "PER_TENSOR": True, "FROM_CODES": False}
-    ptx = compile_ptx(
-        kernel._cast_tiles_kernel, arguments, capability=80, **flags, E5M2=False, EXACT_BITS=True, **TILES
-    )
-    assert "e4m3x2" not in ptx
+    flags = {"PER_TENSOR": True, "FROM_CODES": False, "E5M2": False, "EXACT_BITS": True, "SELECT_NAN": True}
+    assert "e4m3x2" not in compile_tiles("*bf16", "rows columns", kernel.BOTH_TILE, 80, **flags)

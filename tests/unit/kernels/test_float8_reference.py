@@ -75,6 +75,16 @@ def test_amax_sees_nan_and_inf(bad: float, input_dtype: torch.dtype) -> None:
     assert not reference.amax_bits(x).view(torch.float32).isfinite()
 
 
+def test_every_nan_has_the_same_amax() -> None:
+    payloads = [torch.tensor([-1, 0x7F81, 0x7FFF], dtype=torch.int16).view(torch.bfloat16)]
+    payloads.append(torch.tensor([-1, 0x7C01, 0x7FFF], dtype=torch.int16).view(torch.float16))
+    payloads.append(torch.tensor([-1, 0x7F800001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32))
+    for nans in payloads:
+        assert nans.isnan().all()
+        assert reference.amax_bits(nans.unsqueeze(1), dim=1).tolist() == [0x7FC00000] * 3
+        assert reference.amax_bits(nans.unsqueeze(1)) == 0x7FC00000
+
+
 @FORMATS
 def test_inv_scale_is_the_correctly_rounded_quotient(dtype: torch.dtype) -> None:
     amax = torch.rand(5000, generator=torch.Generator().manual_seed(1)) * 100 + 1e-6

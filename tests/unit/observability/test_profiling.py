@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from tests.unit.observability.test_files import files_no_larger_than
 from titan_fp8.observability.config import ProfilingSection
@@ -75,6 +76,25 @@ def test_an_error_in_training_is_not_covered_up_by_the_profiler(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fail_in_step_2()
     assert traces(tmp_path) == []
+
+
+@pytest.mark.parametrize("transition", ["prepare_trace", "start_trace", "stop_trace"])
+def test_a_profiler_that_fails_between_two_states_is_not_stopped(tmp_path, monkeypatch, transition):
+    """Stopping it would start a trace that was never prepared, which crashes the process."""
+
+    def fail(profiler):
+        raise UserWarning("from the profiler")
+
+    stops = []
+    monkeypatch.setattr(profile, transition, fail)
+    monkeypatch.setattr(profile, "stop", lambda profiler: stops.append(profiler))
+    config = ProfilingSection(enable_profiling=True, profile_freq=3, profiler_warmup=1, profiler_active=1)
+    with pytest.raises(UserWarning, match="from the profiler"):
+        train(config, tmp_path, first_step=1, last_step=6)
+    monkeypatch.undo()
+    assert stops == []
+    train(config, tmp_path, first_step=1, last_step=3)  # a profiler of its own still works
+    assert traces(tmp_path) == ["profile_traces/iteration_3/rank0_trace.json"]
 
 
 def test_cycles_may_follow_each_other_without_a_pause(tmp_path):

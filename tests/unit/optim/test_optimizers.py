@@ -154,6 +154,20 @@ def test_gradients_are_freed_during_a_backward_that_steps() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_norm_of_gradients_that_backward_dropped_is_that_of_gradients_that_were_kept() -> None:
+    model, other = _model(), _model()
+    early, late = _build(model, early_step_in_backward=True), _build(other)
+    for seed in range(2):
+        _backward(model, seed)
+        _backward(other, seed)
+        norms = early.clip_grad_norm(0), late.clip_grad_norm(0)
+        torch.testing.assert_close(*norms)
+        assert norms[0] > 0
+        early.step()
+        late.step()
+        late.zero_grad()
+
+
 def test_skipping_is_refused_when_backward_has_already_stepped() -> None:
     with pytest.raises(UserError, match="early_step_in_backward"):
         _build(_model(), early_step_in_backward=True).step(skip=torch.tensor(False))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.tolerances import sqnr_db
 from titan_fp8.kernels.float8 import E4M3, E5M2, reference
+from titan_fp8.quantization import gemm
 from titan_fp8.quantization.gemm import scaled_mm
 
 
@@ -77,3 +78,23 @@ def test_without_emulation_a_cpu_tensor_is_refused_with_the_remedies() -> None:
     one = torch.tensor(1.0)
     with pytest.raises(RuntimeError, match=r"emulate=True or emulate=\"auto\""):
         scaled_mm(codes(16, 16), codes(16, 16), one, one, None, torch.bfloat16, True, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "any_dtype"),
+    [((9, 0), "13.0", True), ((9, 0), "12.8", False), ((8, 9), "13.0", False), ((10, 0), "13.0", False)],
+)
+def test_row_scales_go_into_the_product_only_where_torch_takes_them(
+    capability: tuple[int, int], cuda: str, any_dtype: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule of aten/src/ATen/native/cuda: away from cuBLAS's kernel, a product with row scales is bf16 only."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    gemm._cublas_takes_row_scales.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.float16):
+            assert gemm._takes_row_scales(codes(2, 16), dtype) == any_dtype
+        assert gemm._takes_row_scales(codes(2, 16), torch.bfloat16)
+        assert not gemm._takes_row_scales(codes(1, 16), torch.bfloat16)
+    finally:
+        gemm._cublas_takes_row_scales.cache_clear()

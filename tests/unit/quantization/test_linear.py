@@ -224,6 +224,15 @@ def test_the_weight_gradient_leaves_its_product_in_the_dtype_asked_for(recipe: s
 
 
 @ALL_RECIPES
+def test_strides_of_input_and_gradient_do_not_matter(recipe: str) -> None:
+    linear = make(recipe, bias=True)
+    x, grad_output = torch.randn(32, 33), torch.randn(48, 33)
+    expected = run(linear, x.t().contiguous(), grad_output.t().contiguous())
+    for name, value in run(linear, x.t(), grad_output.t()).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@ALL_RECIPES
 def test_autocast_casts_the_input_and_quantizes_the_stored_weight(recipe: str) -> None:
     linear = make(recipe, bias=True)
     x = torch.randn(8, 32)

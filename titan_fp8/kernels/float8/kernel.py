@@ -28,7 +28,7 @@ T tokens (rows), K features (columns), `padded` is T rounded up to a multiple of
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,12 +40,30 @@ from titan_fp8.kernels.float8.reference import E4M3, E5M2, FP8_MAX, padded
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs its kernels in the interpreter, on CPU tensors (TRITON_INTERPRET=1 when this was imported)."""
 
-# Static block sizes: a first-step search could choose differently on different ranks.
-AMAX_BLOCK, AMAX_STEPS = 4096, 8
-GROUP_AMAX_BLOCK_T, GROUP_AMAX_BLOCK_K, GROUP_AMAX_STEPS = 32, 256, 16
-TILE_T, TILE_K, TILE_WARPS = 128, 64, 8
+# Static block sizes: a first-step search could choose differently on different ranks. `scripts/bench_casts.py --sweep`
+# times others.
+AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 8, 8
+GROUP_AMAX_BLOCK_T, GROUP_AMAX_BLOCK_K, GROUP_AMAX_STEPS, GROUP_AMAX_WARPS = 32, 256, 16, 8
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
+ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
+"""Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
+SELECT_NAN = True
+"""Replace the code that the hardware's conversion gives for NaN. Needed where that is another one than 0x7F."""
+
+
+class Tile(NamedTuple):
+    """Blocks of the tile kernel. Programs walk `band` tiles down the tokens before they go on along the features, so
+    that pieces of one transposed row are written close in time."""
+
+    tokens: int
+    features: int
+    warps: int
+    band: int
+
+
+ROWS_TILE = COLUMNS_TILE = BOTH_TILE = Tile(128, 64, 8, 1)
+"""By the layouts that are written."""
 
 _ABS_MASK = tl.constexpr(0x7FFFFFFF)
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -75,10 +93,11 @@ def _scales(amax, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _to_codes(scaled, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr):
+def _to_codes(scaled, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr):
     """fp32 -> float8 codes as bytes: nearest even, saturated, 0x7F for NaN.
 
     EXACT_BITS: integer arithmetic in place of the hardware's conversion.
+    SELECT_NAN: do not rely on the hardware's code for NaN.
     """
     if EXACT_BITS:
         mantissa: tl.constexpr = 2 if E5M2 else 3
@@ -103,7 +122,8 @@ def _to_codes(scaled, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr):
             code = scaled.to(tl.float8e5).to(tl.uint8, bitcast=True)
         else:
             code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        code = tl.where(scaled != scaled, 0x7F, code).to(tl.uint8)
+        if SELECT_NAN:
+            code = tl.where(scaled != scaled, 0x7F, code).to(tl.uint8)
     return code
 
 
@@ -161,7 +181,8 @@ def _amax_kernel(
             offset = t * stride_t + (index - t * features) * stride_k
         x = tl.load(x_ptr + offset, mask=index < numel, other=0)
         largest = tl.maximum(largest, _abs_bits(x))
-    tl.atomic_max(amax_ptr, tl.max(largest, axis=0))
+    total = tl.max(largest, axis=0)
+    tl.atomic_max(amax_ptr, tl.where(total > _INF_BITS, _NAN_BITS, total))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -189,7 +210,7 @@ def _group_amax_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def _cast_rows_kernel(
     x_ptr, codes_ptr, scale_ptr, tokens, features, stride_t, stride_k,
-    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rowwise codes and scales of BLOCK_T whole rows. ONE_BLOCK: a row fits one block and is read once."""
@@ -209,12 +230,12 @@ def _cast_rows_kernel(
     rows = codes_ptr + t[:, None] * features
     mask_t = (t < tokens)[:, None]
     if ONE_BLOCK:
-        codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS)
+        codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
         tl.store(rows + k[None, :], codes, mask=mask_t & (k < features)[None, :])
     else:
         for start in range(0, features, BLOCK_K):
             part = _load_tile(x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
-            codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS)
+            codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
             tl.store(rows + (start + k)[None, :], codes, mask=mask_t & ((start + k) < features)[None, :])
 
 
@@ -224,16 +245,19 @@ def _cast_tiles_kernel(
     rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr,
     tokens, features, padded_tokens, stride_t, stride_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TENSOR: tl.constexpr, FROM_CODES: tl.constexpr,
-    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile from known amax, in the layouts asked for.
 
     PER_TENSOR: one amax and one scale for all (at row_amax_ptr and row_scale_ptr); otherwise one a row for the rows
-    layout and one a column for the columns layout, powers of two.
+    layout and one a column for the columns layout, powers of two. BAND: see `Tile`.
     """
-    blocks_k = tl.cdiv(features, BLOCK_K)
     pid = tl.program_id(0)
-    pid_t, pid_k = pid // blocks_k, pid % blocks_k
+    band_size = BAND * tl.cdiv(features, BLOCK_K)
+    first = pid // band_size * BAND
+    height = tl.minimum(BAND, tl.cdiv(padded_tokens, BLOCK_T) - first)
+    pid_t, pid_k = first + pid % band_size % height, pid % band_size // height
     t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     x = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
@@ -241,14 +265,16 @@ def _cast_tiles_kernel(
         inv_scale, scale = _scales(tl.load(row_amax_ptr), E5M2, False)
         if pid == 0:
             tl.store(row_scale_ptr, scale)
-        codes = _to_codes(x * inv_scale, E5M2, EXACT_BITS)
+        # The padding is zero even where the scale is NaN.
+        inv_scales = tl.where(t < tokens, inv_scale, 0.0)
+        codes = _to_codes(x * inv_scales[:, None], E5M2, EXACT_BITS, SELECT_NAN)
     if ROWS:
         if not PER_TENSOR:
             row_amax = tl.load(row_amax_ptr + t, mask=t < tokens, other=0)
             inv_scale, scale = _scales(row_amax, E5M2, True)
             if pid_k == 0:
                 tl.store(row_scale_ptr + t, scale, mask=t < tokens)
-            codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS)
+            codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
         mask = (t < tokens)[:, None] & (k < features)[None, :]
         tl.store(rows_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
     if COLUMNS:
@@ -257,9 +283,8 @@ def _cast_tiles_kernel(
             inv_scale, scale = _scales(column_amax, E5M2, True)
             if pid_t == 0:
                 tl.store(column_scale_ptr + k, scale, mask=k < features)
-            codes = _to_codes(x * inv_scale[None, :], E5M2, EXACT_BITS)
-        # The padding is zero even where the scale is NaN.
-        codes = tl.where((t < tokens)[:, None], codes, 0).to(tl.uint8)
+            scaled = tl.where((t < tokens)[:, None], x * inv_scale[None, :], 0.0)
+            codes = _to_codes(scaled, E5M2, EXACT_BITS, SELECT_NAN)
         mask = (k < features)[:, None] & (t < padded_tokens)[None, :]
         tl.store(columns_ptr + k[:, None] * padded_tokens + t[None, :], tl.trans(codes), mask=mask)
 
@@ -289,8 +314,9 @@ def amax(x: Tensor) -> Tensor:
     grid = (triton.cdiv(numel, AMAX_BLOCK * AMAX_STEPS),)
     with _on_device(x):
         _amax_kernel[grid](
-            x, result, numel, x.shape[1], *x.stride(), DENSE=dense, BLOCK=AMAX_BLOCK, STEPS=AMAX_STEPS, num_warps=8
-        )
+            x, result, numel, x.shape[1], *x.stride(),
+            DENSE=dense, BLOCK=AMAX_BLOCK, STEPS=AMAX_STEPS, num_warps=AMAX_WARPS,
+        )  # fmt: skip
     return result
 
 
@@ -309,12 +335,13 @@ def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     codes = new_codes(tokens, features, device=x.device)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     block_k = min(triton.next_power_of_2(features), ROW_BLOCK_MAX)
-    block_t = max(1, 4096 // block_k)
+    block_t = max(1, ROW_VALUES // block_k)
     with _on_device(x):
         _cast_rows_kernel[(triton.cdiv(tokens, block_t),)](
             x, codes, scale, tokens, features, *x.stride(),
-            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), ONE_BLOCK=features <= block_k,
-            BLOCK_T=block_t, BLOCK_K=block_k, num_warps=min(16, max(4, block_k // 1024)),
+            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
+            ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
+            num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
         )  # fmt: skip
     return codes.view(dtype), scale
 
@@ -363,7 +390,8 @@ def _group_amax(
         _group_amax_kernel[(blocks_t * triton.cdiv(features, GROUP_AMAX_BLOCK_K),)](
             x, x if code_scale is None else code_scale, *amaxes, tokens, features, *x.stride(),
             ROWS=rows, FROM_CODES=code_scale is not None, E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device),
-            BLOCK_T=GROUP_AMAX_BLOCK_T, BLOCK_K=GROUP_AMAX_BLOCK_K, STEPS=GROUP_AMAX_STEPS, num_warps=8,
+            BLOCK_T=GROUP_AMAX_BLOCK_T, BLOCK_K=GROUP_AMAX_BLOCK_K, STEPS=GROUP_AMAX_STEPS,
+            num_warps=GROUP_AMAX_WARPS,
         )  # fmt: skip
 
 
@@ -385,14 +413,15 @@ def _cast_tiles(
     codes_t = new_codes(features, padded_tokens, device=x.device) if columns else None
     # A pointer that a variant of the kernel never follows still has to be one.
     unused = codes if codes is not None else codes_t
+    tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
     with _on_device(x):
-        _cast_tiles_kernel[(triton.cdiv(padded_tokens, TILE_T) * triton.cdiv(features, TILE_K),)](
+        _cast_tiles_kernel[(triton.cdiv(padded_tokens, tile.tokens) * triton.cdiv(features, tile.features),)](
             x, x if code_scale is None else code_scale, *amaxes,
             unused if codes is None else codes, unused if codes_t is None else codes_t, *scales,
             tokens, features, padded_tokens, *x.stride(),
             ROWS=rows, COLUMNS=columns, PER_TENSOR=per_tensor, FROM_CODES=code_scale is not None,
-            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device),
-            BLOCK_T=TILE_T, BLOCK_K=TILE_K, num_warps=TILE_WARPS,
+            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
+            BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps,
         )  # fmt: skip
     return None if codes is None else codes.view(dtype), None if codes_t is None else codes_t.view(dtype)
 

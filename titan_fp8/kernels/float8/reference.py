@@ -36,6 +36,7 @@ T_MULTIPLE = 16
 NAN_CODE = 0x7F
 _ABS_MASK = 0x7FFFFFFF
 _EXPONENT_MASK = 0x7F800000
+_NAN_BITS = 0x7FC00000
 
 
 def padded(tokens: int) -> int:
@@ -46,7 +47,8 @@ def padded(tokens: int) -> int:
 def amax_bits(x: Tensor, dim: int | None = None) -> Tensor:
     """Largest |x| as the bit pattern of an fp32 number, int32: of the whole tensor (shape []), or along `dim`.
 
-    `result.view(torch.float32)` is the number. An empty tensor has amax 0.
+    `result.view(torch.float32)` is the number. An empty tensor has amax 0. A NaN is 0x7FC00000, whatever its bits were:
+    conversions between formats keep them on one device and not on another.
     """
     if x.dtype == torch.bfloat16:  # bf16 is the upper half of fp32
         bits, shift = x.view(torch.int16) & 0x7FFF, 16
@@ -58,7 +60,8 @@ def amax_bits(x: Tensor, dim: int | None = None) -> Tensor:
         largest = torch.zeros(bits.shape[1 - dim], dtype=torch.int32, device=x.device)
     else:
         largest = bits.amax(dim)
-    return largest.to(torch.int32) << shift
+    largest = largest.to(torch.int32) << shift
+    return torch.where(largest > _EXPONENT_MASK, _NAN_BITS, largest)
 
 
 def scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
