@@ -191,7 +191,7 @@ def _build_model(
         dump_folder=folder,
     )
     materialize(plan.model, device, cpu_offload=training.enable_cpu_offload)
-    initialize(plan.model, seed)
+    initialize(plan.model, seed, device=device)
     return plan.model
 
 

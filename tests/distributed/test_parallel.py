@@ -131,7 +131,7 @@ def _spread(case: Case) -> tuple[Decoder, DataParallelMesh]:
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device(case.device_type), cpu_offload=case.cpu_offload)
-    initialize(model, seed=7)
+    initialize(model, seed=7, device=torch.device(case.device_type))
     return model, mesh
 
 
@@ -152,7 +152,7 @@ def train_alone(case: Case) -> Trained:
     """The same training in this process, accumulating over what the ranks and microbatches of `case` would see."""
     model = _build(case)
     materialize(model, torch.device(case.device_type))
-    initialize(model, seed=7)
+    initialize(model, seed=7, device=torch.device(case.device_type))
     return _train(case, model, 0, 1, case.ranks * case.microbatches, lambda is_last: None)
 
 

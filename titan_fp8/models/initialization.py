@@ -92,7 +92,7 @@ class Initializable(Protocol):
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int, *, device: torch.device | None = None) -> None:
     """Fill every parameter of `model` in place.
 
     Parameters may be plain tensors or DTensors of any replicated or sharded placement, uneven and empty shards
@@ -102,6 +102,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     Args:
         model: a `Decoder`, or any module whose parameters are all covered by `init_rules` of its submodules.
         seed: any integer; the same seed gives the same weights on every mesh.
+        device: where to draw, by default where each parameter is. A GPU's generator gives other numbers than a CPU's,
+            so parameters that are offloaded to host memory are drawn on the GPU, as all others are.
 
     Raises:
         RuntimeError: a parameter is not covered by a rule, is still on the meta device, or is a pending sum.
@@ -109,7 +111,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     done: set[int] = set()
     for fqn, parameter, rule in _rules(model):
         if id(parameter) not in done:
-            _fill_parameter(parameter, rule, seed, fqn)
+            _fill_parameter(parameter, rule, seed, fqn, device)
             done.add(id(parameter))
     missed = [name for name, parameter in model.named_parameters() if id(parameter) not in done]
     if missed:
@@ -131,7 +133,7 @@ def clean_fqn(name: str) -> str:
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPER_NAMES)
 
 
-def _fill_parameter(parameter: Tensor, rule: Distribution, seed: int, fqn: str) -> None:
+def _fill_parameter(parameter: Tensor, rule: Distribution, seed: int, fqn: str, device: torch.device | None) -> None:
     """Draw the blocks that the local part of `parameter` touches and copy that part in."""
     local, offsets = _local_part(parameter, fqn)
     if local.is_meta:
@@ -142,11 +144,12 @@ def _fill_parameter(parameter: Tensor, rule: Distribution, seed: int, fqn: str) 
     block_rows = max(1, _BLOCK_ELEMENTS // row_elements)
     first, last = offsets[0], offsets[0] + local.shape[0]  # global rows of the local part
     columns = tuple(slice(start, start + size) for start, size in zip(offsets[1:], local.shape[1:], strict=True))
-    generator = torch.Generator(device=local.device)
+    device = device or local.device
+    generator = torch.Generator(device=device)
     for block_number in range(first // block_rows, -(-last // block_rows)):
         block_start = block_number * block_rows
         block_end = min(block_start + block_rows, parameter.shape[0])
-        block = torch.empty(block_end - block_start, *parameter.shape[1:], dtype=torch.float32, device=local.device)
+        block = torch.empty(block_end - block_start, *parameter.shape[1:], dtype=torch.float32, device=device)
         generator.manual_seed(_block_seed(seed, fqn, block_number))
         rule.fill(block, generator)
         low, high = max(first, block_start), min(last, block_end)

@@ -43,10 +43,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Static block sizes: a first-step search could choose differently on different ranks. `scripts/bench_casts.py --sweep`
 # times others.
 AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 8, 8
-GROUP_AMAX_BLOCK_T, GROUP_AMAX_BLOCK_K, GROUP_AMAX_STEPS, GROUP_AMAX_WARPS = 32, 256, 16, 8
+GROUP_AMAX_BLOCK_T, GROUP_AMAX_BLOCK_K, GROUP_AMAX_STEPS, GROUP_AMAX_WARPS = 16, 256, 16, 4
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
-ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
+ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
 SELECT_NAN = True
 """Replace the code that the hardware's conversion gives for NaN. Needed where that is another one than 0x7F."""
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
     band: int
 
 
-ROWS_TILE = COLUMNS_TILE = BOTH_TILE = Tile(128, 64, 8, 1)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(128, 64, 8, 1), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)
 """By the layouts that are written."""
 
 _ABS_MASK = tl.constexpr(0x7FFFFFFF)
