@@ -9,7 +9,6 @@ parameters, and the metrics need to know the step that a checkpoint resumes from
 """
 
 import contextlib
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from titan_fp8.checkpoint.checkpointer import Checkpointer
 from titan_fp8.data.loader import TrainLoader, build_train_loader
 from titan_fp8.data.validation import ValidationLoader, build_validation_loader
 from titan_fp8.job_config import JobConfig, to_toml
-from titan_fp8.model_plan import DTYPES, ModelPlan, plan_model
+from titan_fp8.model_plan import DTYPES, ModelPlan, plan_model, run_fingerprint
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import count_parameters
 from titan_fp8.models.initialization import initialize
@@ -45,7 +44,8 @@ def run(job: JobConfig) -> None:
     """Plan, build, train and close one job.
 
     Raises:
-        ConfigErrors: the model, its converters or the tokenizer break a rule; no process group was made.
+        ConfigErrors: the model, its converters, the tokenizer, the data, the run's folder or the checkpoint to load
+            break a rule; no process group was made, and nothing was written.
         UserError: anything else that the user can mend.
     """
     device = local_device(detect_device().kind)
@@ -99,7 +99,7 @@ def build_trainer(
             lr_schedulers=lr_scheduler,
             train_state=state,
             data_loader=loaders[0],
-            fingerprint=_fingerprint(job, plan),
+            fingerprint=run_fingerprint(job, plan.dims, plan.reports),
             total_steps=job.training.steps,
         )
         undo.callback(checkpointer.close)
@@ -193,14 +193,6 @@ def _build_model(
     materialize(plan.model, device, cpu_offload=training.enable_cpu_offload)
     initialize(plan.model, seed, device=device)
     return plan.model
-
-
-def _fingerprint(job: JobConfig, plan: ModelPlan) -> dict[str, object]:
-    """What a checkpoint must agree with: the model's dimensions and the recipes its weights were trained with."""
-    return {
-        "model": {"name": job.model.name, **asdict(plan.dims)},
-        "recipe": {report.converter: report.recipe for report in plan.reports},
-    }
 
 
 def _start_record(

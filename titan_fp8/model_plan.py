@@ -3,24 +3,31 @@
 Everything that can be wrong with a model (dimensions that do not divide, a filter that matches nothing, a recipe that
 the device cannot run, a tokenizer with more codes than the embedding) shows on tensors without storage. So the model is
 built and converted there first, in a second even for 405B, before any process group exists, and all of its violations
-are reported together. The same object is then sharded and materialized by the trainer.
+are reported together, along with what is wrong with the run's folder, its data and the checkpoint that it would load.
+The same object is then sharded and materialized by the trainer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from titan_fp8.checkpoint.preview import check_loading
 from titan_fp8.config.errors import ConfigErrors, Violation
 from titan_fp8.converters.protocol import Converter
 from titan_fp8.converters.registry import build_converters
 from titan_fp8.converters.report import ConversionReport
+from titan_fp8.data.loader import check_training_data
 from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
+from titan_fp8.data.validation import check_validation_data
 from titan_fp8.job_config import JobConfig
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
+from titan_fp8.observability.run_folder import check_run_folder
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
@@ -68,10 +75,11 @@ class _Collector:
 
 
 def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
-    """Build and convert the model of `job` on the meta device.
+    """Build and convert the model of `job` on the meta device. Files are looked at, and none is written.
 
     Raises:
-        ConfigErrors: with every rule that the model, its converters, its tokenizer or the attention backend break.
+        ConfigErrors: with every rule that the model, its converters, its tokenizer, the attention backend or, on rank
+            0, the run's folder, data and checkpoint break.
     """
     attempt = _Collector()
     section = job.model
@@ -89,6 +97,10 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         reports = [attempt("model.converters", conversion) for conversion in conversions]
         attempt("", partial(_check_parallelization, job, model, device))
     attempt("", partial(_check_device, job, device))
+    if os.environ.get("RANK", "0") == "0":
+        # The files as rank 0 sees them. Where another node sees others, it is the ranks together that find out later.
+        whole = model is not None and converters is not None and None not in reports
+        _check_files(job, attempt, tokenizer, model, run_fingerprint(job, dims, reports) if whole else None)
     if attempt.violations:
         raise ConfigErrors(attempt.violations)
     assert tokenizer is not None
@@ -102,6 +114,36 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         reports=[report for report in reports if report is not None],
         flops_per_token=flops_per_token(dims, job.training.seq_len),
     )
+
+
+def run_fingerprint(job: JobConfig, dims: ModelDims, reports: Sequence[ConversionReport | None]) -> dict[str, Any]:
+    """What a checkpoint must agree with: the model's dimensions and the recipes its weights were trained with."""
+    return {
+        "model": {"name": job.model.name, **asdict(dims)},
+        "recipe": {report.converter: report.recipe for report in reports if report is not None},
+    }
+
+
+def _check_files(
+    job: JobConfig,
+    attempt: _Collector,
+    tokenizer: Tokenizer | None,
+    model: Decoder | None,
+    fingerprint: dict[str, Any] | None,
+) -> None:
+    """What the run would read and where it would write. Nothing is read whole, and nothing is written."""
+    attempt("", partial(check_run_folder, job.job.dump_folder))
+    if tokenizer is not None:
+        before = len(attempt.violations)
+        attempt("training.dataset_path", partial(check_training_data, job.training, tokenizer))
+        told = len(attempt.violations) > before and job.validation.dataset_path is None  # the same data, told already
+        if job.validation.enable and not told:
+            validation = partial(check_validation_data, job.validation, job.training, tokenizer)
+            attempt("validation.dataset_path", validation)
+    folder = Path(job.job.dump_folder).expanduser().absolute()
+    steps = job.training.steps
+    loading = partial(check_loading, job.checkpoint, folder, model=model, fingerprint=fingerprint, total_steps=steps)
+    attempt("", loading)
 
 
 def _check_parallelization(job: JobConfig, model: Decoder, device: DeviceCapabilities) -> None:

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import FLOAT8, command_environment
+from titan_fp8.cli.main import main
+from titan_fp8.data.documents import check_text
+from titan_fp8.data.token_store import Manifest, Shard
+from titan_fp8.data.tokenizer import ByteTokenizer
 
 
 def test_a_run_writes_its_record_and_one_line_a_step(run_here) -> None:
@@ -197,6 +201,118 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu_before_anything_is_written(run_her
     )
     assert result.code == 2
     assert result.output.count("needs a GPU") == 4
+    assert not result.folder.exists()
+
+
+def _text_folder(path: Path, name: str, content: str) -> Path:
+    path.mkdir()
+    (path / name).write_text(content)
+    return path
+
+
+def _token_folder(path: Path, fingerprint: str, shard: str = "train-00000") -> Path:
+    """Shards with 1000 tokens of one document, under a right manifest."""
+    path.mkdir()
+    (path / "train-00000.bin").write_bytes(bytes(2000))
+    (path / "train-00000.starts").write_bytes(bytes(8))
+    manifest = Manifest("uint16", 259, "some tokenizer", fingerprint, {"train": (Shard(shard, 1000, 1),)})
+    (path / "manifest.json").write_text(manifest.to_json())
+    return path
+
+
+def _everything_below(path: Path) -> dict[str, int]:
+    return {str(entry): entry.stat().st_mtime_ns for entry in path.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "make", "message"),
+    [
+        ("tokens", lambda path: _text_folder(path, "a.txt", "words"), "holds no manifest.json"),
+        ("tokens", lambda path: _text_folder(path, "manifest.json", "{"), "is damaged"),
+        ("tokens", lambda path: _token_folder(path, "another"), "another tokenizer"),
+        ("tokens", lambda path: _token_folder(path, ByteTokenizer.fingerprint, "train-00001"), "is missing"),
+        ("text", lambda path: _text_folder(path, "a.txt", ""), "is empty"),
+        ("text", lambda path: _text_folder(path, "a.md", "words"), "holds no data files"),
+        ("text", lambda path: _text_folder(path, "a.jsonl", '{"content": "words"}\n'), 'no column "text"'),
+        ("text", lambda path: _text_folder(path, "a.json", '[{"content": "words"}]'), 'no column "text"'),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_before_anything_is_written(
+    run_here, tmp_path: Path, dataset: str, make, message: str
+) -> None:
+    data = make(tmp_path / "data")
+    before = _everything_below(tmp_path)
+    result = run_here("--training.dataset", dataset, "--training.dataset_path", str(data))
+    assert result.code == 2, result.output
+    assert result.output.count(message) == 1
+    assert _everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ['["some words", "more words"]', '{"a": 1}\n{"text": "words"}\n'])
+def test_text_whose_column_shows_only_on_reading_is_not_refused(tmp_path: Path, content: str) -> None:
+    check_text(_text_folder(tmp_path / "data", "a.json", content), "train")
+
+
+def test_mistakes_in_files_are_reported_with_all_others_before_anything_is_written(run_here, tmp_path: Path) -> None:
+    data = _text_folder(tmp_path / "data", "a.txt", "")
+    before = _everything_below(tmp_path)
+    result = run_here(
+        *("--training.dataset", "text", "--training.dataset_path", str(data), "--checkpoint.enable"),
+        *(
+            "--checkpoint.load_step",
+            "5",
+            "--checkpoint.exclude_from_loading",
+            "outpt",
+            "--model.overrides.n_heads",
+            "4",
+        ),
+        *("--model.converters", "quantize.linear.float8", "--quantize.linear.float8.filter_fqns", "attention.wkk"),
+    )
+    assert result.code == 2, result.output
+    for message in ("is empty", "checkpoint.load_step = 5", '"outpt" (did you mean "output"?)', "attention.wkk"):
+        assert message in result.output
+    assert _everything_below(tmp_path) == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_written(run_here, tmp_path: Path) -> None:
+    other = _text_folder(tmp_path / "other", "a.txt", "")
+    result = run_here("--checkpoint.enable", "--checkpoint.initial_load_path", str(other))
+    assert result.code == 2, result.output
+    assert "is no complete checkpoint" in result.output
+    assert not result.folder.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(run_here, monkeypatch) -> None:
+    options = ["--checkpoint.enable", "--checkpoint.no_last_save_model_only"]
+    first = run_here(*options, "--training.steps", "1")
+    before = _everything_below(first.folder)
+    second = run_here(*options, "--training.steps", "2", "--model.overrides.n_layers", "3")
+    assert second.code == 2, second.output
+    assert "n_layers: 2 in the checkpoint, 3 here" in second.output
+    assert _everything_below(first.folder) == before
+
+
+def test_a_run_folder_that_cannot_be_is_refused_by_the_check(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["check", "--job.dump_folder", str(folder)]) == 2
+        assert "is a file" in capsys.readouterr().err
+
+
+def test_only_rank_0_looks_at_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    options = ["check", "--job.dump_folder", str(tmp_path / "file")]
+    monkeypatch.setenv("RANK", "1")
+    assert main(options) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert main(options) == 2
+
+
+@pytest.mark.parametrize("key", ["local_batch_size", "global_batch_size", "seq_len", "steps", "dataloader.num_workers"])
+def test_a_number_beyond_all_bounds_is_a_mistake_in_the_configuration(run_here, key: str) -> None:
+    result = run_here(f"--training.{key}", str(10**23))
+    assert result.code == 2, result.output
+    assert "must be at most" in result.output
     assert not result.folder.exists()
 
 

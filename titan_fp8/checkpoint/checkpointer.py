@@ -150,15 +150,8 @@ class Checkpointer:
 
     def _choose(self) -> choice.Choice | None:
         chosen = choice.choose(self.folder, self.config)
-        if chosen is not None and chosen.manifest is not None:
-            fingerprint.check(
-                str(chosen.path),
-                chosen.manifest.fingerprint,
-                self._fingerprint,
-                allow_model_change=self.config.allow_model_change,
-                # Weights alone say nothing of how they will be quantized.
-                allow_recipe_change=self.config.allow_recipe_change or not chosen.full,
-            )
+        if chosen is not None:
+            choice.check_fingerprint(chosen, self._fingerprint, self.config)
         return chosen
 
     def _load_tensors(self, chosen: choice.Choice, exclusions: tensors.Exclusions) -> None:

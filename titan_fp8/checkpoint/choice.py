@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from titan_fp8.checkpoint import fingerprint
 from titan_fp8.checkpoint.config import CheckpointSection
 from titan_fp8.checkpoint.folder import (
     MANIFEST_NAME,
@@ -67,19 +69,27 @@ def choose(folder: Path, config: CheckpointSection) -> Choice | None:
     """
     recover(folder)
     if config.load_step >= 0:
+        return find(folder, config)
+    for path, fault in faulty_checkpoints(folder).items():
+        logger.warning("%s does not count as a checkpoint: %s", path, fault)
+    chosen = find(folder, config)
+    if chosen is not None and chosen.path.parent == folder:
+        _say_what_is_passed_over(folder, chosen)
+    return chosen
+
+
+def find(folder: Path, config: CheckpointSection) -> Choice | None:
+    """What `choose` chooses in a folder in which there is nothing to mend. Reads only, and says nothing.
+
+    Raises:
+        CheckpointError: as `choose`.
+    """
+    if config.load_step >= 0:
         return _of_step(folder, config.load_step)
     saved, faults = by_age(complete_checkpoints(folder)), faulty_checkpoints(folder)
-    for path, fault in faults.items():
-        logger.warning("%s does not count as a checkpoint: %s", path, fault)
     newest = {entry.manifest.kind: entry for entry in saved}
     best = newest.get("full") or newest.get("seed")
     if best is not None:
-        later = [entry for entry in saved[saved.index(best) + 1 :] if entry.manifest.kind == "model"]
-        if later:
-            logger.info("resuming from %s; later ones have only weights: %s", best.path.name, describe(later))
-        left = [entry for entry in saved[: saved.index(best)] if entry.manifest.step > best.manifest.step]
-        if left:
-            logger.info("resuming from %s, which was saved after %s", best.path.name, describe(left))
         return Choice(best.path, best.manifest.kind == "full", best.manifest)
     if saved:
         raise CheckpointError(
@@ -93,6 +103,31 @@ def choose(folder: Path, config: CheckpointSection) -> Choice | None:
             f"{folder} holds no complete checkpoint to resume from; {path.name}: {fault}. Remove it to start anew"
         )
     return _initial(config) if config.initial_load_path else None
+
+
+def check_fingerprint(chosen: Choice, ours: dict[str, Any], config: CheckpointSection) -> None:
+    """Raise a CheckpointError if the checkpoint is of another model or recipe and `config` does not allow that."""
+    if chosen.manifest is None:
+        return
+    fingerprint.check(
+        str(chosen.path),
+        chosen.manifest.fingerprint,
+        ours,
+        allow_model_change=config.allow_model_change,
+        # Weights alone say nothing of how they will be quantized.
+        allow_recipe_change=config.allow_recipe_change or not chosen.full,
+    )
+
+
+def _say_what_is_passed_over(folder: Path, chosen: Choice) -> None:
+    saved = by_age(complete_checkpoints(folder))
+    at = next(number for number, entry in enumerate(saved) if entry.path == chosen.path)
+    later = [entry for entry in saved[at + 1 :] if entry.manifest.kind == "model"]
+    if later:
+        logger.info("resuming from %s; later ones have only weights: %s", chosen.path.name, describe(later))
+    left = [entry for entry in saved[:at] if entry.manifest.step > saved[at].manifest.step]
+    if left:
+        logger.info("resuming from %s, which was saved after %s", chosen.path.name, describe(left))
 
 
 def _of_step(folder: Path, step: int) -> Choice:

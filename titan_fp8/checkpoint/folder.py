@@ -151,10 +151,15 @@ def read_manifest(path: Path) -> Manifest:
 
 def recover(folder: Path) -> None:
     """Put back checkpoints that a killed process had moved aside to replace them."""
-    for aside in _children(folder):
-        original = aside.with_name(aside.name.removesuffix(REPLACED))
-        if aside.name.endswith(REPLACED) and step_of(original) is not None and not original.exists():
-            aside.rename(original)
+    for aside, original in recoverable(folder).items():
+        aside.rename(original)
+
+
+def recoverable(folder: Path) -> dict[Path, Path]:
+    """What `recover` would rename: the folder that was moved aside -> its own name."""
+    asides = [path for path in _children(folder) if path.name.endswith(REPLACED)]
+    names = {aside: aside.with_name(aside.name.removesuffix(REPLACED)) for aside in asides}
+    return {aside: name for aside, name in names.items() if step_of(name) is not None and not name.exists()}
 
 
 def begin(folder: Path, step: int) -> Path:

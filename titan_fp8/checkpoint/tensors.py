@@ -12,7 +12,6 @@ under the first: two copies could differ, and then it would be chance which one 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from titan_fp8.checkpoint.folder import CheckpointError
 from titan_fp8.checkpoint.host_state import Stateful
+from titan_fp8.runtime.patterns import matches
 from titan_fp8.runtime.suggest import did_you_mean
 
 OPTIMIZER = "optimizer"
@@ -44,8 +44,8 @@ class Optimizers(Stateful, Protocol):
 class Exclusions:
     """`checkpoint.exclude_from_loading`: names of components, or patterns of parameter names.
 
-    A pattern is a run of name components, `*` allowed, anywhere in a parameter's name: `output`, `layers.1`,
-    `layers.*.attention.wq`.
+    A pattern is a run of name components, `*` allowed, anywhere in a parameter's name (`runtime.patterns`): `output`,
+    `layers.1`, `layers.*.attention.wq`.
     """
 
     names: tuple[str, ...]
@@ -56,13 +56,13 @@ class Exclusions:
 
     def parameter(self, name: str) -> bool:
         """Whether the parameter (and its optimizer state) is left alone."""
-        return any(_stands_in(pattern, name) for pattern in self.names if pattern not in COMPONENTS)
+        return any(matches(pattern, name) for pattern in self.names if pattern not in COMPONENTS)
 
     def check(self, parameters: Iterable[str]) -> None:
         """Raise a CheckpointError that names every entry which matches nothing."""
         known = list(parameters)
         modules = {name[:at] for name in known for at, char in enumerate(name) if char == "."}
-        lost = [n for n in self.names if n not in COMPONENTS and not any(_stands_in(n, name) for name in known)]
+        lost = [n for n in self.names if n not in COMPONENTS and not any(matches(n, name) for name in known)]
         if lost:
             listed = "; ".join(f'"{name}"{did_you_mean(name, {*COMPONENTS, *modules, *known})}' for name in lost)
             raise CheckpointError(
@@ -140,15 +140,6 @@ def _aliases(part: nn.Module) -> set[str]:
             aliases.add(".".join(piece for piece in name.split(".") if piece not in _WRAPPERS))
         seen.add(id(tensor))
     return aliases
-
-
-def _stands_in(pattern: str, name: str) -> bool:
-    """Whether the pattern's components are a contiguous run of the name's."""
-    wanted, parts = pattern.split("."), name.split(".")
-    return any(
-        all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
 
 
 def _parameter_of(name: str) -> str:

@@ -15,10 +15,17 @@ DATASETS = ("synthetic", "text", "tokens", "c4", "c4_validation", "c4_test")
 HUB_PREFIX = "hf:"
 
 
+MAX_BATCH = 2**20
+MAX_GLOBAL_BATCH = 2**30
+MAX_SEQ_LEN = 2**27
+MAX_STEPS = 2**31
+"""Far above all that is trained, and low enough that the number of samples of a run fits into 64 bits."""
+
+
 class DataloaderSection(Section):
     """How batches are prepared beside the training step."""
 
-    num_workers: int = key(0, ge=0, unit="processes")
+    num_workers: int = key(0, ge=0, le=1024, unit="processes")
     """Processes that tokenize and pack. 0 prepares batches in a thread of the training process."""
 
     persistent_workers: bool = False
@@ -28,7 +35,7 @@ class DataloaderSection(Section):
     pin_memory: bool = False
     """Put batches into page-locked memory, so that the copy to the GPU does not block. Needs a GPU."""
 
-    prefetch_factor: int | None = key(None, ge=1, unit="batches per worker")
+    prefetch_factor: int | None = key(None, ge=1, le=MAX_BATCH, unit="batches per worker")
     """Batches that each worker prepares ahead. Needs `num_workers` > 0; unset means 2."""
 
     def problems(self) -> Iterator[Problem]:
@@ -60,20 +67,20 @@ class TrainingSection(Section):
     txt_documents: Literal["line", "paragraph", "file"] = "line"
     """What of a txt file is one document: each line, each block between empty lines, or the file."""
 
-    local_batch_size: int = key(8, ge=1, unit="sequences per rank")
+    local_batch_size: int = key(8, ge=1, le=MAX_BATCH, unit="sequences per rank")
     """Sequences in one microbatch of one data-parallel rank."""
 
-    global_batch_size: CountOrAuto = key(-1, unit="sequences")
+    global_batch_size: CountOrAuto = key(-1, le=MAX_GLOBAL_BATCH, unit="sequences")
     """Sequences in one optimizer step over all ranks; more than one microbatch a rank means gradient accumulation.
     -1 means `local_batch_size` times the data-parallel degree."""
 
-    seq_len: int = key(2048, ge=1, unit="tokens")
+    seq_len: int = key(2048, ge=1, le=MAX_SEQ_LEN, unit="tokens")
     """Length of a sequence."""
 
     max_norm: float = key(1.0, ge=0)
     """Gradients are scaled down so that their global L2 norm is at most this. 0 turns clipping off."""
 
-    steps: int = key(10000, ge=1, unit="optimizer steps")
+    steps: int = key(10000, ge=1, le=MAX_STEPS, unit="optimizer steps")
     """Length of the training."""
 
     enable_cpu_offload: bool = False
@@ -125,16 +132,16 @@ class ValidationSection(Section):
     dataset_path: str | None = None
     """File or folder of the validation data."""
 
-    local_batch_size: int = key(8, ge=1, unit="sequences per rank")
+    local_batch_size: int = key(8, ge=1, le=MAX_BATCH, unit="sequences per rank")
     """Sequences in one validation batch of one data-parallel rank."""
 
-    seq_len: int = key(2048, ge=1, unit="tokens")
+    seq_len: int = key(2048, ge=1, le=MAX_SEQ_LEN, unit="tokens")
     """Length of a validation sequence."""
 
     freq: int = key(10, ge=1, unit="steps")
     """Training steps between two validations."""
 
-    steps: CountOrAuto = key(-1, unit="batches per rank")
+    steps: CountOrAuto = key(-1, le=MAX_STEPS, unit="batches per rank")
     """Batches in one validation. -1 means all of the validation data, which must then be finite."""
 
     dataloader: DataloaderSection = DataloaderSection()

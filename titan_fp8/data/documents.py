@@ -31,6 +31,7 @@ _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parque
 _COMPRESSIBLE = ("text", "json")
 _METADATA = {"dataset_info.json", "state.json", "dataset_dict.json"}  # beside the tables of `Dataset.save_to_disk`
 _MANIFEST = "manifest.json"
+_JSON_START = 12 << 20  # bytes; `datasets` takes the columns from the first 10 MiB
 
 
 class TextDocuments:
@@ -143,6 +144,69 @@ def load_text(
     Raises:
         UserError: nothing to read, a file that cannot be read, no column `text`, or an empty split.
     """
+    chosen, every = _files_of_split(path, split, hold_out_every, whole)
+    tables = [_arrow_files(kind, group, txt_documents) for kind, group in _by_kind(chosen)]
+    documents = TextDocuments([file for table in tables for file in table], every, split)
+    if not len(documents):
+        if documents.total_bytes:
+            raise UserError(
+                f"{path} has fewer than {every} documents, too few to hold out each {every}th for validation; "
+                "lower training.hold_out_every, add a file named validation*, or set validation.dataset_path"
+            )
+        raise _empty(path, chosen)
+    return documents
+
+
+def check_text(
+    path: Path,
+    split: Split,
+    *,
+    hold_out_every: int | None = None,
+    txt_documents: TxtDocuments = "line",
+    whole: bool = False,
+) -> None:
+    """Refuse what `load_text` would refuse, as far as names, sizes and the first file of each kind tell at once.
+
+    Converts nothing. The arguments are those of `load_text`; `txt_documents` makes no difference here.
+
+    Raises:
+        UserError: nothing to read, only empty files, or a file without a column `text`.
+    """
+    chosen, _ = _files_of_split(path, split, hold_out_every, whole)
+    groups = list(_by_kind(chosen))
+    if not groups:
+        raise _empty(path, chosen)
+    for kind, files in groups:
+        if _surely_without_text(kind, Path(files[0])):
+            raise UserError(f'{files[0]}: no column "text"; rename the column that holds the documents')
+
+
+def _empty(path: Path, files: tuple[Path, ...]) -> UserError:
+    return UserError(f"{path} is empty: no text in {len(files)} file(s), the first being {files[0].name}")
+
+
+def _surely_without_text(kind: str, file: Path) -> bool:
+    """Whether the file has no column `text`; False also where that is not known without reading all of it."""
+    if kind == "json" and file.suffix.lower() != ".gz":
+        with file.open("rb") as stream:
+            start = stream.read(_JSON_START)
+            whole = not stream.read(1)
+        # The rows of a long file of lines are read in pieces, and the first piece decides which columns there are.
+        lines = start.startswith(b"{") and start.partition(b"\n")[0].rstrip().endswith(b"}")
+        objects = start.lstrip()[:1] == b"{" or start.lstrip().removeprefix(b"[").lstrip()[:1] == b"{"  # not strings
+        return (whole or lines) and objects and b'"text"' not in start and b"\\u" not in start
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        try:
+            return "text" not in pyarrow.parquet.read_schema(file).names
+        except (OSError, ValueError):  # what is wrong with the file is found and said when it is read
+            return False
+    return False
+
+
+def _files_of_split(path: Path, split: Split, hold_out_every: int | None, whole: bool) -> tuple[tuple[Path, ...], int]:
+    """The files of a split (at least one), and which of their documents are held out: each so-many-th, 0 for none."""
     files = find_text_files(path)
     if files.validation and hold_out_every:
         raise UserError(
@@ -161,16 +225,7 @@ def load_text(
         raise UserError("training.hold_out_every = 1 would hold out every document; give 0 (none) or 2 and more")
     if not chosen:
         raise UserError(f"{path} holds only validation files, so there is nothing to train on")
-    tables = [_arrow_files(kind, group, txt_documents) for kind, group in _by_kind(chosen)]
-    documents = TextDocuments([file for table in tables for file in table], every, split)
-    if not len(documents):
-        if documents.total_bytes:
-            raise UserError(
-                f"{path} has fewer than {every} documents, too few to hold out each {every}th for validation; "
-                "lower training.hold_out_every, add a file named validation*, or set validation.dataset_path"
-            )
-        raise UserError(f"{path} is empty: no text in {len(chosen)} file(s), the first being {chosen[0].name}")
-    return documents
+    return chosen, every
 
 
 def _kind(file: Path) -> str | None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from titan_fp8.data.batch import Batch
 from titan_fp8.data.config import TrainingSection
 from titan_fp8.data.dataset_spec import training_spec
-from titan_fp8.data.documents import load_text
+from titan_fp8.data.documents import check_text, load_text
 from titan_fp8.data.feeds import Bookmark, open_stream, stream_texts
 from titan_fp8.data.packing import Cursor
 from titan_fp8.data.prefetch import Job, Prefetcher, Step, prefetch_steps
@@ -110,19 +110,36 @@ def build_training_source(training: TrainingSection, tokenizer: Tokenizer, seed:
             shuffle=training.shuffle,
             document_masking=masking,
         )
-    store = open_shards(Path(spec.path), "train", tokenizer)
+    return _block_source(spec.path, training, tokenizer, seed)
+
+
+def check_training_data(training: TrainingSection, tokenizer: Tokenizer) -> None:
+    """Refuse what `build_train_loader` would refuse, as far as it shows without reading the data.
+
+    Raises:
+        UserError: token shards that cannot be used; text files that are missing, empty or have no column `text`.
+    """
+    spec = training_spec(training)
+    if spec.kind == "tokens":
+        _block_source(spec.path or "", training, tokenizer, seed=0)
+    elif spec.kind == "text":
+        check_text(Path(spec.path or ""), "train", hold_out_every=training.hold_out_every)
+
+
+def _block_source(path: str, training: TrainingSection, tokenizer: Tokenizer, seed: int) -> BlockSource:
+    store = open_shards(Path(path), "train", tokenizer)
     source = BlockSource(
         store,
-        seq_len,
+        training.seq_len,
         seed,
         tokenizer.fingerprint,
         shuffle=training.shuffle,
-        document_masking=masking,
-        name=spec.path,
+        document_masking=training.document_masking,
+        name=path,
     )
     if not source.blocks:
         raise UserError(
-            f"{spec.path} has {store.total_tokens} tokens, less than one sample of seq_len + 1 = {seq_len + 1}; "
+            f"{path} has {store.total_tokens} tokens, less than one sample of seq_len + 1 = {training.seq_len + 1}; "
             "give more text or a smaller seq_len"
         )
     return source

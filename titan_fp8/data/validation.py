@@ -9,13 +9,14 @@ the last batch of all ranks. Text is tokenized once, when the loader is built.
 Legend: B sequences a batch, R ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from titan_fp8.data.batch import Batch
 from titan_fp8.data.config import TrainingSection, ValidationSection
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
-from titan_fp8.data.documents import TextDocuments, find_text_files, load_text
+from titan_fp8.data.documents import check_text, find_text_files, load_text
 from titan_fp8.data.feeds import open_stream, stream_texts
 from titan_fp8.data.prefetch import Job, Part, prefetch_pass, worker_count
 from titan_fp8.data.sources import BlockSource, Position, Source, StepPlan, SyntheticSource, collect_tokens
@@ -23,6 +24,8 @@ from titan_fp8.data.token_store import ArrayStore, TokenStore, open_shards
 from titan_fp8.data.tokenizer import Tokenizer
 from titan_fp8.data.workers import WorkerPool
 from titan_fp8.runtime.errors import UserError
+
+T = TypeVar("T")
 
 _SEED = 0
 """Validation does not follow the run's seed, so that runs with different seeds are compared on the same samples."""
@@ -120,6 +123,20 @@ def build_validation_loader(
     return ValidationLoader(blocks, plan, available if steps < 0 else min(steps, available), validation)
 
 
+def check_validation_data(validation: ValidationSection, training: TrainingSection, tokenizer: Tokenizer) -> None:
+    """Refuse what `build_validation_loader` would refuse, as far as it shows without reading the data.
+
+    Raises:
+        UserError: token shards that cannot be used; text files that are missing, empty, have no column `text` or are
+            also trained on.
+    """
+    spec = validation_spec(validation, training)
+    if spec.kind == "tokens":
+        _validation_tokens(spec, training, tokenizer, None)
+    elif spec.kind == "text":
+        _validation_texts(spec, training, check_text)
+
+
 def _validation_tokens(
     spec: DatasetSpec, training: TrainingSection, tokenizer: Tokenizer, limit: int | None
 ) -> TokenStore:
@@ -127,11 +144,12 @@ def _validation_tokens(
         return ArrayStore(*collect_tokens(stream_texts(open_stream(spec)), tokenizer, limit))
     assert spec.path is not None
     if spec.kind == "text":
-        return ArrayStore(*collect_tokens(_validation_texts(spec, training), tokenizer, limit))
+        return ArrayStore(*collect_tokens(_validation_texts(spec, training, load_text), tokenizer, limit))
     return open_shards(Path(spec.path), "train" if spec.own_path else "validation", tokenizer)
 
 
-def _validation_texts(spec: DatasetSpec, training: TrainingSection) -> TextDocuments:
+def _validation_texts(spec: DatasetSpec, training: TrainingSection, use: Callable[..., T]) -> T:
+    """What `use` (`load_text` or `check_text`) makes of the validation split."""
     path = Path(spec.path or "")
     trained = training_spec(training)
     if spec.own_path and trained.kind == "text":
@@ -143,7 +161,7 @@ def _validation_texts(spec: DatasetSpec, training: TrainingSection) -> TextDocum
                 f"validation.dataset_path = {str(path)!r}: {shared[0]} is also trained on; "
                 "move it, or name it validation* to keep it out of the training"
             )
-    return load_text(
+    return use(
         path,
         "validation",
         hold_out_every=None if spec.own_path else training.hold_out_every,

@@ -38,11 +38,35 @@ def create_run_folder(path: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: `path` is a file, or the folder cannot be made.
     """
-    folder = Path(path).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"job.dump_folder = {str(path)!r}: this is a file; name a folder")
+    folder = _checked_folder(path)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_run_folder(path: str | os.PathLike[str]) -> None:
+    """Whether this process could write into the folder, or make it. Makes nothing.
+
+    Raises:
+        UserError: `path` is, or lies below, a file, or this user may not write there.
+    """
+    folder = _checked_folder(path)
+    existing = next(place for place in (folder, *folder.parents) if os.path.isdir(place))
+    with disk_errors(folder):
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)} in {existing}")
+
+
+def _checked_folder(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, of which no existing part is a file."""
+    folder = Path(path).expanduser().absolute()
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            if not os.path.isdir(place):
+                if place == folder:
+                    raise UserError(f"job.dump_folder = {str(path)!r}: this is a file; name a folder")
+                raise UserError(f"cannot write {folder}: {place} is a file; set job.dump_folder to another folder")
+            break
     return folder
 
 

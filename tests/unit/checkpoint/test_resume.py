@@ -302,3 +302,9 @@ def test_excluded_name_that_matches_nothing_is_an_error_with_the_nearest_names(t
     with pytest.raises(UserError, match=r'"optimiser" \(did you mean "optimizer"\?\); "layer".*; "ayers.0"') as caught:
         TinyRun(tmp_path, exclude_from_loading=names_).resume()
     assert '"output"' not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["layers.?", "layers.[01]", "outpu[t]"])
+def test_an_excluded_name_has_no_special_character_but_the_star(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(UserError, match="nor part of the name of a parameter"):
+        TinyRun(tmp_path, exclude_from_loading=[pattern]).resume()

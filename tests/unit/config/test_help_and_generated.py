@@ -25,7 +25,7 @@ def test_help_shows_every_key_with_type_default_meaning_and_unit():
     for key in KEYS.values():
         assert f"--{key.path} ({key.type_in_words}" in flat
         assert key.meaning in flat
-    assert "--training.seq_len (integer >= 1, tokens; default 2048) Length of a sequence." in flat
+    assert "--training.seq_len (integer >= 1, <= 134217728, tokens; default 2048) Length of a sequence." in flat
 
 
 @pytest.mark.parametrize(
