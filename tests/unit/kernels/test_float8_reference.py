@@ -167,6 +167,47 @@ def test_column_codes_from_row_codes_equal_a_column_cast_of_what_the_row_codes_m
     assert ((back - meant).abs() <= scale_t.double().t() * 2.0**-10)[~normal].all()
 
 
+@FORMATS
+def test_transposed_weight_codes_are_the_same_bytes(dtype: torch.dtype) -> None:
+    codes = torch.arange(16 * 48).view(16, 48).to(torch.uint8).view(dtype)
+    codes_t = float8.transpose_codes(codes)
+    assert codes_t.is_contiguous()
+    assert torch.equal(codes_t.view(torch.uint8), codes.view(torch.uint8).t())
+
+
+def test_column_codes_with_one_scale_mean_what_the_row_codes_mean() -> None:
+    w = torch.randn(48, 64, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 2, 48).unsqueeze(1)
+    codes, scale = float8.cast_rows(w, E4M3)
+    codes_t, one = float8.tensor_columns_from_rows(codes, scale)
+    assert codes_t.shape == (64, 48)
+    assert one.shape == ()
+    assert one == scale.max()
+    meant, back = codes.double() * scale.double(), (codes_t.double() * one.double()).t()
+    normal = (meant / one.double()).abs() >= 2.0**-6
+    assert normal.any()
+    assert not normal.all()
+    assert torch.equal(back[normal], meant[normal])
+    assert ((back - meant).abs() <= one.double() * 2.0**-10)[~normal].all()
+
+
+def test_one_scale_over_rows_of_extreme_scales_loses_only_what_is_too_small() -> None:
+    w = torch.ones(32, 16)
+    w[3], w[5], w[6] = 3e38, -1e-30, 0.0
+    codes_t, one = float8.tensor_columns_from_rows(*float8.cast_rows(w, E4M3))
+    values = codes_t.float().t()
+    assert one.isfinite()
+    assert (values[3] >= 224).all()
+    assert (values[[0, 5, 6]] == 0).all()
+
+
+def test_a_row_with_nan_makes_all_columns_nan_that_share_its_scale() -> None:
+    w = torch.ones(16, 32)
+    w[3, 5] = -torch.inf
+    codes_t, one = float8.tensor_columns_from_rows(*float8.cast_rows(w, E4M3))
+    assert one.isnan()
+    assert (codes_t.view(torch.uint8) == reference.NAN_CODE).all()
+
+
 @DTYPES
 def test_strides_do_not_matter(input_dtype: torch.dtype) -> None:
     base = torch.randn(32, 96, generator=torch.Generator().manual_seed(3)).to(input_dtype)
@@ -193,6 +234,10 @@ def test_decoding_is_exact_for_every_code() -> None:
         (lambda: float8.cast_rows(torch.ones(3, 4, dtype=torch.float64), E4M3), "float64"),
         (lambda: float8.cast_rows(torch.ones(3, 4), torch.float16), "float8_e4m3fn"),
         (lambda: float8.columns_from_rows(torch.ones(3, 4).to(E4M3), torch.ones(3)), "scale"),
+        (lambda: float8.tensor_columns_from_rows(torch.ones(16, 16).to(E4M3), torch.ones(16)), "scale"),
+        (lambda: float8.tensor_columns_from_rows(torch.ones(8, 16).to(E4M3), torch.ones(8, 1)), "multiples of 16"),
+        (lambda: float8.transpose_codes(torch.ones(16, 24).to(E4M3)), r"multiples of 16.*\[16, 24\]"),
+        (lambda: float8.transpose_codes(torch.ones(16, 16)), "float8 codes"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(call, message: str) -> None:

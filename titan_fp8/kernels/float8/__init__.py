@@ -28,9 +28,13 @@ __all__ = [
     "cast_rows",
     "cast_rows_and_columns",
     "cast_tensor",
+    "check_input",
     "columns_from_rows",
     "has_triton",
     "padded",
+    "tensor_columns_from_rows",
+    "transpose_codes",
+    "uses_kernel",
 ]
 
 _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,11 +51,18 @@ def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.float8.kernel")
 
 
-def _uses_kernel(x: Tensor) -> bool:
+@functools.cache
+def _transpose_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.float8.transpose")
+
+
+def uses_kernel(x: Tensor) -> bool:
+    """Whether a cast of x takes the Triton kernel."""
     return x.is_cuda and x.numel() > 0 and has_triton()
 
 
-def _check(x: Tensor, dtype: torch.dtype | None = None) -> None:
+def check_input(x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless x is something to cast, and `dtype`, if given, something to cast it to."""
     if x.dim() != 2 or x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"expected a 2-D bf16, fp16 or fp32 tensor, got {x.dtype} of shape {list(x.shape)}")
     if dtype is not None and dtype not in FP8_MAX:
@@ -60,8 +71,8 @@ def _check(x: Tensor, dtype: torch.dtype | None = None) -> None:
 
 def amax(x: Tensor) -> Tensor:
     """Largest |x| of a 2-D tensor as the bits of an fp32 number: int32, shape []."""
-    _check(x)
-    return _kernel().amax(x) if _uses_kernel(x) else reference.amax_bits(x)
+    check_input(x)
+    return _kernel().amax(x) if uses_kernel(x) else reference.amax_bits(x)
 
 
 def cast_tensor(
@@ -72,27 +83,27 @@ def cast_tensor(
     Returns:
         codes `[T, K]` if `rows`, codes_t `[K, padded(T)]` if `columns` (otherwise None), and the fp32 scale, shape [].
     """
-    _check(x, dtype)
-    implementation = _kernel() if _uses_kernel(x) else reference
+    check_input(x, dtype)
+    implementation = _kernel() if uses_kernel(x) else reference
     return implementation.cast_tensor(x, amax, dtype, rows=rows, columns=columns)
 
 
 def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cast x `[T, K]` with a power-of-two scale a row: `(codes [T, K], scale [T, 1])`."""
-    _check(x, dtype)
-    return (_kernel() if _uses_kernel(x) else reference).cast_rows(x, dtype)
+    check_input(x, dtype)
+    return (_kernel() if uses_kernel(x) else reference).cast_rows(x, dtype)
 
 
 def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cast x `[T, K]` with a power-of-two scale a column: `(codes_t [K, padded(T)], scale_t [K, 1])`."""
-    _check(x, dtype)
-    return (_kernel() if _uses_kernel(x) else reference).cast_columns(x, dtype)
+    check_input(x, dtype)
+    return (_kernel() if uses_kernel(x) else reference).cast_columns(x, dtype)
 
 
 def cast_rows_and_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`cast_rows` and `cast_columns` of one tensor: `(codes, scale, codes_t, scale_t)`."""
-    _check(x, dtype)
-    if _uses_kernel(x):
+    check_input(x, dtype)
+    if uses_kernel(x):
         return _kernel().cast_rows_and_columns(x, dtype)
     return *reference.cast_rows(x, dtype), *reference.cast_columns(x, dtype)
 
@@ -100,8 +111,33 @@ def cast_rows_and_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Column codes from row codes `[T, K]` and their power-of-two `scale [T, 1]`: `(codes_t [K, padded(T)], scale_t
     [K, 1])`; exact but for subnormals."""
+    _check_row_codes(codes, scale)
+    return (_kernel() if uses_kernel(codes) else reference).columns_from_rows(codes, scale)
+
+
+def tensor_columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Column codes with one scale from row codes `[N, K]` and their power-of-two `scale [N, 1]`: `(codes_t [K, N],
+    scale [])`; exact but for subnormals. N and K are multiples of 16."""
+    _check_row_codes(codes, scale)
+    _check_multiples(codes)
+    return (_transpose_kernel() if uses_kernel(codes) else reference).tensor_columns_from_rows(codes, scale)
+
+
+def transpose_codes(codes: Tensor) -> Tensor:
+    """Float8 codes `[N, K]` as contiguous `[K, N]`, the same bytes. N and K are multiples of 16."""
+    if codes.dim() != 2 or codes.dtype not in FP8_MAX:
+        raise ValueError(f"expected float8 codes [N, K], got {codes.dtype} {list(codes.shape)}")
+    _check_multiples(codes)
+    return (_transpose_kernel() if uses_kernel(codes) else reference).transpose_codes(codes)
+
+
+def _check_row_codes(codes: Tensor, scale: Tensor) -> None:
     if codes.dim() != 2 or codes.dtype not in FP8_MAX or scale.shape != (codes.shape[0], 1):
         raise ValueError(
             f"expected float8 codes [T, K] and scale [T, 1], got {codes.dtype} {list(codes.shape)}, {list(scale.shape)}"
         )
-    return (_kernel() if _uses_kernel(codes) else reference).columns_from_rows(codes, scale)
+
+
+def _check_multiples(codes: Tensor) -> None:
+    if any(size % reference.T_MULTIPLE for size in codes.shape):
+        raise ValueError(f"expected sizes in multiples of {reference.T_MULTIPLE}, got codes {list(codes.shape)}")

@@ -25,6 +25,7 @@ T tokens (rows), K features (columns), `padded` is T rounded up to a multiple of
 
 # Triton's language is not Python's; pyright takes the kernels for ordinary functions.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import contextlib
 import functools
@@ -36,9 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels.float8.reference import E4M3, E5M2, FP8_MAX, padded
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton runs its kernels in the interpreter, on CPU tensors (TRITON_INTERPRET=1 when this was imported)."""
+from titan_fp8.kernels.launch import INTERPRETED, cdiv, fast, next_power_of_2, zero
 
 # Static block sizes: a first-step search could choose differently on different ranks. `scripts/bench_casts.py --sweep`
 # times others.
@@ -49,7 +48,7 @@ ROW_BLOCK_MAX = 16384
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
 SELECT_NAN = True
-"""Replace the code that the hardware's conversion gives for NaN. Needed where that is another one than 0x7F."""
+"""Replace the code that the hardware's conversion gives for NaN: on an H200 it is another one than 0x7F."""
 
 
 class Tile(NamedTuple):
@@ -146,6 +145,15 @@ def _from_codes(code, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr):
     else:
         value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return value
+
+
+@triton.jit
+def _tile_of_program(pid, tiles_t, tiles_k, BAND: tl.constexpr):
+    """`(row, column)` of a program's tile: BAND tiles down the tokens before the next ones along the features."""
+    first = pid // (BAND * tiles_k) * BAND
+    height = tl.minimum(BAND, tiles_t - first)
+    within = pid % (BAND * tiles_k)
+    return first + within % height, within // height
 
 
 @triton.jit
@@ -254,10 +262,7 @@ def _cast_tiles_kernel(
     layout and one a column for the columns layout, powers of two. BAND: see `Tile`.
     """
     pid = tl.program_id(0)
-    band_size = BAND * tl.cdiv(features, BLOCK_K)
-    first = pid // band_size * BAND
-    height = tl.minimum(BAND, tl.cdiv(padded_tokens, BLOCK_T) - first)
-    pid_t, pid_k = first + pid % band_size % height, pid % band_size // height
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
     t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     x = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
@@ -308,15 +313,15 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def amax(x: Tensor) -> Tensor:
     """See `titan_fp8.kernels.float8.amax`."""
-    result = torch.zeros((), dtype=torch.int32, device=x.device)
+    result = zero(x.device)
     numel = x.numel()
-    dense = x.is_contiguous() or x.t().is_contiguous()
-    grid = (triton.cdiv(numel, AMAX_BLOCK * AMAX_STEPS),)
-    with _on_device(x):
-        _amax_kernel[grid](
-            x, result, numel, x.shape[1], *x.stride(),
-            DENSE=dense, BLOCK=AMAX_BLOCK, STEPS=AMAX_STEPS, num_warps=AMAX_WARPS,
-        )  # fmt: skip
+    stride_t, stride_k = x.stride()
+    dense = (stride_k == 1 and stride_t == x.shape[1]) or (stride_t == 1 and stride_k == x.shape[0])
+    grid = (cdiv(numel, AMAX_BLOCK * AMAX_STEPS),)
+    fast(_amax_kernel)[grid](
+        x, result, numel, x.shape[1], stride_t, stride_k,
+        DENSE=dense, BLOCK=AMAX_BLOCK, STEPS=AMAX_STEPS, num_warps=AMAX_WARPS,
+    )  # fmt: skip
     return result
 
 
@@ -334,15 +339,14 @@ def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tokens, features = x.shape
     codes = new_codes(tokens, features, device=x.device)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
-    block_k = min(triton.next_power_of_2(features), ROW_BLOCK_MAX)
+    block_k = min(next_power_of_2(features), ROW_BLOCK_MAX)
     block_t = max(1, ROW_VALUES // block_k)
-    with _on_device(x):
-        _cast_rows_kernel[(triton.cdiv(tokens, block_t),)](
-            x, codes, scale, tokens, features, *x.stride(),
-            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
-            ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
-            num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
-        )  # fmt: skip
+    fast(_cast_rows_kernel)[(cdiv(tokens, block_t),)](
+        x, codes, scale, tokens, features, *x.stride(),
+        E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
+        ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
+        num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
+    )  # fmt: skip
     return codes.view(dtype), scale
 
 
@@ -385,14 +389,13 @@ def _group_amax(
 ) -> None:
     """Fill the zeroed `amaxes`: of rows (if `rows`) and of columns."""
     tokens, features = x.shape
-    blocks_t = triton.cdiv(tokens, GROUP_AMAX_BLOCK_T * GROUP_AMAX_STEPS)
-    with _on_device(x):
-        _group_amax_kernel[(blocks_t * triton.cdiv(features, GROUP_AMAX_BLOCK_K),)](
-            x, x if code_scale is None else code_scale, *amaxes, tokens, features, *x.stride(),
-            ROWS=rows, FROM_CODES=code_scale is not None, E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device),
-            BLOCK_T=GROUP_AMAX_BLOCK_T, BLOCK_K=GROUP_AMAX_BLOCK_K, STEPS=GROUP_AMAX_STEPS,
-            num_warps=GROUP_AMAX_WARPS,
-        )  # fmt: skip
+    blocks_t = cdiv(tokens, GROUP_AMAX_BLOCK_T * GROUP_AMAX_STEPS)
+    fast(_group_amax_kernel)[(blocks_t * cdiv(features, GROUP_AMAX_BLOCK_K),)](
+        x, x if code_scale is None else code_scale, *amaxes, tokens, features, *x.stride(),
+        ROWS=rows, FROM_CODES=code_scale is not None, E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device),
+        BLOCK_T=GROUP_AMAX_BLOCK_T, BLOCK_K=GROUP_AMAX_BLOCK_K, STEPS=GROUP_AMAX_STEPS,
+        num_warps=GROUP_AMAX_WARPS,
+    )  # fmt: skip
 
 
 def _cast_tiles(
@@ -414,15 +417,14 @@ def _cast_tiles(
     # A pointer that a variant of the kernel never follows still has to be one.
     unused = codes if codes is not None else codes_t
     tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
-    with _on_device(x):
-        _cast_tiles_kernel[(triton.cdiv(padded_tokens, tile.tokens) * triton.cdiv(features, tile.features),)](
-            x, x if code_scale is None else code_scale, *amaxes,
-            unused if codes is None else codes, unused if codes_t is None else codes_t, *scales,
-            tokens, features, padded_tokens, *x.stride(),
-            ROWS=rows, COLUMNS=columns, PER_TENSOR=per_tensor, FROM_CODES=code_scale is not None,
-            E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
-            BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps,
-        )  # fmt: skip
+    fast(_cast_tiles_kernel)[(cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features),)](
+        x, x if code_scale is None else code_scale, *amaxes,
+        unused if codes is None else codes, unused if codes_t is None else codes_t, *scales,
+        tokens, features, padded_tokens, *x.stride(),
+        ROWS=rows, COLUMNS=columns, PER_TENSOR=per_tensor, FROM_CODES=code_scale is not None,
+        E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
+        BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps,
+    )  # fmt: skip
     return None if codes is None else codes.view(dtype), None if codes_t is None else codes_t.view(dtype)
 
 

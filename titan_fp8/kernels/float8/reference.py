@@ -135,3 +135,23 @@ def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         `(codes_t [K, padded(T)], scale_t [K, 1])`.
     """
     return cast_columns(to_float(codes) * scale, cast(torch.dtype, codes.dtype))
+
+
+def transpose_codes(codes: Tensor) -> Tensor:
+    """Codes `[N, K]` as contiguous `[K, N]`, the same bytes."""
+    result = torch.empty(codes.shape[1], codes.shape[0], dtype=torch.uint8, device=codes.device)
+    return result.copy_(codes.view(torch.uint8).t()).view(codes.dtype)
+
+
+def tensor_columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Column codes with one scale, of a tensor that exists as row codes `[N, K]` with power-of-two `scale [N, 1]`.
+
+    The one scale is the largest of the rows', so, as in `columns_from_rows`, this is a transpose and a shift of
+    exponents, and no code can overflow. One row whose scale is NaN makes everything NaN.
+
+    Returns:
+        `(codes_t [K, N], scale [])`.
+    """
+    largest = amax_bits(scale).view(torch.float32)
+    shift = scale * (torch.ones_like(largest) / largest)
+    return transpose_codes(to_codes(to_float(codes), shift, cast(torch.dtype, codes.dtype))), largest

@@ -1,0 +1,239 @@
+"""Compares the fused producers' Triton kernels with the reference in Triton's interpreter; run by
+test_producers_interpreter.py, as `interpreter_cases.py` is by its own.
+
+    TRITON_INTERPRET=1 python -m tests.unit.kernels.producers_cases OUT.json
+
+Each case checks three things: codes and scales are bit for bit the reference cast of the kernel's own output; that
+output is within one unit in the last place of the reference's; and what is not asked for is not there, and changes
+nothing of the rest.
+"""
+
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
+from tests.unit.kernels.test_producers_reference import ulps_apart
+from titan_fp8.kernels.float8 import E4M3, E5M2
+from titan_fp8.kernels.float8 import kernel as casts
+from titan_fp8.kernels.producers import BLOCK, ROW, TENSOR, Cast, Produced, reference
+from titan_fp8.kernels.producers import norm_kernel as norm
+from titan_fp8.kernels.producers import swiglu_kernel as swiglu
+
+Produce = Callable[[Cast], tuple[Produced, ...]]
+EPS = 1e-5
+ULPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 256}
+"""Allowed distance of outputs. In fp32 it is what the order of a sum, an exponential, and the cancellation in the
+gradient of silu explain."""
+SIZES = {TENSOR: (35, 32), ROW: (35, 32), BLOCK: (150, 256)}
+
+
+def shrink_blocks() -> None:
+    """Tiny blocks and poisoned outputs."""
+    tile = casts.Tile(16, 16, 4, 2)
+    norm.ROWS_TILE = norm.COLUMNS_TILE = norm.BOTH_TILE = tile
+    norm.ROW_VALUES, norm.AMAX_PROGRAMS = 1024, 2
+    swiglu.FORWARD_ROWS_TILE = swiglu.FORWARD_TILE = swiglu.BACKWARD_TILE = tile
+    swiglu.FORWARD_AMAX = swiglu.BACKWARD_AMAX = swiglu.Amax(8, 16, 2, 4)
+    swiglu.ROW_BLOCK_MAX, swiglu.ROW_VALUES = 16, 128
+    casts.new_codes = poisoned_codes
+    # New memory is filled with NaN.
+    torch.use_deterministic_algorithms(True)
+
+
+def on(device: str, x: Tensor) -> Tensor:
+    """x on a device, with the strides it has."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def to_cpu(produced: Produced) -> Produced:
+    return Produced(*(None if each is None else each.cpu() for each in produced))
+
+
+def check(produce: Produce, expected: tuple[Tensor, ...], cast: Cast, *, wide: bool) -> str:
+    """One producer that emits its outputs, and if `wide` one that does not."""
+    without = [to_cpu(each) for each in produce(cast)] if wide else []
+    texts = []
+    results = (to_cpu(each) for each in produce(cast._replace(emit=True)))
+    for number, (with_output, exact) in enumerate(zip(results, expected, strict=True)):
+        output = with_output.output
+        assert output is not None
+        assert output.dtype == exact.dtype
+        apart = ulps_apart(output, exact)
+        if apart > ULPS[exact.dtype]:
+            texts.append(f"output {number} is {apart} units in the last place from the reference")
+        codes = reference.quantize(output, cast)
+        texts.append(difference(with_output[1:], codes[1:]))
+        if wide:
+            texts.append(difference(without[number], codes))
+    return "; ".join(filter(None, texts))
+
+
+def casts_of(granularity: str) -> Iterator[Cast]:
+    """Every layout in e4m3, and both in e5m2."""
+    for rows, columns in ((True, True), (True, False), (False, True), (False, False)):
+        yield Cast(granularity, E4M3, rows=rows, columns=columns)
+    yield Cast(granularity, E5M2, granularity != TENSOR, rows=True, columns=True)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * 2).to(dtype)
+
+
+def compare_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, granularity: str, *, wide: bool = False, device: str = "cpu"
+) -> str:
+    """RMSNorm of x (+ branch), tensors of the CPU, on a device: in both layouts or, if `wide`, in every form."""
+    total, _, expected = reference.norm_output(x, branch, weight, EPS)
+    rstds: list[Tensor] = []
+    inputs = on(device, x), None if branch is None else on(device, branch), on(device, weight)
+
+    def produce(cast: Cast) -> tuple[Produced]:
+        result_total, rstd, produced = norm.rms_norm(*inputs, EPS, cast)
+        assert (total is None) == (result_total is None)
+        assert result_total is None or ulps_apart(result_total.cpu(), total) == 0, "sum differs"
+        rstds.append(rstd)
+        return (produced,)
+
+    casts_asked = [cast for cast in casts_of(granularity) if cast.rows][: None if wide else 1]
+    texts = [check(produce, (expected,), cast, wide=wide) for cast in casts_asked]
+    if any(ulps_apart(rstd, rstds[0]) for rstd in rstds):
+        texts.append("rstd depends on what is asked for")
+    return "; ".join(filter(None, texts))
+
+
+def compare_swiglu(
+    grad: Tensor, gate: Tensor, up: Tensor, granularity: str, *, wide: bool = False, device: str = "cpu"
+) -> str:
+    """SwiGLU and its backward, of tensors of the CPU, on a device: in both layouts or, if `wide`, in every form."""
+    texts = []
+    inputs = [on(device, x) for x in (grad, gate, up)]
+    for cast in casts_of(granularity):
+        if not wide and (cast.dtype == E5M2 or not cast.rows):
+            continue
+        texts.append(
+            check(lambda c: (swiglu.swiglu(*inputs[1:], c),), (reference.swiglu_output(gate, up),), cast, wide=wide)
+        )
+        if wide or cast.columns:
+            gradients = reference.swiglu_gradients(grad, gate, up)
+            texts.append(check(lambda c: swiglu.swiglu_backward(*inputs, c), gradients, cast, wide=wide))
+    return "; ".join(filter(None, texts))
+
+
+def inputs(granularity: str, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    return [random(*SIZES[granularity], seed=seed, dtype=dtype) for seed in range(3)]
+
+
+def case_norm() -> str:
+    return "; ".join(
+        compare_norm(x, None, 1 + w[0].float() / 8, granularity, wide=True)
+        for granularity in SIZES
+        for x, w, _ in [inputs(granularity)]
+    )
+
+
+def case_add_and_norm() -> str:
+    return "; ".join(
+        compare_norm(x, branch, 1 + w[0].float() / 8, granularity)
+        for granularity in SIZES
+        for x, branch, w in [inputs(granularity)]
+    )
+
+
+def case_norm_of_other_dtypes_and_odd_sizes() -> str:
+    texts = []
+    for dtype, granularity in itertools.product((torch.float32, torch.float16), (TENSOR, ROW)):
+        x, branch = random(19, 23, seed=0, dtype=dtype), random(19, 23, seed=1, dtype=dtype)
+        texts.append(compare_norm(x, branch, torch.rand(23), granularity))
+    texts.append(compare_norm(random(1, 16, seed=0), None, torch.ones(16), ROW))
+    return "; ".join(filter(None, texts))
+
+
+def case_norm_of_strided_rows() -> str:
+    x, branch = random(35, 96, seed=0)[:, 16:64], random(70, 48, seed=1)[::2]
+    return compare_norm(x, branch, torch.rand(48).bfloat16(), ROW)
+
+
+def case_norm_with_nan_and_inf() -> str:
+    texts = []
+    for granularity in SIZES:
+        x, branch, _ = inputs(granularity)
+        weight = torch.ones(x.shape[1])
+        x[3, 5], branch[7, 2] = torch.nan, -torch.inf
+        texts.append(compare_norm(x, branch, weight, granularity))
+        weight[9], x[3, 5] = torch.nan, 1.0
+        texts.append(compare_norm(x, None, weight, granularity))
+    return "; ".join(filter(None, texts))
+
+
+def case_norm_of_zeros() -> str:
+    return "; ".join(compare_norm(torch.zeros(*SIZES[g]), None, torch.ones(SIZES[g][1]), g) for g in SIZES)
+
+
+def case_norm_of_rows_too_long_for_a_program() -> str:
+    longest, norm.ROW_BLOCK_MAX = norm.ROW_BLOCK_MAX, 32
+    try:
+        return "; ".join(compare_norm(*inputs(g)[:2], torch.ones(SIZES[g][1]), g) for g in SIZES)
+    finally:
+        norm.ROW_BLOCK_MAX = longest
+
+
+def case_swiglu() -> str:
+    return "; ".join(compare_swiglu(*inputs(granularity), granularity, wide=True) for granularity in SIZES)
+
+
+def case_swiglu_of_other_dtypes_and_odd_sizes() -> str:
+    texts = []
+    for dtype, granularity in ((torch.float32, TENSOR), (torch.float16, ROW)):
+        texts.append(compare_swiglu(*(random(19, 23, seed=s, dtype=dtype) for s in range(3)), granularity))
+    texts.append(compare_swiglu(*(random(1, 16, seed=s) for s in range(3)), ROW))
+    return "; ".join(filter(None, texts))
+
+
+def case_swiglu_of_strided_rows() -> str:
+    both = random(35, 96, seed=0)
+    return compare_swiglu(random(70, 48, seed=1)[::2], both[:, :48], both[:, 48:], ROW)
+
+
+def case_swiglu_with_nan_and_inf() -> str:
+    texts = []
+    for granularity in SIZES:
+        grad, gate, up = inputs(granularity)
+        gate[3, 5], up[7, 2], grad[20, 30] = torch.nan, torch.inf, -torch.inf
+        gate[1] = 3e38  # finite in bf16; times up it is not
+        texts.append(compare_swiglu(grad, gate, up, granularity))
+    return "; ".join(filter(None, texts))
+
+
+def case_swiglu_of_zeros_and_of_large_gates() -> str:
+    texts = [compare_swiglu(*(torch.zeros(*SIZES[g]) for _ in range(3)), g) for g in SIZES]
+    grad, gate, up = inputs(ROW)
+    return "; ".join(filter(None, [*texts, compare_swiglu(grad, gate * 60, up, ROW)]))
+
+
+CASES = {name.removeprefix("case_"): function for name, function in dict(globals()).items() if name.startswith("case_")}
+
+
+def main(out: str) -> None:
+    """Run all cases and write what differs."""
+    assert casts.INTERPRETED, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    shrink_blocks()
+    results = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = case().strip("; ")
+        except Exception:
+            results[name] = traceback.format_exc()
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,118 @@
+"""The fused producers' kernels compile for Hopper on a machine without a GPU, with wide loads and stores."""
+
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from titan_fp8.kernels.producers import norm_kernel as norm  # noqa: E402
+from titan_fp8.kernels.producers import swiglu_kernel as swiglu  # noqa: E402
+from titan_fp8.kernels.producers.tiles import LAUNCH  # noqa: E402
+
+CODES = {"E5M2": False, "POWER_OF_TWO": True, "EXACT_BITS": False, "SELECT_NAN": True}
+FORMS = ["*bf16", "*u8", "*fp32", "*u8", "*fp32"]
+ROW_WARPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_ptx(function: Any, arguments: list[str], num_warps: int, **constants: Any) -> str:
+    """PTX of a kernel for pointers aligned to 16 bytes and for sizes that + marks as multiples of 16."""
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    remaining = iter(arguments)
+    for position, name in enumerate(function.arg_names):
+        argument = "constexpr" if name in constants else next(remaining)
+        if argument.endswith("+") or argument.startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        signature[name] = argument.rstrip("+")
+    assert not list(remaining)
+    source = ASTSource(function, signature, constexprs=dict(constants), attrs=attributes)
+    options = {"num_warps": num_warps, **LAUNCH}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def assert_wide_and_exact(ptx: str, *, writes_codes: bool = True) -> None:
+    assert "ld.global.v4.b32" in ptx
+    assert "fma.rn.f32" not in ptx, "two passes may compute an output differently"
+    if writes_codes:
+        assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+        assert "div.rn.f32" in ptx
+        narrow = re.findall(r"st\.global\.(?:v\d\.)?b8", ptx)
+        assert not narrow, narrow
+
+
+@pytest.mark.parametrize(
+    ("granularity", "amax", "add"),
+    [("tensor", True, False), ("row", True, True), ("row", False, False), ("block", False, True)],
+)
+def test_norm_of_rows_compiles(granularity: str, amax: bool, add: bool) -> None:
+    arguments = ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", *FORMS[:3], "*i32"]
+    arguments += ["i32", "i32+", "i32", "i32+", "i32+", "fp32"]
+    flags = {"ADD": add, "EMIT": False, "GRANULARITY": granularity, "AMAX": amax, **CODES}
+    blocks = {"BLOCK_T": 1, "BLOCK_K": 4096, "STAGES": norm.AMAX_STAGES if amax else 1}
+    ptx = compile_ptx(norm._norm_rows_kernel, arguments, ROW_WARPS, **flags, **blocks)
+    assert ("cp.async" in ptx) == (amax and norm.AMAX_STAGES > 1)
+    assert "sqrt.rn.f32" in ptx
+    if not amax:
+        assert_wide_and_exact(ptx)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "rows", "tile"),
+    [
+        ("tensor", True, norm.BOTH_TILE),
+        ("row", False, norm.COLUMNS_TILE),
+        ("block", False, norm.BLOCK_TILE),
+    ],
+)
+def test_the_second_pass_of_a_norm_compiles(granularity: str, rows: bool, tile: norm.Tile) -> None:
+    arguments = ["*bf16", "*fp32", "*fp32", "*i32", "*i32", *FORMS, "i32", "i32+", "i32+", "i32+"]
+    flags = {"GRANULARITY": granularity, "ROWS": rows, "COLUMNS": True, "EMIT": False, **CODES}
+    assert_wide_and_exact(compile_ptx(norm._norm_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
+
+
+def blocks_of(tile: norm.Tile) -> dict[str, int]:
+    return {"BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band}
+
+
+@pytest.mark.parametrize(
+    ("backward", "granularity", "tile"),
+    [
+        (False, "row", swiglu.FORWARD_TILE),
+        (False, "block", swiglu.FORWARD_BLOCK_TILE),
+        (True, "tensor", swiglu.BACKWARD_TILE),
+        (True, "block", swiglu.BACKWARD_BLOCK_TILE),
+    ],
+)
+def test_swiglu_compiles(backward: bool, granularity: str, tile: swiglu.Tile) -> None:
+    pointers = ["*i32", "*i32", *FORMS] * 2
+    arguments = ["*bf16"] * 3 + pointers + ["i32"] + ["i32+"] * 5
+    flags = {"BACKWARD": backward, "GRANULARITY": granularity, "ROWS": True, "COLUMNS": True, "EMIT": False, **CODES}
+    assert_wide_and_exact(compile_ptx(swiglu._swiglu_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
+
+
+@pytest.mark.parametrize(("backward", "tensor"), [(False, True), (True, False)])
+def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
+    block = swiglu.BACKWARD_AMAX if backward else swiglu.FORWARD_AMAX
+    arguments = ["*bf16"] * 3 + ["*i32"] * 4 + ["i32"] + ["i32+"] * 4
+    flags = {"BACKWARD": backward, "TENSOR": tensor, "ROWS": not tensor, "COLUMNS": not tensor, "EXACT_BITS": False}
+    blocks = {"BLOCK_T": block.tokens, "BLOCK_K": block.features, "STEPS": block.steps}
+    ptx = compile_ptx(swiglu._swiglu_amax_kernel, arguments, block.warps, **flags, **blocks)
+    assert_wide_and_exact(ptx, writes_codes=False)
+
+
+def test_swiglu_of_whole_rows_compiles() -> None:
+    arguments = ["*bf16"] * 3 + ["*u8", "*fp32", "i32", "i32+", "i32+", "i32+"]
+    flags = {"EMIT": False, "ONE_BLOCK": True, "BLOCK_T": 1, "BLOCK_K": 16384, **CODES}
+    assert_wide_and_exact(compile_ptx(swiglu._swiglu_rows_kernel, arguments, 16, **flags))

@@ -1,0 +1,137 @@
+"""Producers that write float8: RMSNorm (with the residual add before it if asked), SwiGLU, and the backward of SwiGLU.
+
+`reference.py` says what they compute and where they round; `norm_kernel.py` and `swiglu_kernel.py` compute it on a GPU without
+writing the output in high precision. Each function here checks its input and takes the Triton kernels for CUDA tensors
+where Triton is installed, otherwise the reference. Codes and scales are, in both, bit for bit the plain cast of the
+producer's own output, which `Cast.emit` returns.
+
+Inputs are 2-D bf16, fp16 or fp32 tensors of any strides; outputs are contiguous. What is not asked for is neither
+computed nor allocated.
+
+T tokens, K features, H hidden features; see `kernels.float8` and `kernels.blockwise` for the layouts.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from titan_fp8.kernels import float8
+from titan_fp8.kernels.producers import reference
+from titan_fp8.kernels.producers.reference import BLOCK, GRANULARITIES, ROW, TENSOR, Cast, Produced
+
+__all__ = [
+    "BLOCK",
+    "GRANULARITIES",
+    "ROW",
+    "TENSOR",
+    "Cast",
+    "Produced",
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+]
+
+_BLOCK_SIZE = 128
+
+
+@functools.cache
+def _norm_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.producers.norm_kernel")
+
+
+@functools.cache
+def _swiglu_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.producers.swiglu_kernel")
+
+
+def _check(cast: Cast, x: Tensor, *others: Tensor) -> None:
+    float8.check_input(x, cast.dtype)
+    for other in others:
+        if other.shape != x.shape or other.dtype != x.dtype:
+            raise ValueError(
+                f"expected tensors of one shape and dtype, got {x.dtype} {list(x.shape)} and {other.dtype} "
+                f"{list(other.shape)}"
+            )
+    if cast.granularity not in GRANULARITIES:
+        raise ValueError(f"granularity {cast.granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+    if cast.granularity == BLOCK and x.shape[1] % _BLOCK_SIZE:
+        raise ValueError(
+            f"expected features in multiples of {_BLOCK_SIZE} for blockwise scales, got shape {list(x.shape)}"
+        )
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x with its features contiguous; rows may lie apart, as those of a part of a wider tensor do."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
+) -> tuple[Tensor | None, Tensor, Produced]:
+    """RMSNorm over K of x `[T, K]`, or of the sum x + branch, as float8.
+
+    Args:
+        x: `[T, K]`.
+        branch: what is added to x before the norm, `[T, K]` of x's dtype, or None.
+        weight: `[K]` of any float dtype; it is rounded to x's dtype.
+        eps: added to the mean square.
+        cast: the forms of the output; `cast.rows` is always wanted here.
+
+    Returns:
+        The sum `[T, K]` in x's dtype (None without branch), rstd fp32 `[T]`, and the output in the forms asked for.
+
+    Raises:
+        ValueError: for shapes, dtypes or a cast that do not fit.
+    """
+    _check(cast, x, *([] if branch is None else [branch]))
+    if weight.shape != x.shape[1:]:
+        raise ValueError(f"expected a weight of shape {list(x.shape[1:])}, got {list(weight.shape)}")
+    if not cast.rows:
+        raise ValueError("a norm's output is always wanted by rows; cast.rows is False")
+    if not float8.uses_kernel(x):
+        return reference.rms_norm(x, branch, weight, eps, cast)
+    branch = None if branch is None else _contiguous_rows(branch)
+    return _norm_kernel().rms_norm(_contiguous_rows(x), branch, weight.contiguous(), eps, cast)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x `[T, K]` and weight `[K]`, both in x's dtype, for `grad [T, K]` of the norm of x.
+
+    Args:
+        grad: gradient of the output, in x's dtype.
+        x: what was normed, `[T, K]`; of `rms_norm` with a branch, the sum.
+        weight: `[K]` of any float dtype.
+        rstd: fp32 `[T]`, as `rms_norm` gave it.
+    """
+    if not x.is_cuda or x.numel() == 0:
+        return reference.norm_backward(grad, x, weight, rstd)
+    backward = torch.ops.aten._fused_rms_norm_backward.default
+    return backward(grad.contiguous(), x.contiguous(), x.shape[1:], rstd.unsqueeze(1), weight.to(x.dtype), [True, True])
+
+
+def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
+    """`silu(gate) * up`, `[T, H]`, in the forms that `cast` asks for.
+
+    Raises:
+        ValueError: for shapes, dtypes or a cast that do not fit.
+    """
+    _check(cast, gate, up)
+    if not float8.uses_kernel(gate):
+        return reference.swiglu(gate, up, cast)
+    return _swiglu_kernel().swiglu(_contiguous_rows(gate), _contiguous_rows(up), cast)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
+    """Gradients of gate and of up `[T, H]`, for `grad [T, H]` of `silu(gate) * up`, in the forms that `cast` asks for.
+
+    Raises:
+        ValueError: for shapes, dtypes or a cast that do not fit.
+    """
+    _check(cast, gate, up, grad)
+    if not float8.uses_kernel(gate):
+        return reference.swiglu_backward(grad, gate, up, cast)
+    return _swiglu_kernel().swiglu_backward(_contiguous_rows(grad), _contiguous_rows(gate), _contiguous_rows(up), cast)

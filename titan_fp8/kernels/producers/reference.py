@@ -1,0 +1,143 @@
+"""Producers that write float8, in plain PyTorch: what the fused kernels compute.
+
+A *producer* is what makes the input of a linear layer (or the gradient of its output): RMSNorm, residual add and
+RMSNorm, SwiGLU, the backward of SwiGLU. Its result is needed in float8 only, so a fused kernel never writes it in high
+precision, which saves a write and a read of the whole tensor.
+
+Two steps that can be checked one by one:
+
+    output = round_to_activation_dtype(formula in fp32)       rounded once
+    codes  = plain cast of output                             kernels/float8 or kernels/blockwise
+
+The rounding between them is deliberate. The codes are the ones that the plain cast gives for a tensor that exists (it
+comes out when asked for, with `emit`), so a fused model and one that is not compute the same to within one rounding of
+the producer's output, and a saved tensor and a recomputed one have the same codes.
+
+Rounding points of the output, for activations in bf16:
+
+    sum       x + branch, rounded: it is the residual stream, and the norm reads it rounded
+    RMSNorm   (x * rstd) * weight in fp32 with the weight rounded to bf16 first, rounded once: as `F.rms_norm` does
+    SwiGLU    silu(gate) * up in fp32, rounded once. The eager expression `F.silu(gate) * up` rounds silu as well, so
+              the two differ by up to that rounding.
+    backward  grad_gate and grad_up in fp32, each rounded once
+
+The kernels equal the second step bit for bit; the first to within one unit in the last place of the output, because
+sums run in another order and exponentials are approximated.
+
+T tokens, K features of a norm, H hidden features of a SwiGLU. Sources: arXiv 1910.07467 (RMSNorm), 2002.05202 (SwiGLU).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_fp8.kernels import blockwise, float8
+
+TENSOR, ROW, BLOCK = "tensor", "row", "block"
+GRANULARITIES = (TENSOR, ROW, BLOCK)
+"""What shares a scale: the tensor; a row (of the transposed layout: a column), a power of two; 128 values of one."""
+
+
+class Cast(NamedTuple):
+    """What becomes of an output.
+
+    Attributes:
+        granularity: one of `GRANULARITIES`.
+        dtype: float8 format.
+        power_of_two: scales of blocks are powers of two (those of rows always are, one for the tensor never).
+        rows: write the codes in the output's own layout, `[T, K]`.
+        columns: write the transposed layout, `[K, padded(T)]`, T padded to 16, or for blocks to 128.
+        emit: write the output itself.
+    """
+
+    granularity: str
+    dtype: torch.dtype
+    power_of_two: bool = False
+    rows: bool = True
+    columns: bool = False
+    emit: bool = False
+
+
+class Produced(NamedTuple):
+    """An output in the forms asked for; None for the others.
+
+    Attributes:
+        output: `[T, K]` in the activations' dtype.
+        codes, scale: by rows; scale [], `[T, 1]`, or `[T, K/128]` with strides (1, T).
+        codes_t, scale_t: by columns; scale `[K, 1]`, or `[K, padded(T)/128]` with strides (1, K). With one scale for
+            the tensor, that is `scale`, and `scale_t` is None.
+    """
+
+    output: Tensor | None
+    codes: Tensor | None
+    scale: Tensor | None
+    codes_t: Tensor | None
+    scale_t: Tensor | None
+
+
+def quantize(output: Tensor, cast: Cast) -> Produced:
+    """`output [T, K]` in the forms that `cast` asks for, by the plain casts."""
+    codes = scale = codes_t = scale_t = None
+    rows, columns, dtype = cast.rows, cast.columns, cast.dtype
+    if cast.granularity == TENSOR and (rows or columns):
+        codes, codes_t, scale = float8.cast_tensor(output, float8.amax(output), dtype, rows=rows, columns=columns)
+    elif cast.granularity == ROW:
+        codes, scale = float8.cast_rows(output, dtype) if rows else (None, None)
+        codes_t, scale_t = float8.cast_columns(output, dtype) if columns else (None, None)
+    elif cast.granularity == BLOCK:
+        power_of_two = cast.power_of_two
+        codes, scale = blockwise.cast_block_rows(output, dtype, power_of_two) if rows else (None, None)
+        codes_t, scale_t = blockwise.cast_block_columns(output, dtype, power_of_two) if columns else (None, None)
+    return Produced(output if cast.emit else None, codes, scale, codes_t, scale_t)
+
+
+def norm_output(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """RMSNorm of x `[T, K]`, or of x + branch: `(sum or None, rstd fp32 [T], output [T, K])`."""
+    total = None if branch is None else (x + branch).contiguous()
+    value = (x if total is None else total).float()
+    rstd = torch.rsqrt(value.square().mean(1) + eps)
+    output = value * rstd.unsqueeze(1) * weight.to(x.dtype).float()
+    return total, rstd, output.to(x.dtype).contiguous()
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x `[T, K]`, in its dtype, and of weight `[K]`, in x's dtype, for `grad [T, K]` of the output."""
+    normed = x.float() * rstd.unsqueeze(1)
+    scaled = grad.float() * weight.to(x.dtype).float()
+    grad_x = rstd.unsqueeze(1) * (scaled - normed * (scaled * normed).mean(1, keepdim=True))
+    return grad_x.to(x.dtype).contiguous(), (grad.float() * normed).sum(0).to(x.dtype)
+
+
+def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, `[T, H]`."""
+    value = gate.float()
+    return (value / (1 + torch.exp(-value)) * up.float()).to(gate.dtype).contiguous()
+
+
+def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up `[T, H]` for the gradient of `silu(gate) * up`."""
+    value, g = gate.float(), grad.float()
+    sigmoid = 1 / (1 + torch.exp(-value))
+    grad_gate = g * (up.float() * (sigmoid * (1 + value * (1 - sigmoid))))
+    grad_up = g * (value * sigmoid)
+    return grad_gate.to(gate.dtype).contiguous(), grad_up.to(gate.dtype).contiguous()
+
+
+def rms_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
+) -> tuple[Tensor | None, Tensor, Produced]:
+    """See `titan_fp8.kernels.producers.rms_norm`."""
+    total, rstd, output = norm_output(x, branch, weight, eps)
+    return total, rstd, quantize(output, cast)
+
+
+def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
+    """See `titan_fp8.kernels.producers.swiglu`."""
+    return quantize(swiglu_output(gate, up), cast)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
+    """See `titan_fp8.kernels.producers.swiglu_backward`."""
+    grad_gate, grad_up = swiglu_gradients(grad, gate, up)
+    return quantize(grad_gate, cast), quantize(grad_up, cast)
