@@ -1,4 +1,4 @@
-"""A float8 linear's forward and backward: which tensor is cast how, and what the three products consume.
+"""A float8 linear's forward and backward: what the three products consume, and what is kept in between.
 
     product      left operand                       right operand
     output       x rows            [T, K]           w rows            [N, K]
@@ -6,24 +6,27 @@
     grad_weight  grad_output cols  [N, padded(T)]   x columns         [K, padded(T)]
 
 Every operand lies with its summed dimension contiguous, so x and grad_output are needed in both layouts, and one cast
-writes both. Forward makes the columns of x at once and saves them, 8 bits a value, in place of x. The weight itself is
-saved, not its codes: it is the parameter, which is in memory anyway or which FSDP frees and gathers again, and
-casting it a second time costs less than keeping it.
+writes both. Forward gets x and the weight cast already (`activation.py`, `weights.py`), and saves for backward:
 
-What is cast depends only on which gradients autograd will ask for: under `torch.no_grad()`, or with a frozen weight,
-the columns of x are never made.
+    for grad_weight   the columns of x, 8 bits a value, in place of x; where that product is not float8, x itself
+    for grad_input    the weight's columns where somebody keeps them anyway; otherwise its row codes, from which
+                      backward derives the columns; or the parameter alone, which backward casts again
+
+What is cast and saved depends only on which gradients autograd will ask for: under `torch.no_grad()`, or with a frozen
+weight, the columns of x are never made.
 
 T tokens, K in features, N out features.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.quantization import ops
+from titan_fp8.quantization.casts import Codes, cast_activation, cast_weight, product, weight_columns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 
 
@@ -36,58 +39,59 @@ class Float8Config:
         emulate: multiply the codes in fp32, on any device.
         fast_accum_in_backward: fast accumulation in the two gradient products; the output always has it.
         grad_weight_dtype: type in which the weight's gradient leaves its product.
+        recompute_weight_in_backward: keep no codes of the weight between forward and backward: cast it again, or
+            derive its columns again from cached or gathered row codes.
     """
 
     recipe: Float8Recipe
     emulate: bool = False
     fast_accum_in_backward: bool = False
     grad_weight_dtype: torch.dtype = torch.bfloat16
+    recompute_weight_in_backward: bool = False
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether scales belong to blocks of the summed dimension."""
+        return self.recipe.granularity is Granularity.BLOCK
+
+    def gradient_product(self, a: Codes, b: Codes, out_dtype: torch.dtype) -> Tensor:
+        """`a [M, K] @ b [N, K].T` as the two gradient products compute it."""
+        return product(
+            a,
+            b,
+            None,
+            out_dtype,
+            blockwise=self.blockwise,
+            fast_accum=self.fast_accum_in_backward,
+            emulate=self.emulate,
+        )
 
 
-class Codes(NamedTuple):
-    """Float8 codes and the scale that turns them back: [], or one a row of `codes`."""
+@dataclass(frozen=True)
+class WeightOperand:
+    """The codes of a weight as a linear gets them for one forward pass.
 
-    codes: Tensor
-    scale: Tensor
+    Attributes:
+        rows: `[N, K]`.
+        columns: `[K, N]` where they are kept anyway, else None.
+        is_transient: the rows are made for this pass alone, so saving them costs memory until backward.
+    """
 
-
-def cast_activation(
-    x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool
-) -> tuple[Codes | None, Codes | None]:
-    """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other."""
-    if recipe.granularity is Granularity.TENSOR:
-        amax = ops.amax(x)
-        if rows and columns:
-            codes, codes_t, scale = ops.cast_tensor_both(x, amax, dtype)
-            return Codes(codes, scale), Codes(codes_t, scale)
-        if rows:
-            return Codes(*ops.cast_tensor(x, amax, dtype)), None
-        return None, Codes(*ops.cast_tensor_columns(x, amax, dtype))
-    if rows and columns:
-        codes, scale, codes_t, scale_t = ops.cast_rows_and_columns(x, dtype)
-        return Codes(codes, scale), Codes(codes_t, scale_t)
-    if rows:
-        return Codes(*ops.cast_rows(x, dtype)), None
-    return None, Codes(*ops.cast_columns(x, dtype))
+    rows: Codes
+    columns: Codes | None = None
+    is_transient: bool = True
 
 
-def cast_weight(weight: Tensor, recipe: Float8Recipe) -> tuple[Codes, Tensor | None]:
-    """The weight `[N, K]` by rows, for `output`; and its amax, which spares backward a pass (None if rowwise)."""
-    if recipe.granularity is Granularity.TENSOR:
-        amax = ops.amax(weight)
-        return Codes(*ops.cast_tensor(weight, amax, recipe.weight_dtype)), amax
-    return Codes(*ops.cast_rows(weight, recipe.weight_dtype)), None
-
-
-def cast_weight_columns(weight: Tensor, amax: Tensor | None, recipe: Float8Recipe) -> Codes:
-    """The weight `[N, K]` by columns, `[K, N]`, for `grad_input`; `amax` as `cast_weight` gave it."""
-    if recipe.granularity is Granularity.TENSOR:
-        return Codes(*ops.cast_tensor_columns(weight, amax, recipe.weight_dtype))
-    return Codes(*ops.columns_from_rows(*ops.cast_rows(weight, recipe.weight_dtype)))
+def both_layouts(rows: Codes, columns: Codes | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four tensors as an autograd function takes them: the compiler refuses one tensor in two places, so a scale
+    that both layouts share stands in the first alone."""
+    if columns is None:
+        return *rows, None, None
+    return *rows, columns.codes, None if columns.scale is rows.scale else columns.scale
 
 
 class Float8LinearFunction(torch.autograd.Function):
-    """`output = x @ weight.T + bias` with all three matrix products in float8."""
+    """`output = x @ weight.T + bias` with the matrix products in float8."""
 
     @staticmethod
     def forward(
@@ -95,22 +99,58 @@ class Float8LinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        x_codes: Tensor,
+        x_scale: Tensor,
+        x_codes_t: Tensor | None,
+        x_scale_t: Tensor | None,
+        w_codes: Tensor,
+        w_scale: Tensor,
+        w_codes_t: Tensor | None,
+        w_scale_t: Tensor | None,
         config: Float8Config,
+        saves_weight: bool,
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensor:
-        """x `[T, K]`, weight `[N, K]`, bias `[N]` or None; the output `[T, N]` has x's dtype."""
+        """The output `[T, N]` in x's dtype.
+
+        Args:
+            x: `[T, K]`; only its dtype is used, and its values where `grad_weight` is not a float8 product.
+            weight: the parameter `[N, K]`.
+            bias: `[N]` or None.
+            x_codes, x_scale: x by rows.
+            x_codes_t, x_scale_t: x by columns, or None; a scale that is that of the rows is None too.
+            w_codes, w_scale: the weight by rows.
+            w_codes_t, w_scale_t: the weight by columns, or None: derived in backward. The scale likewise.
+            config: how to compute.
+            saves_weight: save the parameter in place of its codes.
+            needs_grad_input, needs_grad_weight: what backward will be asked for.
+        """
         recipe = config.recipe
-        x_rows, x_columns = cast_activation(x, recipe, recipe.input_dtype, rows=True, columns=needs_grad_weight)
-        assert x_rows is not None
-        w_rows, w_amax = cast_weight(weight, recipe)
-        output = ops.scaled_mm(
-            x_rows.codes, w_rows.codes, x_rows.scale, w_rows.scale, bias, x.dtype, True, config.emulate
+        output = product(
+            Codes(x_codes, x_scale),
+            Codes(w_codes, w_scale),
+            bias,
+            x.dtype,
+            blockwise=config.blockwise,
+            fast_accum=True,
+            emulate=config.emulate,
         )
-        for_grad_input = (weight, w_amax) if needs_grad_input else (None, None)
-        for_grad_weight = x_columns if x_columns is not None else (None, None)
-        ctx.save_for_backward(*for_grad_input, *for_grad_weight)
+        saved: list[Tensor | None] = [None] * 5  # weight; codes and scale of the weight; those of x
+        if needs_grad_input:
+            if w_codes_t is not None:
+                saved[1:3] = [w_codes_t, w_scale if w_scale_t is None else w_scale_t]
+            elif saves_weight:
+                saved[0] = weight
+            else:
+                saved[1:3] = [w_codes, w_scale]
+        if needs_grad_weight:
+            x_scale_t = x_scale if x_scale_t is None else x_scale_t
+            saved[3:5] = [x_codes_t, x_scale_t] if recipe.grad_weight_in_float8 else [x, None]
+        ctx.save_for_backward(*saved)
         ctx.config = config
+        ctx.has_columns = w_codes_t is not None
+        ctx.needs_grads = needs_grad_input, needs_grad_weight
         ctx.input_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output
@@ -119,25 +159,46 @@ class Float8LinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x `[T, K]`, weight `[N, K]` and bias `[N]`; None where not asked for."""
-        weight, w_amax, x_codes_t, x_scale_t = ctx.saved_tensors
+        weight, w_codes, w_scale, x_or_codes_t, x_scale_t = ctx.saved_tensors
         config: Float8Config = ctx.config
         recipe = config.recipe
-        fast, emulate = config.fast_accum_in_backward, config.emulate
+        needs_grad_input, needs_grad_weight = ctx.needs_grads
         grad_input = grad_weight = grad_bias = g_rows = g_columns = None
-        rows, columns = weight is not None, x_codes_t is not None
-        if rows or columns:
+        columns = needs_grad_weight and recipe.grad_weight_in_float8
+        if needs_grad_input or columns:
             g_rows, g_columns = cast_activation(
-                grad_output, recipe, recipe.grad_output_dtype, rows=rows, columns=columns
+                grad_output, recipe, recipe.grad_output_dtype, rows=needs_grad_input, columns=columns
             )
         if g_rows is not None:
-            w_t = cast_weight_columns(weight, w_amax, recipe)
-            grad_input = ops.scaled_mm(
-                g_rows.codes, w_t.codes, g_rows.scale, w_t.scale, None, ctx.input_dtype, fast, emulate
-            )
+            w_columns = columns_of_weight(weight, w_codes, w_scale, recipe, has_columns=ctx.has_columns)
+            grad_input = config.gradient_product(g_rows, w_columns, ctx.input_dtype)
         if g_columns is not None:
-            grad_weight = ops.scaled_mm(
-                g_columns.codes, x_codes_t, g_columns.scale, x_scale_t, None, config.grad_weight_dtype, fast, emulate
-            ).to(ctx.weight_dtype)
+            x_columns = Codes(x_or_codes_t, x_scale_t)
+            grad_weight = config.gradient_product(g_columns, x_columns, config.grad_weight_dtype)
+        elif needs_grad_weight:
+            grad_weight = _unquantized_product(grad_output, x_or_codes_t, config.grad_weight_dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias, *[None] * 12
+
+
+def columns_of_weight(
+    weight: Tensor | None, codes: Tensor | None, scale: Tensor | None, recipe: Float8Recipe, *, has_columns: bool
+) -> Codes:
+    """The weight by columns `[K, N]` in backward, from what forward saved: the parameter, or codes and scale."""
+    if weight is not None:
+        return weight_columns(cast_weight(weight, recipe), recipe)
+    assert codes is not None
+    assert scale is not None
+    return Codes(codes, scale) if has_columns else weight_columns(Codes(codes, scale), recipe)
+
+
+def _unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`grad_output [T, N].T @ x [T, K]` in `out_dtype`, which may be wider than what is multiplied."""
+    if out_dtype == x.dtype:
+        return grad_output.t() @ x
+    if x.is_cuda and out_dtype == torch.float32:
+        return torch.mm(grad_output.t(), x, out_dtype=out_dtype)
+    return (grad_output.t().float() @ x.float()).to(out_dtype)

@@ -1,8 +1,14 @@
-"""`Float8Linear`: an `nn.Linear` whose three matrix products run in float8.
+"""`Float8Linear`: an `nn.Linear` whose matrix products run in float8.
 
 It is made from an existing linear and keeps that one's parameters, the very same objects, so that an optimizer built
 before, tied weights, hooks and checkpoints go on working. Parameters stay in high precision; a state dict looks as if
 nothing had been converted.
+
+Where its weight's codes come from, in this order:
+
+    a gathered weight   FSDP has gathered codes in place of numbers (`fsdp_weight.py`)
+    a cache             one cast an optimizer step (`weights.py`)
+    the parameter       cast in every forward pass
 """
 
 from typing import Self
@@ -10,19 +16,23 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from titan_fp8.kernels.float8.reference import T_MULTIPLE
-from titan_fp8.quantization.function import Float8Config, Float8LinearFunction
+from titan_fp8.quantization.activation import QuantizedActivation, quantize_activation
+from titan_fp8.quantization.casts import Codes, cast_weight
+from titan_fp8.quantization.fsdp_weight import check_gathered
+from titan_fp8.quantization.function import Float8Config, Float8LinearFunction, WeightOperand, both_layouts
+from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
+from titan_fp8.quantization.recipes import Float8Recipe
+from titan_fp8.quantization.sharded_weight import Float8WeightState
+from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.errors import UserError
 
-DIM_MULTIPLE = T_MULTIPLE
-"""FP8 tensor cores take matrices whose dimensions are multiples of 16."""
 
-
-def check_dims(in_features: int, out_features: int) -> str | None:
-    """What is wrong with a linear of these dimensions for float8, or None."""
+def check_dims(in_features: int, out_features: int, recipe: Float8Recipe) -> str | None:
+    """What is wrong with a linear of these dimensions for a recipe, or None."""
+    multiple = recipe.dim_multiple
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size % DIM_MULTIPLE or size == 0:
-            return f"{name}={size} is not a multiple of {DIM_MULTIPLE}"
+        if size % multiple or size == 0:
+            return f"{name}={size} is not a multiple of {multiple}, which {recipe.name} needs"
     return None
 
 
@@ -34,18 +44,22 @@ class Float8Linear(nn.Linear):
 
     Attributes:
         config: recipe, emulation and precision of the products.
+        weight_cache: the weight's codes, kept from one optimizer step to the next; or None. See `cache_weights`.
+        fsdp_weight_state: set if the weight is made to be gathered as codes; see `wrap_weights_for_fsdp`.
     """
 
     config: Float8Config
+    weight_cache: WeightCache | None
+    fsdp_weight_state: Float8WeightState | None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Float8Config) -> Self:
         """A float8 linear with the parameters, buffers, hooks and mode of `linear`.
 
         Raises:
-            UserError: if in_features or out_features is not a multiple of 16.
+            UserError: if in_features or out_features is not a multiple of what the recipe needs.
         """
-        problem = check_dims(linear.in_features, linear.out_features)
+        problem = check_dims(linear.in_features, linear.out_features, config.recipe)
         if problem:
             raise UserError(f"float8 linear: {problem}")
         converted = cls.__new__(cls)
@@ -53,27 +67,61 @@ class Float8Linear(nn.Linear):
         for table in ("_parameters", "_buffers", "_modules"):
             converted.__dict__[table] = dict(linear.__dict__[table])
         converted.config = config
+        converted.weight_cache = None
+        converted.fsdp_weight_state = None
         return converted
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
         """`[..., K]` -> `[..., N]`."""
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"float8 linear with in_features={self.in_features} got input {list(input.shape)}")
-        x = input
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        value, rows, columns = self.quantize_input(input)
+        weight = self.weight_operand()
         grad = torch.is_grad_enabled()
         output = Float8LinearFunction.apply(
-            x.reshape(-1, self.in_features),
+            value.reshape(-1, self.in_features),
             self.weight,
             self.bias,
+            *both_layouts(rows, columns),
+            *both_layouts(weight.rows, weight.columns),
             self.config,
-            grad and x.requires_grad,
+            weight.is_transient and self.config.recompute_weight_in_backward,
+            grad and value.requires_grad,
             grad and self.weight.requires_grad,
         )
         # Not a view for autograd: FSDP hooks the outputs of the modules it wraps, and a view would lose the hook when
         # it is changed in place.
-        return torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], self.out_features])
+        return torch.ops.aten._unsafe_view.default(output, [*value.shape[:-1], self.out_features])
+
+    def quantize_input(self, input: Tensor | QuantizedActivation) -> tuple[Tensor, Codes, Codes | None]:
+        """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if the weight's gradient needs
+        them."""
+        value = input if isinstance(input, Tensor) else input.value
+        if value.shape[-1] != self.in_features:
+            raise ValueError(f"float8 linear with in_features={self.in_features} got input {list(value.shape)}")
+        recipe = self.config.recipe
+        columns = torch.is_grad_enabled() and self.weight.requires_grad and recipe.grad_weight_in_float8
+        if isinstance(input, QuantizedActivation):
+            if input.recipe != recipe or (columns and input.columns is None):
+                raise ValueError(f"float8 linear with recipe {recipe.name} got an input quantized for something else")
+            return value, input.rows, input.columns if columns else None
+        if torch.is_autocast_enabled(value.device.type):
+            value = value.to(torch.get_autocast_dtype(value.device.type))
+        return value, *quantize_activation(value.reshape(-1, self.in_features), input, recipe, columns=columns)
+
+    def weight_operand(self) -> WeightOperand:
+        """The weight's codes for this forward pass."""
+        weight = self.weight
+        if isinstance(weight, GatheredFloat8Weight):
+            return WeightOperand(Codes(weight.codes, weight.scale), is_transient=False)
+        if self.fsdp_weight_state is not None:
+            check_gathered(weight)
+        cache = self.weight_cache
+        if cache is None:
+            with torch.no_grad():
+                return WeightOperand(cast_weight(weight, self.config.recipe))
+        if not torch.compiler.is_compiling():
+            cache.refresh(weight)  # compiled code relies on the hook of the model, which runs before it
+        assert cache.rows is not None
+        return WeightOperand(cache.rows, cache.columns, is_transient=False)
 
     def extra_repr(self) -> str:
         """Dimensions, recipe and whether it is emulated."""

@@ -8,7 +8,7 @@ The operators are registered with the low-level `torch.library.Library`, whose c
 None has a derivative: `function.py` calls them inside its autograd function. Selective activation checkpointing finds
 the products to keep in `GEMM_OPS`.
 
-T tokens, K in features, N out features; `padded(T)` is T rounded up to a multiple of 16.
+T tokens, K in features, N out features; `padded(T)` is T rounded up to a multiple of 16, `padded128(T)` of 128.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from titan_fp8.kernels import float8
+from titan_fp8.kernels import blockwise, float8
+from titan_fp8.kernels.blockwise import blocks
 from titan_fp8.kernels.float8 import padded
-from titan_fp8.quantization.gemm import scaled_mm as _scaled_mm
+from titan_fp8.quantization import gemm
 
 _LIBRARY = torch.library.Library("titan_fp8", "DEF")
 
@@ -46,6 +47,26 @@ def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scale(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0]))
+
+
+def _block_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[1], blockwise.padded(x.shape[0])), dtype=dtype)
+
+
+def _block_row_scale(x: Tensor) -> Tensor:
+    return _scale(x, blocks(x.shape[1]), x.shape[0]).t()  # strides (1, T)
+
+
+def _block_column_scale(x: Tensor) -> Tensor:
+    return _scale(x, blocks(x.shape[0]), x.shape[1]).t()  # strides (1, K)
+
+
+def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
 def _cast_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -124,20 +145,71 @@ columns_from_rows = _register(
 )
 """`columns_from_rows(codes [T, K], scale [T, 1])` -> codes_t [K, padded(T)], scale_t [K, 1]."""
 
+tensor_columns_from_rows = _register(
+    "tensor_columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
+    float8.tensor_columns_from_rows,
+    lambda codes, scale: (_transposed(codes), _scale(codes)),
+)
+"""`tensor_columns_from_rows(codes [N, K], scale [N, 1])` -> codes_t [K, N], scale [], a power of two."""
+
+transpose_codes = _register("transpose_codes(Tensor codes) -> Tensor", float8.transpose_codes, _transposed)
+"""`transpose_codes(codes [N, K])` -> [K, N], the same bytes."""
+
+cast_block_rows = _register(
+    "cast_block_rows(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
+    blockwise.cast_block_rows,
+    lambda x, dtype, power_of_two: (_rows(x, dtype), _block_row_scale(x)),
+)
+"""`cast_block_rows(x [T, K], dtype, power_of_two)` -> codes [T, K], scale [T, K/128] with strides (1, T)."""
+
+cast_block_columns = _register(
+    "cast_block_columns(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
+    blockwise.cast_block_columns,
+    lambda x, dtype, power_of_two: (_block_columns(x, dtype), _block_column_scale(x)),
+)
+"""`cast_block_columns(x [T, K], dtype, power_of_two)` -> codes_t [K, padded128(T)], scale_t [K, padded128(T)/128] with
+strides (1, K)."""
+
+cast_block_both = _register(
+    "cast_block_both(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
+    blockwise.cast_block_both,
+    lambda x, dtype, power_of_two: (
+        _rows(x, dtype),
+        _block_row_scale(x),
+        _block_columns(x, dtype),
+        _block_column_scale(x),
+    ),
+)
+"""`cast_block_both(x [T, K], dtype, power_of_two)` -> codes, scale, codes_t, scale_t as above, one read."""
+
+cast_blocks = _register(
+    "cast_blocks(Tensor w, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
+    blockwise.cast_blocks,
+    lambda w, dtype, power_of_two: (_rows(w, dtype), _scale(w, blocks(w.shape[0]), blocks(w.shape[1]))),
+)
+"""`cast_blocks(w [N, K], dtype, power_of_two)` -> codes [N, K], scale [N/128, K/128]; one read of w."""
+
 scaled_mm = _register(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
     "bool fast_accum, bool emulate) -> Tensor",
-    _scaled_mm,
-    lambda a, b, scale_a, scale_b, bias, out_dtype, fast_accum, emulate: a.new_empty(
-        (a.shape[0], b.shape[0]), dtype=out_dtype
-    ),
+    gemm.scaled_mm,
+    lambda a, b, scale_a, scale_b, bias, out_dtype, fast_accum, emulate: _product(a, b, out_dtype),
 )
 """`scaled_mm(a [M, K], b [N, K], scale_a, scale_b, bias, out_dtype, fast_accum, emulate)` -> [M, N]; see `gemm.py`."""
+
+scaled_mm_blockwise = _register(
+    "scaled_mm_blockwise(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
+    "bool fast_accum, bool emulate) -> Tensor",
+    gemm.scaled_mm_blockwise,
+    lambda a, b, scale_a, scale_b, bias, out_dtype, fast_accum, emulate: _product(a, b, out_dtype),
+)
+"""`scaled_mm_blockwise(a [M, K], b [N, K], scale_a [M, K/128], scale_b, bias, out_dtype, fast_accum, emulate)` -> [M,
+N]; scale_b is [N/128, K/128] or [N, K/128]; see `gemm.py`."""
 
 sum_rows = _register(
     "sum_rows(Tensor x) -> Tensor", _sum_rows, lambda x: x.new_empty((x.shape[1],), dtype=torch.float32)
 )
 """`sum_rows(x [T, N])` -> fp32 [N]: a bias's gradient."""
 
-GEMM_OPS: tuple[OpOverload, ...] = (scaled_mm,)
+GEMM_OPS: tuple[OpOverload, ...] = (scaled_mm, scaled_mm_blockwise)
 """The matrix products of quantized linears, for the save lists of selective activation checkpointing."""

@@ -1,0 +1,113 @@
+"""The operands of a linear's three products: what a recipe makes of an activation, a gradient and a weight.
+
+    operand                  tensorwise     rowwise           blockwise
+    x, grad by rows          one scale      one a row         one a 1 x 128 block of a row
+    x, grad by columns       one scale      one a column      one a 128 x 1 block of a column
+    weight by rows           one scale      one a row         one a 128 x 128 tile
+    weight by columns        derived from the row codes: transposed, and where the scale changes, exponents shifted
+
+Rows lie as the tensor does, `[T, K]`; columns are transposed, `[K, padded(T)]`, since a product wants the dimension it
+sums over contiguous. Each function picks the operators of `ops.py` that make what is asked in the fewest reads.
+
+T tokens, K in features, N out features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_fp8.quantization import ops
+from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+
+
+class Codes(NamedTuple):
+    """Float8 codes and the scale that turns them back: [], or one a row, or one a block of `codes`."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def cast_activation(
+    x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool
+) -> tuple[Codes | None, Codes | None]:
+    """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other."""
+    match recipe.granularity:
+        case Granularity.TENSOR:
+            return _cast_tensor(x, dtype, rows, columns)
+        case Granularity.ROW:
+            return _cast_rows(x, dtype, rows, columns)
+        case Granularity.BLOCK:
+            return _cast_blocks(x, dtype, recipe.power_of_two_scales, rows, columns)
+
+
+def _cast_tensor(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Codes | None, Codes | None]:
+    amax = ops.amax(x)
+    if rows and columns:
+        codes, codes_t, scale = ops.cast_tensor_both(x, amax, dtype)
+        return Codes(codes, scale), Codes(codes_t, scale)
+    if rows:
+        return Codes(*ops.cast_tensor(x, amax, dtype)), None
+    return None, Codes(*ops.cast_tensor_columns(x, amax, dtype))
+
+
+def _cast_rows(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Codes | None, Codes | None]:
+    if rows and columns:
+        codes, scale, codes_t, scale_t = ops.cast_rows_and_columns(x, dtype)
+        return Codes(codes, scale), Codes(codes_t, scale_t)
+    if rows:
+        return Codes(*ops.cast_rows(x, dtype)), None
+    return None, Codes(*ops.cast_columns(x, dtype))
+
+
+def _cast_blocks(
+    x: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool
+) -> tuple[Codes | None, Codes | None]:
+    if rows and columns:
+        codes, scale, codes_t, scale_t = ops.cast_block_both(x, dtype, power_of_two)
+        return Codes(codes, scale), Codes(codes_t, scale_t)
+    if rows:
+        return Codes(*ops.cast_block_rows(x, dtype, power_of_two)), None
+    return None, Codes(*ops.cast_block_columns(x, dtype, power_of_two))
+
+
+def cast_weight(weight: Tensor, recipe: Float8Recipe) -> Codes:
+    """The weight `[N, K]` by rows, for `output`: the one quantization of it, from which all else is derived."""
+    dtype = recipe.weight_dtype
+    match recipe.granularity:
+        case Granularity.TENSOR:
+            return Codes(*ops.cast_tensor(weight, ops.amax(weight), dtype))
+        case Granularity.ROW:
+            return Codes(*ops.cast_rows(weight, dtype))
+        case Granularity.BLOCK:
+            return Codes(*ops.cast_blocks(weight, dtype, recipe.power_of_two_scales))
+
+
+def weight_columns(rows: Codes, recipe: Float8Recipe) -> Codes:
+    """The weight by columns, `[K, N]`, for `grad_input`, from its row codes `[N, K]` as `cast_weight` made them."""
+    match recipe.granularity:
+        case Granularity.TENSOR:
+            return Codes(ops.transpose_codes(rows.codes), rows.scale)
+        case Granularity.ROW if recipe.one_scale_for_weight_columns:
+            return Codes(*ops.tensor_columns_from_rows(*rows))
+        case Granularity.ROW:
+            return Codes(*ops.columns_from_rows(*rows))
+        case Granularity.BLOCK:
+            return Codes(ops.transpose_codes(rows.codes), rows.scale.t().contiguous())
+
+
+def cast_weight_both(weight: Tensor, recipe: Float8Recipe) -> tuple[Codes, Codes]:
+    """`cast_weight` and its `weight_columns`; tensorwise from one read of the weight."""
+    if recipe.granularity is Granularity.TENSOR:
+        codes, codes_t, scale = ops.cast_tensor_both(weight, ops.amax(weight), recipe.weight_dtype)
+        return Codes(codes, scale), Codes(codes_t, scale)
+    rows = cast_weight(weight, recipe)
+    return rows, weight_columns(rows, recipe)
+
+
+def product(
+    a: Codes, b: Codes, bias: Tensor | None, out_dtype: torch.dtype, *, blockwise: bool, fast_accum: bool, emulate: bool
+) -> Tensor:
+    """`a [M, K] @ b [N, K].T + bias`, `[M, N]` in `out_dtype`; see `gemm.py`."""
+    multiply = ops.scaled_mm_blockwise if blockwise else ops.scaled_mm
+    return multiply(a.codes, b.codes, a.scale, b.scale, bias, out_dtype, fast_accum, emulate)

@@ -1,0 +1,171 @@
+"""FSDP2 with float8 all-gather: weights travel as codes, one byte a value, in place of two or four.
+
+    wrap_weights_for_fsdp(linears)                          at conversion, before `fully_shard`
+    precompute_float8_dynamic_scale_for_fsdp(model)         after each optimizer step, if wanted
+
+The codes are those that one process would compute from the whole weight (`shard_cast.py`), and forward, recomputation
+and backward see the same ones. Without precomputed scales every weight's statistics are reduced by themselves when
+FSDP first gathers it after a step; precomputing them needs one all-reduce for all weights of a mesh.
+
+Checkpoints are unaffected: a state dict holds plain high-precision tensors under the usual names, and takes them.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from titan_fp8.quantization.shard_cast import ShardAxis
+from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
+from titan_fp8.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from titan_fp8.quantization.linear import Float8Linear
+
+
+def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = False) -> None:
+    """Make the weights of `linears` such that FSDP2 gathers them as float8 codes. In place; before `fully_shard`.
+
+    The weights become new parameters, so an optimizer must be built after this (as after `fully_shard`). They share
+    memory with the old ones. A parameter that several of the linears share stays shared; no other module may use it.
+    `fully_shard` must shard by rows, its default, with `reshard_after_forward` True, False or None: FSDP2 cannot take
+    codes from a smaller mesh, which a number asks for. Weights that nobody shards compute as before.
+
+    Args:
+        linears: whose weights to gather as codes, on any device, the meta device included.
+        cache: codes serve until the weight changes: they are made once an optimizer step, and whoever writes to a
+            weight by other means than operations on the parameter, optimizers and `load_state_dict` must call
+            `weights.mark_stale`. Otherwise they are made for every gather.
+
+    Raises:
+        UserError: linears of different recipes share a weight; nothing is changed then.
+    """
+    linears = list(linears)
+    states: dict[int, Float8WeightState] = {}
+    for linear in linears:
+        recipe = linear.config.recipe
+        state = states.setdefault(id(linear.weight), Float8WeightState(recipe, caches=cache))
+        if state.recipe != recipe:
+            raise UserError(
+                f"float8 linears of the recipes {state.recipe.name} and {recipe.name} share a weight, which can be "
+                "gathered in one form only; give them one recipe or turn enable_fsdp_float8_all_gather off"
+            )
+    wrapped = {id(linear.weight): _wrap(linear.weight, states[id(linear.weight)]) for linear in linears}
+    for linear in linears:
+        key = id(linear.weight)
+        linear.weight, linear.fsdp_weight_state = wrapped[key], states[key]
+        linear.register_state_dict_post_hook(_save_plain)
+        linear.register_load_state_dict_pre_hook(_load_plain)
+    register_optimizer_step_post_hook(_mark_updated_stale)  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
+    """Cast all weights that FSDP gathers as float8 codes now, with one all-reduce for each distinct mesh.
+
+    Call it on every rank after each optimizer step. Left out are weights that are unchanged since they were cast, and
+    those that are gathered at the moment or offloaded to host memory: they are cast when they are gathered next, when
+    FSDP moves the latter to the device in any case. Without such weights in `model` nothing happens.
+    """
+    groups: dict[ShardAxis, list[tuple[ShardableFloat8Weight, int]]] = {}
+    for parameter, state in _wrapped_parameters(model):
+        if not isinstance(parameter, DTensor):
+            state.mark_stale()
+            continue
+        weight, rows = parameter.to_local(), parameter.shape[0]
+        assert isinstance(weight, ShardableFloat8Weight)
+        if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
+            groups.setdefault(_shard_axis(parameter), []).append((weight, rows))
+    for axis, stale in groups.items():
+        weights, sizes = zip(*stale, strict=True)
+        refresh(weights, sizes, axis, ahead=True)
+
+
+def mark_fsdp_weights_stale(model: nn.Module) -> None:
+    """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank."""
+    for _, state in _wrapped_parameters(model):
+        state.mark_stale()
+
+
+def check_gathered(weight: Tensor) -> None:
+    """Raise RuntimeError unless `weight`, of a linear made for float8 all-gather, is one that it can compute with."""
+    if not isinstance(weight, ShardableFloat8Weight):
+        raise RuntimeError(
+            "a linear that was converted for float8 all-gather (enable_fsdp_float8_all_gather) has found a "
+            f"{type(weight).__name__} as its weight, neither one that FSDP2 gathered as codes nor the one that "
+            "conversion made: its parameter was replaced, or something else than fully_shard gathers it. Shard the "
+            "converted model with fully_shard, load weights by load_state_dict, or convert without it"
+        )
+
+
+def _wrap(weight: Tensor, state: Float8WeightState) -> nn.Parameter:
+    return nn.Parameter(ShardableFloat8Weight(weight.detach(), state), requires_grad=weight.requires_grad)
+
+
+def _wrapped_parameters(model: nn.Module) -> list[tuple[Tensor, Float8WeightState]]:
+    """Each weight of `model` that is made for float8 all-gather, as its module has it now, with its state."""
+    found: dict[int, tuple[Tensor, Float8WeightState]] = {}
+    for module in model.modules():
+        state: Float8WeightState | None = getattr(module, "fsdp_weight_state", None)
+        if state is not None:
+            found[id(state)] = module.weight, state  # pyright: ignore[reportArgumentType]
+    return list(found.values())
+
+
+def _shard_axis(parameter: DTensor) -> ShardAxis:
+    """The axis of its mesh over which FSDP shards `parameter`."""
+    mesh = parameter.device_mesh
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            return ShardAxis(mesh.get_group(axis), mesh.get_local_rank(axis), mesh.size(axis))
+    return ShardAxis(None, 0, 1)
+
+
+@torch.no_grad()
+def _save_plain(linear: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A state dict holds the plain tensor; the parameter itself for a caller who asked for variables."""
+    weight, name = linear.weight, f"{prefix}weight"
+    if name in state_dict and state_dict[name] is not weight:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not isinstance(local, ShardableFloat8Weight):
+            raise RuntimeError(f"{name} is gathered; call reshard() of the FSDP module before state_dict()")
+        # Not the tensor that is there already: its version counter would be another one than the weight's.
+        state_dict[name] = _with_local(state_dict[name], local.tensor.detach())
+
+
+@torch.no_grad()
+def _load_plain(linear: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: Any) -> None:
+    """A plain tensor that is to take the parameter's place (`assign=True`) is wrapped; others are copied from."""
+    value = state_dict.get(f"{prefix}weight")
+    if isinstance(value, Tensor) and local_metadata.get("assign_to_params_buffers", False):
+        state: Float8WeightState = linear.fsdp_weight_state  # pyright: ignore[reportAssignmentType]
+        local = value.to_local() if isinstance(value, DTensor) else value.detach()
+        state_dict[f"{prefix}weight"] = _with_local(value, ShardableFloat8Weight(local, state))
+
+
+def _with_local(tensor: Tensor | None, local: Tensor) -> Tensor:
+    """`tensor`, plain or DTensor, with `local` as what this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _mark_updated_stale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: the weights that the optimizer updates are stale, also if compiled code did it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if isinstance(local, ShardableFloat8Weight):
+                local.state.mark_stale()

@@ -1,0 +1,165 @@
+"""The fused producers as operators `torch.ops.titan_fp8.*`, opaque to the compiler as those of `ops.py` are.
+
+What they return depends on what is asked for, so each returns a list, in a fixed order without what was not asked for:
+
+    rms_norm_cast            rstd, [output], codes, scale, [codes_t, [scale_t]]
+    add_rms_norm_cast        sum, and as rms_norm_cast
+    swiglu_cast              [output], codes, scale, [codes_t, [scale_t]]
+    swiglu_backward_cast     for grad_gate and then for grad_up: [output], [codes, scale], [codes_t, [scale_t]]
+
+One scale for the tensor belongs to both layouts and comes once, as `scale`. `forms` sorts such a list.
+
+T tokens, K features of a norm, H hidden features; see `kernels/producers` for what is computed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from titan_fp8.kernels import blockwise, float8, producers
+from titan_fp8.kernels.producers import BLOCK, TENSOR, Cast, Produced
+from titan_fp8.quantization.casts import Codes
+
+_LIBRARY = torch.library.Library("titan_fp8", "FRAGMENT")
+_CAST = "str granularity, ScalarType dtype, bool power_of_two, bool rows, bool columns, bool emit"
+
+
+class Forms(NamedTuple):
+    """A producer's output in the forms asked for; None for the others.
+
+    Attributes:
+        output: in the activations' dtype.
+        rows: codes in the output's own layout.
+        columns: codes of the transposed layout.
+    """
+
+    output: Tensor | None
+    rows: Codes | None
+    columns: Codes | None
+
+
+def forms(tensors: Iterator[Tensor], cast: Cast) -> Forms:
+    """Take the forms of one output from the front of an operator's results."""
+    output = next(tensors) if cast.emit else None
+    rows = columns = None
+    if cast.granularity == TENSOR:
+        codes = next(tensors) if cast.rows else None
+        scale = next(tensors) if cast.rows or cast.columns else None
+        codes_t = next(tensors) if cast.columns else None
+        rows = None if codes is None or scale is None else Codes(codes, scale)
+        columns = None if codes_t is None or scale is None else Codes(codes_t, scale)
+        return Forms(output, rows, columns)
+    if cast.rows:
+        rows = Codes(next(tensors), next(tensors))
+    if cast.columns:
+        columns = Codes(next(tensors), next(tensors))
+    return Forms(output, rows, columns)
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    # Without this each call would pass through autograd's "not implemented" kernel first.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.titan_fp8, name).default
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _fake_forms(x: Tensor, cast: Cast) -> Produced:
+    """Shapes, dtypes and strides of an output of x's shape and dtype."""
+
+    def fp32(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    tokens, features = x.shape
+    codes = scale = codes_t = scale_t = None
+    is_block = cast.granularity == BLOCK
+    padded = blockwise.padded(tokens) if is_block else float8.padded(tokens)
+    if cast.rows:
+        codes = x.new_empty((tokens, features), dtype=cast.dtype)
+        scale = fp32(blockwise.blocks(features), tokens).t() if is_block else fp32(tokens, 1)
+    if cast.columns:
+        codes_t = x.new_empty((features, padded), dtype=cast.dtype)
+        scale_t = fp32(blockwise.blocks(tokens), features).t() if is_block else fp32(features, 1)
+    if cast.granularity == TENSOR and (cast.rows or cast.columns):
+        scale, scale_t = fp32(), None
+    output = x.new_empty((tokens, features)) if cast.emit else None
+    return Produced(output, codes, scale, codes_t, scale_t)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
+    _, rstd, produced = producers.rms_norm(x, None, weight, eps, _cast(*cast))
+    return [rstd, *_given(*produced)]
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
+    return [x.new_empty((x.shape[0],), dtype=torch.float32), *_given(*_fake_forms(x, _cast(*cast)))]
+
+
+def _add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
+    total, rstd, produced = producers.rms_norm(x, branch, weight, eps, _cast(*cast))
+    return [*_given(total), rstd, *_given(*produced)]
+
+
+def _fake_add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape), *_fake_rms_norm(x, weight, eps, *cast)]
+
+
+def _swiglu(gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
+    return _given(*producers.swiglu(gate, up, _cast(*cast)))
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
+    of_gate, of_up = producers.swiglu_backward(grad, gate, up, _cast(*cast))
+    return _given(*of_gate, *of_up)
+
+
+def _fake_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
+    return _given(*_fake_forms(gate, _cast(*cast)), *_fake_forms(gate, _cast(*cast)))
+
+
+def _cast(granularity: str, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool, emit: bool) -> Cast:
+    return Cast(granularity, dtype, power_of_two, rows, columns, emit)
+
+
+rms_norm_cast = _register(
+    f"rms_norm_cast(Tensor x, Tensor weight, float eps, {_CAST}) -> Tensor[]", _rms_norm, _fake_rms_norm
+)
+"""`rms_norm_cast(x [T, K], weight [K], eps, *Cast)`: RMSNorm of x, as float8."""
+
+add_rms_norm_cast = _register(
+    f"add_rms_norm_cast(Tensor x, Tensor branch, Tensor weight, float eps, {_CAST}) -> Tensor[]",
+    _add_rms_norm,
+    _fake_add_rms_norm,
+)
+"""`add_rms_norm_cast(x [T, K], branch [T, K], weight [K], eps, *Cast)`: x + branch, and its RMSNorm as float8."""
+
+rms_norm_backward = _register(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    producers.rms_norm_backward,
+    lambda grad, x, weight, rstd: (x.new_empty(x.shape), x.new_empty(weight.shape)),
+)
+"""`rms_norm_backward(grad [T, K], x [T, K], weight [K], rstd [T])` -> grad_x [T, K], grad_weight [K], in x's dtype."""
+
+swiglu_cast = _register(
+    f"swiglu_cast(Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
+    _swiglu,
+    lambda gate, up, *cast: _given(*_fake_forms(gate, _cast(*cast))),
+)
+"""`swiglu_cast(gate [T, H], up [T, H], *Cast)`: silu(gate) * up, as float8."""
+
+swiglu_backward_cast = _register(
+    f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
+    _swiglu_backward,
+    _fake_swiglu_backward,
+)
+"""`swiglu_backward_cast(grad [T, H], gate [T, H], up [T, H], *Cast)`: the gradients of gate and up, as float8."""

@@ -1,0 +1,145 @@
+"""Casting the shards of weights to the codes that the whole weights have.
+
+FSDP cuts a weight `[N, K]` by rows, in chunks of ceil(N / ranks); the last shards may be short or empty. A rank casts
+its own rows, but a scale may belong to rows that other ranks hold. What a scale needs to know of the whole weight is
+its *statistics*, a vector of int32 that every rank fills with what its rows tell and of which an integer MAX over the
+ranks makes the truth:
+
+    recipe       statistics                                     size
+    tensorwise   bits of the largest |w|                        1
+    rowwise      bits of the row scales; 0 for others' rows     N
+    blockwise    bits of the largest |w| of each 128x128 tile   ceil(N/128) * K/128
+
+Bits of fp32 numbers that are not negative order as the numbers do, NaN above all, so nothing that is not finite gets
+lost on the way. A row lies on one rank, so rowwise codes need no statistics; the scales travel because every rank
+needs all of them beside the gathered codes.
+
+The statistics of many weights travel together: one buffer, one all-reduce. The kernels are those of a whole weight, so
+the codes have the same bits on every mesh.
+
+N out features, K in features, n rows of a shard.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_fp8.kernels import blockwise, float8
+from titan_fp8.quantization.casts import Codes
+from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+
+_SLOT_MULTIPLE = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
+
+
+class ShardAxis(NamedTuple):
+    """The ranks that hold the shards of a weight, and which of them this one is."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a weight `[N, K]` that this rank casts.
+
+    Attributes:
+        tensor: `[n, K]`, bf16, fp16 or fp32.
+        recipe: how the weight is cast.
+        rows: N.
+        first_row: the row of the weight that the shard begins with.
+    """
+
+    tensor: Tensor
+    recipe: Float8Recipe
+    rows: int
+    first_row: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, recipe: Float8Recipe, rows: int, axis: ShardAxis) -> "Shard":
+        """The shard `tensor [n, K]` of a weight of `rows` rows that is sharded over `axis`."""
+        return cls(tensor, recipe, rows, min(axis.rank * chunk_rows(rows, axis.ranks), rows))
+
+    @property
+    def statistics_size(self) -> int:
+        """How many int32 the weight's statistics are."""
+        match self.recipe.granularity:
+            case Granularity.TENSOR:
+                return 1
+            case Granularity.ROW:
+                return self.rows
+            case Granularity.BLOCK:
+                return blockwise.blocks(self.rows) * (self.tensor.shape[1] // blockwise.BLOCK)
+
+
+class _Measured(NamedTuple):
+    """What a shard tells about the weight: `values` int32 at `offset` of the statistics; and its codes, if they need
+    no more than that."""
+
+    values: Tensor
+    offset: int
+    codes: Tensor | None
+
+
+def chunk_rows(rows: int, ranks: int) -> int:
+    """Rows of a full shard, to which the codes of a shorter one are padded."""
+    return -(-rows // ranks)
+
+
+@torch.no_grad()
+def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[Codes]:
+    """Cast shards of any recipes, on one device, with one all-reduce over `group` (none if that is None).
+
+    Returns:
+        for each, the codes of its rows `[n, K]` and the scale of the whole weight, as `casts.cast_weight` of the whole
+        weight gives it.
+    """
+    measured = [_measure(shard) for shard in shards]
+    sizes = [shard.statistics_size for shard in shards]
+    slots = [-(-size // _SLOT_MULTIPLE) * _SLOT_MULTIPLE for size in sizes]
+    buffer = torch.zeros(sum(slots), dtype=torch.int32, device=shards[0].tensor.device)
+    statistics = [slot[:size] for slot, size in zip(buffer.split(slots), sizes, strict=True)]
+    pairs = [
+        (whole[part.offset : part.offset + part.values.numel()], part.values)
+        for whole, part in zip(statistics, measured, strict=True)
+        if part.values.numel()
+    ]
+    if pairs:
+        places, values = zip(*pairs, strict=True)
+        torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateImportUsage]
+    if group is not None:
+        dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=group)
+    return [_finish(*each) for each in zip(shards, measured, statistics, strict=True)]
+
+
+def _measure(shard: Shard) -> _Measured:
+    tensor, recipe = shard.tensor, shard.recipe
+    match recipe.granularity:
+        case Granularity.TENSOR:
+            return _Measured(float8.amax(tensor).view(1), 0, None)
+        case Granularity.ROW:
+            codes, scale = float8.cast_rows(tensor, recipe.weight_dtype)
+            return _Measured(scale.view(torch.int32).view(-1), shard.first_row, codes)
+        case Granularity.BLOCK:
+            return _Measured(blockwise.block_amax(tensor, shard.first_row, shard.rows).view(-1), 0, None)
+
+
+def _finish(shard: Shard, measured: _Measured, statistics: Tensor) -> Codes:
+    tensor, recipe = shard.tensor, shard.recipe
+    dtype, power_of_two = recipe.weight_dtype, recipe.power_of_two_scales
+    match recipe.granularity:
+        case Granularity.TENSOR:
+            codes, _, scale = float8.cast_tensor(tensor, statistics.view(()), dtype, rows=True, columns=False)
+            assert codes is not None
+            return Codes(codes, scale)
+        case Granularity.ROW:
+            assert measured.codes is not None
+            return Codes(measured.codes, statistics.view(torch.float32).view(-1, 1))
+        case Granularity.BLOCK:
+            amax = statistics.view(blockwise.blocks(shard.rows), -1)
+            codes = blockwise.cast_blocks_from_amax(tensor, amax, dtype, power_of_two, shard.first_row)
+            return Codes(codes, blockwise.block_scale(amax, dtype, power_of_two))

@@ -1,0 +1,154 @@
+"""A weight is cast once an optimizer step, however often it is used in between.
+
+`cache_weights(model)` gives every `Float8Linear` of a model a `WeightCache`, which holds the codes of its weight. The
+codes are cast again when the weight may have changed, which nothing in PyTorch reports reliably: a fused optimizer
+step and a write through `.data` leave a tensor's version counter alone. So several things make a cache stale, and any
+of them suffices:
+
+* a step of any `torch.optim` optimizer in the process (a hook that PyTorch runs after each);
+* `mark_stale(model)`, which the trainer calls after each optimizer step, and which is for whoever writes to a weight
+  by other means;
+* loading a state dict;
+* a change of the tensor's version counter or of its memory.
+
+Codes live outside of compiled graphs, as inputs to them: a pre-forward hook of the model, never compiled, casts what is
+stale before any layer runs.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
+from titan_fp8.quantization.fsdp_weight import mark_fsdp_weights_stale
+from titan_fp8.quantization.recipes import Float8Recipe
+
+if TYPE_CHECKING:
+    from titan_fp8.quantization.linear import Float8Linear
+
+
+class Freshness:
+    """Whether something made from a tensor still belongs to it."""
+
+    def __init__(self) -> None:
+        self._made_from: tuple[int, int] | None = None
+
+    def mark_stale(self) -> None:
+        """The tensor may have changed."""
+        self._made_from = None
+
+    def is_fresh(self, tensor: Tensor) -> bool:
+        """Whether nothing has happened to `tensor` since `record`."""
+        return self._made_from is not None and self._made_from == _state_of(tensor)
+
+    def record(self, tensor: Tensor) -> None:
+        """What there is now was made from `tensor` as it is now."""
+        self._made_from = _state_of(tensor)
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+class WeightCache:
+    """The codes of one weight `[N, K]`, valid for one epoch: from one change of the weight to the next.
+
+    Args:
+        recipe: how the weight is cast.
+        keep_columns: keep its codes by columns too; otherwise backward derives them each time.
+
+    Attributes:
+        rows: codes `[N, K]`, for `output`.
+        columns: codes `[K, N]`, for `grad_input`, or None.
+    """
+
+    def __init__(self, recipe: Float8Recipe, *, keep_columns: bool) -> None:
+        self.recipe = recipe
+        self.keep_columns = keep_columns
+        self.freshness = Freshness()
+        self.rows: Codes | None = None
+        self.columns: Codes | None = None
+
+    def refresh(self, weight: Tensor) -> None:
+        """Cast `weight`, unless the codes are fresh."""
+        if self.freshness.is_fresh(weight):
+            return
+        # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
+        self.rows = self.columns = None
+        with torch.no_grad():
+            if self.keep_columns:
+                self.rows, self.columns = cast_weight_both(weight, self.recipe)
+            else:
+                self.rows = cast_weight(weight, self.recipe)
+        self.freshness.record(weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
+        return WeightCache(self.recipe, keep_columns=self.keep_columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_cache, (self.recipe, self.keep_columns)
+
+
+def _new_cache(recipe: Float8Recipe, keep_columns: bool) -> WeightCache:
+    return WeightCache(recipe, keep_columns=keep_columns)
+
+
+def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:
+    """Let `linears`, modules of `model`, keep the codes of their weights from one optimizer step to the next.
+
+    Linears that share a parameter and a recipe share a cache. Hooks are registered: on `model`, whose forward pass
+    begins by casting what is stale; on each linear, for loaded state dicts; on every optimizer of the process.
+    """
+    caches: dict[tuple[int, Float8Recipe], WeightCache] = {}
+    linears = list(linears)
+    for linear in linears:
+        recipe = linear.config.recipe
+        keep_columns = not linear.config.recompute_weight_in_backward
+        key = (id(linear.weight), recipe)
+        linear.weight_cache = caches.setdefault(key, WeightCache(recipe, keep_columns=keep_columns))
+        linear.register_load_state_dict_post_hook(_mark_linear_stale)
+    model.register_forward_pre_hook(_refresh_all)
+    freshness = weakref.WeakSet(cache.freshness for cache in caches.values())
+    register_optimizer_step_post_hook(_StaleAfterStep(freshness))
+
+
+class _StaleAfterStep:
+    """After a step of any optimizer: codes are stale. Holds on to nothing."""
+
+    def __init__(self, freshness: "weakref.WeakSet[Freshness]") -> None:
+        self._freshness = freshness
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for each in self._freshness:
+            each.mark_stale()
+
+
+def _mark_linear_stale(linear: nn.Module, incompatible_keys: Any) -> None:
+    cache: WeightCache | None = getattr(linear, "weight_cache", None)
+    if cache is not None:
+        cache.freshness.mark_stale()
+
+
+@torch.compiler.disable
+def _refresh_all(model: nn.Module, args: Any) -> None:
+    for module in model.modules():
+        cache: WeightCache | None = getattr(module, "weight_cache", None)
+        if cache is not None:
+            cache.refresh(module.weight)  # pyright: ignore[reportArgumentType]
+
+
+def mark_stale(model: nn.Module) -> None:
+    """Say that weights of `model` have been written to: their float8 codes are cast again before they are used.
+
+    Needed after a write that no optimizer of `torch.optim` made and that a tensor's version counter does not show: one
+    through `.data`, or by a kernel of one's own.
+    """
+    for module in model.modules():
+        cache: WeightCache | None = getattr(module, "weight_cache", None)
+        if cache is not None:
+            cache.freshness.mark_stale()
+    mark_fsdp_weights_stale(model)
