@@ -5,7 +5,8 @@ batch, and is compared with one process, without any wrapper, that accumulates g
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSectio
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
+from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
@@ -43,6 +45,9 @@ class Case:
     compute_dtype: torch.dtype = torch.float32
     microbatches: int = 1
     float8_recipe: str | None = None
+    float8_all_gather: bool = False
+    precomputed_scales: bool = False
+    dims: dict[str, int] = field(default_factory=dict)
     reshard: str = "default"
     activation_checkpoint: dict[str, str] = field(default_factory=lambda: {"mode": "none"})
     compile_backend: str | None = None
@@ -63,27 +68,21 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def _build(case: Case) -> Decoder:
-    dims = ModelDims(
-        dim=48,
-        n_layers=3,
-        n_heads=3,
-        n_kv_heads=1,
-        ffn_dim=80,
-        vocab_size=case.vocab_size,
-        tied_embeddings=case.tied_embeddings,
-        max_seq_len=SEQ_LEN,
-    )
+def _build(case: Case, **float8: Any) -> Decoder:
+    sizes = {"dim": 48, "n_layers": 3, "n_heads": 3, "n_kv_heads": 1, "ffn_dim": 80} | case.dims
+    dims = ModelDims(**sizes, vocab_size=case.vocab_size, tied_embeddings=case.tied_embeddings, max_seq_len=SEQ_LEN)
     with torch.device("meta"):
         model = Decoder(dims, compute_dtype=case.compute_dtype)
     if case.float8_recipe is not None:
-        config = Float8Config(RECIPES[case.float8_recipe], emulate=case.device_type == "cpu")
+        config = Float8Config(RECIPES[case.float8_recipe], emulate=case.device_type == "cpu", **float8)
         # The first layer stays in high precision: units of both kinds side by side.
         for block in list(model.layers.values())[1:]:
             for parent in (block.attention, block.feed_forward):
                 for name, child in list(parent.named_children()):
                     if isinstance(child, nn.Linear):
                         setattr(parent, name, Float8Linear.from_linear(child, config))
+    if case.float8_all_gather:
+        wrap_weights_for_fsdp([module for module in model.modules() if isinstance(module, Float8Linear)], cache=True)
     return model
 
 
@@ -105,6 +104,8 @@ def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before
         result.losses.append(step_loss.item())
         result.grads.append({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
+        if case.precomputed_scales:
+            precompute_float8_dynamic_scale_for_fsdp(model)
         optimizer.zero_grad()
     result.weights = {name: _whole(p) for name, p in model.state_dict().items()}
     return result
@@ -115,8 +116,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def _spread(case: Case) -> tuple[Decoder, DataParallelMesh]:
-    model = _build(case)
+def spread(case: Case, **float8: Any) -> tuple[Decoder, DataParallelMesh]:
+    """The model of `case` with its initial weights, on the mesh of all ranks; `float8` are keys of a `Float8Config`."""
+    if case.compile_backend is not None:
+        torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
+    model = _build(case, **float8)
     mesh = build_mesh(
         MeshDegrees(data_parallel_replicate=case.replicate, data_parallel_shard=case.shard), case.device_type
     )
@@ -137,7 +141,7 @@ def _spread(case: Case) -> tuple[Decoder, DataParallelMesh]:
 
 def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
     """Rank 0 returns the training; the process group is there."""
-    model, mesh = _spread(case)
+    model, mesh = spread(case)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert isinstance(model, FSDPModule)
 
@@ -150,6 +154,7 @@ def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
 
 def train_alone(case: Case) -> Trained:
     """The same training in this process, accumulating over what the ranks and microbatches of `case` would see."""
+    case = replace(case, float8_all_gather=False)
     model = _build(case)
     materialize(model, torch.device(case.device_type))
     initialize(model, seed=7, device=torch.device(case.device_type))

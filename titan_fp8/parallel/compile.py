@@ -9,12 +9,13 @@ parameters stay as they are. `fullgraph=True` because a graph break in a block i
 """
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.config import CompileSection
+from titan_fp8.quantization.graph_pass import DropUnusedLayouts
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
 
@@ -37,7 +38,12 @@ def apply_compile(model: Decoder, section: CompileSection) -> None:
     if not compiles(section, "model"):
         return
     for block in model.layers.values():
-        block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True)
+        block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=_options(section))
+
+
+def _options(section: CompileSection) -> dict[str, Any] | None:
+    """What is asked of the compiler beyond its defaults."""
+    return {"post_grad_custom_pre_pass": DropUnusedLayouts()} if section.backend == "inductor" else None
 
 
 def compile_loss(loss: Callable[P, R], section: CompileSection) -> Callable[P, R]:

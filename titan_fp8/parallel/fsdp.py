@@ -19,6 +19,10 @@ Three decisions:
   embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in the master
   dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right
   dtype.
+- **Float8 all-gather.** A Float8Linear whose weight is gathered as codes reads the master weight in its shard
+  (`quantization/fsdp_weight.py`), so its unit is gathered in the dtype of the activations, codes aside. The weight's
+  gradient is rounded to that dtype, too, before it is summed in the reduce dtype. Where it leaves its product in a
+  wider one, or a bias is added, which happens in the master dtype, the unit stays in the master dtype.
 - **Copies without shards are HSDP with shards of length 1.** Nothing is gathered then, only cast; gradients are
   all-reduced unit by unit while the backward pass goes on. One mechanism, and names, checkpoints, CPU offload and
   accumulation are the same everywhere.
@@ -36,9 +40,6 @@ from titan_fp8.parallel.mesh import DataParallelMesh
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.errors import UserError
 
-# Modules whose result or gradient depends on the bits of the master weight that the compute dtype drops.
-_READS_MASTER = (Float8Linear, nn.Embedding)
-
 
 def apply_fsdp(
     model: Decoder,
@@ -55,7 +56,7 @@ def apply_fsdp(
         model: on the meta device or a real one; every parameter of one dtype.
         mesh: from `build_mesh`.
         parallelism: for `fsdp_reshard_after_forward`.
-        param_dtype: dtype in which units without a Float8Linear are gathered: that of the activations.
+        param_dtype: dtype in which units that do not need master weights are gathered: that of the activations.
         reduce_dtype: dtype in which gradients are summed over ranks.
         cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
 
@@ -67,7 +68,7 @@ def apply_fsdp(
     units = _units(model)
     root: list[nn.Module] = [model]
     for number, modules in enumerate([*units, root]):
-        reads_master = any(isinstance(part, _READS_MASTER) for module in modules for part in _own_modules(module))
+        reads_master = any(_reads_master(part, param_dtype) for module in modules for part in _own_modules(module))
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
@@ -117,6 +118,14 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
     """The modules below `module`, and itself, that belong to no unit made before."""
     below = [part for child in module.children() if not isinstance(child, FSDPModule) for part in _own_modules(child)]
     return [module, *below]
+
+
+def _reads_master(module: nn.Module, param_dtype: torch.dtype) -> bool:
+    """Whether a module's result or gradient depends on bits of a gathered master weight that `param_dtype` drops."""
+    if not isinstance(module, Float8Linear):
+        return isinstance(module, nn.Embedding)
+    wide_gradient = torch.promote_types(module.config.grad_weight_dtype, param_dtype) != param_dtype
+    return module.fsdp_weight_state is None or module.bias is not None or wide_gradient
 
 
 def _reshards(parallelism: ParallelismSection, *, is_last: bool) -> bool:
