@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Train a model of about 100M parameters in bf16 and in every float8 recipe, and compare the losses.
+
+    python scripts/loss_parity.py --data TOKENS --out RUNS -- --model.hf_assets_path TOKENIZER
+    python scripts/loss_parity.py --data TOKENS --out RUNS --gpus 1,2 --rows bf16,tensorwise,rowwise,blockwise -- ...
+    python scripts/loss_parity.py --out RUNS --tiny --emulate          # on a CPU: shows that everything runs
+
+Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same initial weights and the same data in the
+same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
+for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
+
+With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
+computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs
+do at once: the steps see the same sequences in the same number.
+
+The loss of a run is the mean over its last `--average` steps. `--data` is a folder written by `titan-fp8 prepare`;
+without it the built-in synthetic text is used. A run in `--out` that has finished already is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_common import append_records, markdown_table
+
+REPO = Path(__file__).resolve().parent.parent
+SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
+ROWS = (*SEEDS, *RECIPES)
+FLOAT8 = "quantize.linear.float8"
+MODEL = {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 2048, "vocab_size": 16384}
+"""110M parameters with two tables of 16,384 codes; every dimension a multiple of 128."""
+TINY_MODEL = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "vocab_size": 512}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the runs and for results.jsonl")
+    add("--data", type=Path, help="token shards written by `titan-fp8 prepare`")
+    add("--rows", default=",".join(ROWS), help="comma-separated (default: all: " + ", ".join(ROWS) + ")")
+    add("--gpus", default="1", help="comma-separated numbers of processes, each with every row")
+    add("--steps", type=int, help="default: 220")
+    add("--average", type=int, help="last steps that a run's loss is the mean of (default: 20)")
+    add("--global-batch", type=int, default=16, help="sequences a step")
+    add("--microbatch", type=int, default=8, help="sequences of a rank in one microbatch")
+    add("--seq-len", type=int, help="default: 2048")
+    add("--compile", action="store_true", help="compile all rows")
+    add("--emulate", action="store_true", help="multiply float8 codes in fp32, on any device")
+    add("--no-all-gather", action="store_true", help="several GPUs gather high-precision weights in float8 rows too")
+    add("--config", type=Path, default=REPO / "train_configs" / "llama3_8b.toml")
+    add("--tiny", action="store_true", help="a toy model and six steps")
+    add("overrides", nargs="*", help="further trainer options for every row, after `--`; they come last")
+    return parser.parse_args()
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what depends on `--tiny`, and refuse what cannot be."""
+    args.model = TINY_MODEL if args.tiny else MODEL
+    args.steps = args.steps or (6 if args.tiny else 220)
+    args.average = args.average or (2 if args.tiny else 20)
+    args.seq_len = args.seq_len or (64 if args.tiny else 2048)
+    args.rows, args.worlds = args.rows.split(","), [int(gpus) for gpus in args.gpus.split(",")]
+    unknown = set(args.rows) - set(ROWS)
+    if unknown:
+        raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
+    if not set(RECIPES).isdisjoint(args.rows) and "bf16" not in args.rows:
+        raise SystemExit("float8 rows are compared with bf16; add it to --rows")
+    for gpus in args.worlds:
+        if args.global_batch % (args.microbatch * gpus):
+            raise SystemExit(
+                f"--global-batch {args.global_batch} is no multiple of {gpus} ranks times --microbatch "
+                f"{args.microbatch}; change one of them"
+            )
+    if args.average > args.steps:
+        raise SystemExit(f"--average {args.average} is more than --steps {args.steps}")
+
+
+def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> list[str]:
+    """The trainer's options of one run."""
+    seed = SEEDS.index(row) if row in SEEDS else 0
+    options = {
+        "job.dump_folder": folder,
+        "training.dataset": "tokens" if args.data else "synthetic",
+        "training.steps": args.steps,
+        "training.seq_len": args.seq_len,
+        "training.local_batch_size": args.microbatch,
+        "training.global_batch_size": args.global_batch,
+        "optimizer.lr": 1e-3,
+        "lr_scheduler.warmup_steps": max(1, args.steps // 10),
+        "activation_checkpoint.mode": "none",
+        "metrics.log_freq": 1,
+        "debug.seed": seed,
+        **{f"model.overrides.{key}": value for key, value in args.model.items()},
+    }
+    if args.data:
+        options["training.dataset_path"] = args.data
+    flags = ["compile.enable"] if args.compile else []
+    if row in RECIPES:
+        options |= {"model.converters": FLOAT8, f"{FLOAT8}.recipe_name": row, f"{FLOAT8}.filter_fqns": "output"}
+        if args.emulate:
+            options[f"{FLOAT8}.emulate"] = "true"
+        if gpus > 1 and not args.no_all_gather:
+            flags.append(f"{FLOAT8}.enable_fsdp_float8_all_gather")
+            flags.append(f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp")
+    else:
+        options["model.converters"] = ""
+    given = [f"--{key}={value}" for key, value in options.items()]
+    return [*given, *(f"--{flag}" for flag in flags), *args.overrides]
+
+
+def run(row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run: its losses by step, or its exit code and the end of its log."""
+    name = f"{row}-{gpus}gpu"
+    folder = args.out / name
+    command = ["./run_train.sh", *options_of(row, gpus, args, folder.resolve())]
+    finished = folder / "finished.json"
+    if finished.exists() and (record := json.loads(finished.read_text()))["command"] == command:
+        return record
+    environment = {**os.environ, "CONFIG_FILE": str(args.config.resolve()), "NGPU": str(gpus)}
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with open(args.out / f"{name}.log", "w") as log:
+        code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    record = {"row": row, "gpus": gpus, "exit_code": code, "wall_s": round(time.monotonic() - begin, 1)}
+    record["command"] = command
+    if code == 0:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines]
+        record["losses"] = losses
+        record["final_loss"] = statistics.fmean(losses[-args.average :])
+        record["tps"] = statistics.median(line["tps"] for line in lines[len(lines) // 2 :])
+        finished.write_text(json.dumps(record))
+    else:
+        print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
+    return record
+
+
+def table(records: list[dict[str, Any]], average: int) -> str:
+    """Final loss of each run, its difference to bf16 of the same seed and world, and what differences mean nothing."""
+    final = {(r["row"], r["gpus"]): r["final_loss"] for r in records if r["exit_code"] == 0}
+    losses = {(r["row"], r["gpus"]): r["losses"] for r in records if r["exit_code"] == 0}
+    worlds = sorted({r["gpus"] for r in records})
+    lines = []
+    for r in records:
+        key = r["row"], r["gpus"]
+        if key not in final:
+            lines.append((r["row"], r["gpus"], f"failed with exit code {r['exit_code']}", "", "", "", ""))
+            continue
+        spread = spread_of_seeds(final, r["gpus"]) or spread_of_seeds(final, worlds[0])
+        lines.append(
+            (
+                *(r["row"], r["gpus"], f"{final[key]:.4f}"),
+                "" if r["row"] in SEEDS else difference(final, losses, key, ("bf16", r["gpus"]), average),
+                "n/a" if spread is None else f"{spread:.4f}",
+                "" if r["gpus"] == worlds[0] else difference(final, losses, key, (r["row"], worlds[0]), average),
+                f"{r['tps']:,.0f}",
+            )
+        )
+    columns = ("row", "GPUs", "final loss", "less bf16's (largest of a step)", "spread of bf16 seeds")
+    return markdown_table((*columns, f"less that on {worlds[0]} GPU (largest of a step)", "tok/s/GPU"), lines)
+
+
+def spread_of_seeds(final: dict[tuple[str, int], float], gpus: int) -> float | None:
+    """Largest minus smallest final loss of the bf16 seeds; None with fewer than two of them."""
+    seeds = [final[row, gpus] for row in SEEDS if (row, gpus) in final]
+    return max(seeds) - min(seeds) if len(seeds) > 1 else None
+
+
+def difference(final: dict, losses: dict, key: tuple[str, int], other: tuple[str, int], average: int) -> str:
+    """`+0.0012 (0.0100)`: of the final losses, and the largest of one step among those averaged."""
+    if other not in final:
+        return "n/a"
+    pairs = zip(losses[key][-average:], losses[other][-average:], strict=True)
+    return f"{final[key] - final[other]:+.4f} ({max(abs(a - b) for a, b in pairs):.4f})"
+
+
+def main() -> int:
+    args = arguments()
+    settle(args)
+    records = []
+    for gpus in args.worlds:
+        for row in args.rows:
+            record = run(row, gpus, args)
+            records.append(record)
+            append_records(args.out, [record])
+            loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"
+            print(f"{row} on {gpus}: {loss} [{record['wall_s']} s]", flush=True)
+    print(f"\n{args.steps} steps of {args.global_batch} x {args.seq_len} tokens; mean of the last {args.average}\n")
+    print(table(records, args.average))
+    return int(any(record["exit_code"] for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
