@@ -125,10 +125,18 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
     degrees = _degrees(job, world_size)
     if degrees is None:
         return
-    if job.quantize.linear.float8.enable_fsdp_float8_all_gather and degrees.data_parallel_shard == 1:
-        key = "quantize.linear.float8.enable_fsdp_float8_all_gather"
+    float8, section = job.quantize.linear.float8, "quantize.linear.float8"
+    if float8.enable_fsdp_float8_all_gather and degrees.data_parallel_shard == 1:
+        key = f"{section}.enable_fsdp_float8_all_gather"
         remedy = "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
         yield Problem(key, f"nothing is sharded, so nothing is gathered; {remedy}")
+    keeps_gathered = job.parallelism.fsdp_reshard_after_forward == "never" and degrees.data_parallel_shard > 1
+    if float8.force_recompute_fp8_weight_in_bwd and float8.enable_fsdp_float8_all_gather and keeps_gathered:
+        yield Problem(
+            f"{section}.force_recompute_fp8_weight_in_bwd",
+            'parallelism.fsdp_reshard_after_forward = "never" keeps the gathered FP8 weights for the backward pass; '
+            "leave one of the two out",
+        )
     if job.training.enable_cpu_offload and degrees.data_parallel_shard == 1 and world_size > 1:
         yield Problem(
             "training.enable_cpu_offload",

@@ -18,7 +18,7 @@ import torch
 
 from titan_fp8.checkpoint.preview import check_loading
 from titan_fp8.config.errors import ConfigErrors, Violation
-from titan_fp8.converters.protocol import Converter
+from titan_fp8.converters.protocol import Converter, Placement
 from titan_fp8.converters.registry import build_converters
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.data.loader import check_training_data
@@ -29,6 +29,7 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
 from titan_fp8.observability.run_folder import check_run_folder
 from titan_fp8.parallel.apply import check_parallelization
+from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
@@ -85,7 +86,9 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
     section = job.model
     dims = attempt("model", lambda: resolve_dims(section.name, section.flavor, section.overrides.model_dump()))
     tokenizer = attempt("model", lambda: build_tokenizer(section.hf_assets_path, section.tokenizer_path))
-    converters = attempt("model.converters", lambda: build_converters(section.converters, job.quantize, device))
+    converters = attempt(
+        "model.converters", lambda: build_converters(section.converters, job.quantize, device, _placement(job))
+    )
     if dims is None:
         raise ConfigErrors(attempt.violations)
     if tokenizer is not None:
@@ -116,11 +119,17 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
     )
 
 
+def _placement(job: JobConfig) -> Placement:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    degrees = resolve_degrees(job.parallelism, ranks)
+    return Placement(ranks, degrees.data_parallel_shard, offloaded=job.training.enable_cpu_offload)
+
+
 def run_fingerprint(job: JobConfig, dims: ModelDims, reports: Sequence[ConversionReport | None]) -> dict[str, Any]:
     """What a checkpoint must agree with: the model's dimensions and the recipes its weights were trained with."""
     return {
         "model": {"name": job.model.name, **asdict(dims)},
-        "recipe": {report.converter: report.recipe for report in reports if report is not None},
+        "recipe": {report.converter: report.fingerprint() for report in reports if report is not None},
     }
 
 

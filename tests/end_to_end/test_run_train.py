@@ -49,6 +49,16 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
         (
             [
                 "--model.converters=quantize.linear.float8",
+                "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+                "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+                "--quantize.linear.float8.force_recompute_fp8_weight_in_bwd",
+                "--compile.enable",
+            ],
+            "tensorwise",
+        ),
+        (
+            [
+                "--model.converters=quantize.linear.float8",
                 *("--quantize.linear.float8.recipe_name", "rowwise"),
                 "--quantize.linear.float8.filter_fqns=attention.wk,attention.wv,output",
                 "--compile.enable",
@@ -64,7 +74,7 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
             "tensorwise",
         ),
     ],
-    ids=["compiled", "older names"],
+    ids=["all-gather", "compiled", "older names"],
 )
 def test_the_seed_documents_flags_run(run_shell, flags: list[str], recipe: str) -> None:
     """The commands of the float8 documents, with a CONFIG_FILE that stands elsewhere in torchtitan's tree."""
@@ -163,7 +173,51 @@ def test_the_drawn_seed_is_in_the_resolved_configuration_also_after_a_resume(run
     assert tomllib.loads((first.folder / "config.toml").read_text())["debug"]["seed"] == seed
 
 
-def test_float8_all_gather_is_refused_by_name(run_here) -> None:
+def test_float8_all_gather_is_refused_in_one_process_with_the_remedy(run_here) -> None:
     result = run_here(*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather")
     assert result.code == 2
-    assert "not supported yet" in result.output
+    assert "nothing is sharded, so nothing is gathered; start two processes (NGPU=2)" in result.output
+    assert not result.folder.exists()
+
+
+def test_a_tied_head_that_codes_cannot_serve_is_refused_before_anything_starts(run_shell) -> None:
+    result = run_shell(
+        *FLOAT8,
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+        "--model.overrides.tied_embeddings",
+        NGPU="2",
+    )
+    assert result.code == 2
+    assert "tok_embeddings.weight (high precision), output.weight (tensorwise) are one parameter" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_mixed_recipes_compute_the_same_on_every_mesh(run_shell, run_here) -> None:
+    section = "--quantize.linear.float8"
+    options = [
+        *FLOAT8,
+        *("--model.overrides.dim", "256", "--training.steps", "3", "--training.global_batch_size", "4"),
+        *(f"{section}.recipe_by_fqn", "attention.wo=blockwise,attention.wq=rowwise"),
+        *("--training.local_batch_size", "1", "--training.mixed_precision_param", "float32"),
+    ]
+    single = run_here(*options, folder="one")
+    gather = [f"{section}.enable_fsdp_float8_all_gather", f"{section}.precompute_float8_dynamic_scale_for_fsdp"]
+    copies = ["--parallelism.data_parallel_shard_degree=1", "--parallelism.data_parallel_replicate_degree=2"]
+    for name, more in (("gather", gather), ("copies", copies)):
+        many = run_shell(*options, *more, folder=name, NGPU="2")
+        assert many.code == 0, many.output
+        assert many.losses == pytest.approx(single.losses, rel=2e-4)
+        assert [x["grad_norm"] for x in many.lines] == pytest.approx([x["grad_norm"] for x in single.lines], rel=2e-3)
+
+
+def test_a_run_resumes_with_the_same_mixture_of_recipes_alone(run_here) -> None:
+    options = [*FLOAT8, "--checkpoint.enable", "--checkpoint.no_last_save_model_only", "--lr_scheduler.total_steps=4"]
+    mixture = ["--quantize.linear.float8.recipe_by_fqn", "attention.wo=rowwise"]
+    assert run_here(*options, *mixture, "--training.steps", "2").code == 0
+    other = run_here(*options, "--quantize.linear.float8.recipe_by_fqn", "w1=rowwise", "--training.steps", "4")
+    assert other.code == 2
+    assert 'layers.*.attention.wo: "rowwise" in the checkpoint, (not there) here' in other.output
+    assert 'layers.*.feed_forward.w1: (not there) in the checkpoint, "rowwise" here' in other.output
+    again = run_here(*options, *mixture, "--training.steps", "4")
+    assert again.code == 0, again.output
+    assert [line["step"] for line in again.lines] == [1, 2, 3, 4]

@@ -14,6 +14,7 @@ import pytest
 from titan_fp8.cli.config_docs import DIFFERENT_DEFAULTS
 from titan_fp8.config.keys import all_keys
 from titan_fp8.config.text import show
+from titan_fp8.converters.config import RECIPE_NAMES
 from titan_fp8.job_config import ConfigErrors, JobConfig, load_job_config
 from titan_fp8.models.flavors import FLAVORS
 
@@ -24,7 +25,6 @@ NOT_SUPPORTED_YET = re.compile(
     # What may answer "not supported yet": everything of parallelism but data parallelism, FP8 communication, and
     # whole features.
     r"parallelism\.(?!data_parallel_|fsdp_reshard_after_forward).*"
-    rf"|{FLOAT8}\.(enable_fsdp_float8_all_gather|precompute_float8_dynamic_scale_for_fsdp|force_recompute.*)"
     r"|quantize\.linear\.mx\..*|quantize\.grouped_mm\..*"
     r"|checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
     r"|fault_tolerance\..*|memory_estimation\..*|experimental\..*|comm\.mode"
@@ -97,9 +97,7 @@ def test_only_the_promised_features_answer_not_supported_yet():
     marked = {path for path, key in KEYS.items() if not key.is_supported}
     assert {path for path in marked if not NOT_SUPPORTED_YET.fullmatch(path)} == set()
     assert {path for path in KEYS if NOT_SUPPORTED_YET.fullmatch(path)} == marked
-    assert {path: key.unsupported_values for path, key in KEYS.items() if key.unsupported_values} == {
-        f"{FLOAT8}.recipe_name": ["rowwise_with_gw_hp"]
-    }
+    assert [path for path, key in KEYS.items() if key.unsupported_values] == []
 
 
 OTHER_VALUES = {bool: lambda key: not key.default, int: lambda key: key.default + 2, str: lambda key: "other"}
@@ -123,11 +121,6 @@ def test_a_key_that_is_not_supported_is_refused_at_another_value(path):
     assert any(
         line.startswith(f"--{path}: {path} = ") and line.endswith(f"not supported yet; {remedy}") for line in found
     )
-
-
-def test_a_recipe_that_is_not_supported_is_refused_by_name():
-    answer = error(f"--model.converters={FLOAT8}", f"--{FLOAT8}.recipe_name=rowwise_with_gw_hp")
-    assert answer.endswith('recipe_name = "rowwise_with_gw_hp": not supported yet; leave it unset')
 
 
 def test_an_unsupported_value_in_a_file_can_be_overridden():
@@ -250,34 +243,127 @@ def test_printing_after_a_conversion_needs_one():
     assert load("--model.print_after_conversion", "--model.converters=float8")
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
 @pytest.mark.parametrize("emulate", [True, "auto"])
 def test_emulation_goes_with_every_recipe(recipe, emulate):
     options = [f"--{FLOAT8}.recipe_name={recipe}", f"--{FLOAT8}.emulate={str(emulate).lower()}"]
     assert load("--model.converters=float8", *options).quantize.linear.float8.emulate == emulate
 
 
-def test_fast_accumulation_is_no_part_of_emulation():
-    fast = ["--model.converters=float8", f"--{FLOAT8}.fast_accum_in_backward"]
-    assert load(*fast, f"--{FLOAT8}.emulate=auto")
-    assert "has no effect with emulate = true" in error(*fast, f"--{FLOAT8}.emulate")
+def float8(*options, **kwargs):
+    """The job with the converter and these of its keys, or its one error."""
+    argv = ["--model.converters=float8", *(f"--{FLOAT8}.{option}" for option in options)]
+    try:
+        return load(*argv, **kwargs).quantize.linear.float8
+    except ConfigErrors as raised:
+        (line,) = raised.render().split("\n")
+        return line
+
+
+def test_fast_accumulation_is_no_part_of_emulation_nor_of_blockwise():
+    assert float8("fast_accum_in_backward", "emulate=auto").fast_accum_in_backward
+    assert "has no effect with emulate = true" in float8("fast_accum_in_backward", "emulate")
+    assert "has no effect with blockwise" in float8("fast_accum_in_backward", "recipe_name=blockwise")
+    mixed = ["recipe_name=blockwise", "recipe_by_fqn=wo=rowwise"]
+    assert float8("fast_accum_in_backward", *mixed).fast_accum_in_backward
+
+
+def test_scales_are_rounded_where_there_is_a_choice():
+    rounded = "round_scales_to_power_of_2"
+    assert "is for blockwise, and no linear has it (tensorwise)" in float8(rounded)
+    assert "(rowwise)" in float8(rounded, "recipe_name=rowwise")
+    assert float8(rounded, "recipe_name=blockwise").round_scales_to_power_of_2
+    assert float8(rounded, "recipe_by_fqn=w2=blockwise").round_scales_to_power_of_2
+
+
+def test_recipes_of_single_modules_are_read_from_a_file_and_the_command_line():
+    table = ["attention.wo=rowwise", "layers.*.w2=blockwise"]
+    assert float8(f"recipe_by_fqn={','.join(table)}").recipe_by_fqn == table
+    toml = f"[model]\nconverters = ['{FLOAT8}']\n[{FLOAT8}]\nrecipe_by_fqn = {table}"
+    assert load(toml=toml).quantize.linear.float8.recipe_by_fqn == table
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("recipe_by_fqn=output", 'write "pattern=recipe"'),
+        ("recipe_by_fqn=output=rowwize", 'did you mean "rowwise"'),
+        ("recipe_by_fqn=a..b=rowwise", "is not a module name"),
+        ("recipe_by_fqn=wo=rowwise,wo=tensorwise", "is there twice"),
+        ("filter_fqns=a..b", "is not a module name"),
+        ("keep_first_blocks_hp=-1", "must be at least 0"),
+        ("kernels=cuda", "not one of auto, triton, torch"),
+        ("recipe_name=delayed", "not one of tensorwise, rowwise, rowwise_with_gw_hp, blockwise"),
+    ],
+)
+def test_what_no_model_can_mend_is_said_without_one(option, message):
+    answer = float8(option)
+    assert answer.startswith((f"--{FLOAT8}.{option.partition('=')[0]}: ", f"{FLOAT8}: "))
+    assert message in answer
 
 
 def test_fp8_communication_needs_shards():
-    gather = ["--model.converters=float8", f"--{FLOAT8}.enable_fsdp_float8_all_gather"]
-    assert any("nothing is sharded, so nothing is gathered; start two processes" in line for line in errors(*gather))
-    replicated = [
-        *gather,
-        "--parallelism.data_parallel_shard_degree=1",
-        "--parallelism.data_parallel_replicate_degree=2",
-    ]
-    assert any("raise parallelism.data_parallel_shard_degree" in line for line in errors(*replicated, world_size=2))
-    assert not any("nothing is sharded" in line for line in errors(*gather, world_size=2))
+    gather = "enable_fsdp_float8_all_gather"
+    assert "nothing is sharded, so nothing is gathered; start two processes" in float8(gather)
+    copies = [f"--parallelism.data_parallel_{part}" for part in ("shard_degree=1", "replicate_degree=2")]
+    answer = error("--model.converters=float8", f"--{FLOAT8}.{gather}", *copies, world_size=2)
+    assert "raise parallelism.data_parallel_shard_degree" in answer
+    assert float8(gather, world_size=2).enable_fsdp_float8_all_gather
 
 
 def test_precomputed_scales_need_fp8_communication():
-    options = ["--model.converters=float8", f"--{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"]
-    assert any("needs enable_fsdp_float8_all_gather" in line for line in errors(*options))
+    precompute = "precompute_float8_dynamic_scale_for_fsdp"
+    assert "needs enable_fsdp_float8_all_gather" in float8(precompute, world_size=2)
+    assert float8(precompute, "enable_fsdp_float8_all_gather", world_size=2)
+
+
+def test_recomputed_weights_need_nothing_but_that_they_are_not_kept():
+    force, gather = "force_recompute_fp8_weight_in_bwd", "enable_fsdp_float8_all_gather"
+    assert float8(force).force_recompute_fp8_weight_in_bwd
+    assert float8(force, gather, world_size=2)
+    never = "--parallelism.fsdp_reshard_after_forward=never"
+    options = ["--model.converters=float8", f"--{FLOAT8}.{force}", never]
+    assert load(*options, world_size=2)
+    assert "leave one of the two out" in error(*options, f"--{FLOAT8}.{gather}", world_size=2)
+
+
+SEED = """
+[model]
+converters = ["quantize.linear.float8"]
+
+[quantize.linear.float8]
+enable_fsdp_float8_all_gather = true
+precompute_float8_dynamic_scale_for_fsdp = true
+filter_fqns = ["output", "auto_filter_small_kn"]
+
+[compile]
+enable = true
+components = ["model", "loss"]
+"""
+
+
+def test_the_file_of_the_seed_documents_is_accepted_with_two_shards():
+    section = load(toml=SEED, world_size=2).quantize.linear.float8
+    assert section.enable_fsdp_float8_all_gather
+    assert section.precompute_float8_dynamic_scale_for_fsdp
+    assert "start two processes" in error(toml=SEED)
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "train_configs").glob("llama3_*.toml")), ids=lambda p: p.stem)
+def test_the_commented_lines_of_a_recipe_turn_float8_on(recipe):
+    lines = recipe.read_text().splitlines()
+    start = lines.index("# [quantize.linear.float8]")
+    end = lines.index("", start)
+    lines[start:end] = [line.removeprefix("# ") for line in lines[start:end]]
+    text = "\n".join(lines).replace("# converters = ", "converters = ")
+    job = load(toml=text, world_size=128)
+    assert job.model.converters == [FLOAT8]
+    assert job.quantize.linear.float8.enable_fsdp_float8_all_gather
+
+
+@pytest.mark.parametrize("name", ["enable_fsdp_fp8_all_gather", "precompute_fp8_dynamic_scale_for_fsdp"])
+def test_names_of_another_stack_are_answered_with_ours(name):
+    assert f"did you mean {name.replace('fp8', 'float8')}?" in float8(name, world_size=2)
 
 
 def test_nothing_is_offloaded_without_shards():

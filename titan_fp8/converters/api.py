@@ -1,15 +1,15 @@
 """Float8 for anybody's model in anybody's loop: one call, without the trainer and its configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
-from titan_fp8.converters.float8_linear import Float8Request, convert_linears
+from titan_fp8.converters.float8_linear import convert_linears
 from titan_fp8.converters.report import ConversionReport
+from titan_fp8.converters.request import request_from_arguments
 from titan_fp8.runtime.device import detect_device
-from titan_fp8.runtime.errors import UserError
 
 
 def convert_to_float8_training(
@@ -17,24 +17,49 @@ def convert_to_float8_training(
     *,
     recipe_name: str = "tensorwise",
     filter_fqns: Sequence[str] = (),
+    recipe_by_fqn: Mapping[str, str] | Sequence[str] = (),
+    keep_first_blocks_hp: int = 0,
+    keep_last_blocks_hp: int = 0,
     emulate: bool | Literal["auto"] = False,
+    kernels: Literal["auto", "triton", "torch"] = "auto",
+    round_scales_to_power_of_2: bool = False,
     fast_accum_in_backward: bool = False,
     grad_weight_dtype: torch.dtype = torch.bfloat16,
+    cache_weights: bool = False,
+    enable_fsdp_float8_all_gather: bool = False,
+    force_recompute_fp8_weight_in_bwd: bool = False,
 ) -> ConversionReport:
     """Replace the linear layers of `model` in place by `Float8Linear`s, which train in float8.
 
     Parameters stay the same objects in their own dtype, so an optimizer built before or after works, and so do state
-    dicts. Call it before wrapping the model in DDP, FSDP or `torch.compile`.
+    dicts; only `enable_fsdp_float8_all_gather` wraps them. Call it before wrapping the model in DDP, FSDP or
+    `torch.compile`.
 
     Args:
         model: any module that contains linear layers; on any device, the meta device included.
-        recipe_name: "tensorwise" (fastest) or "rowwise" (more exact).
+        recipe_name: "tensorwise" (fastest), "rowwise" (more exact), "rowwise_with_gw_hp" (the weight's gradient in high
+            precision) or "blockwise" (scales for 128 values, of weights for 128 x 128).
         filter_fqns: names of modules to leave in high precision, as runs of components: `output`, `layers.0`,
             `attention.*`; `auto_filter_small_kn` leaves those alone that are too small to gain.
-        emulate: True multiplies the same codes in fp32 on any device, "auto" does so exactly where this machine's
-            accelerator has no FP8 tensor cores; False is an error there.
+        recipe_by_fqn: recipes of single modules, `{"attention.wo": "rowwise"}` or `["attention.wo=rowwise"]`; the first
+            pattern that matches counts, and a filter comes before it.
+        keep_first_blocks_hp, keep_last_blocks_hp: how many of the model's repeated blocks stay in high precision.
+        emulate: True multiplies the same codes in fp32 on any device, "auto" does so exactly for the recipes that this
+            machine's accelerator has no tensor cores for; False is an error there.
+        kernels: "triton" or "torch" is an error where something else would cast; "auto" takes Triton on a GPU. Both
+            compute the same bits.
+        round_scales_to_power_of_2: round the scales of "blockwise" to powers of two.
         fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients too.
         grad_weight_dtype: torch.bfloat16 or torch.float32, the type in which a weight's gradient leaves its product.
+        cache_weights: keep the codes of a weight from one optimizer step to the next, instead of casting it in each
+            pass. An obligation comes with it: whoever writes to a weight other than by a `torch.optim` optimizer, by
+            `load_state_dict` or by an operation that autograd's version counter sees (so: through `.data`, or with a
+            kernel of his own) calls `titan_fp8.mark_stale(model)` after it.
+        enable_fsdp_float8_all_gather: `fully_shard` will gather the codes of the weights. Build the optimizer after
+            `fully_shard`; the step may be followed by `precompute_float8_dynamic_scale_for_fsdp(model)`.
+        force_recompute_fp8_weight_in_bwd: save no codes of a weight for backward, which casts the parameter again (with
+            `cache_weights`: makes the layout that it reads from the cached codes). Set it under FSDP that gathers in
+            high precision: otherwise the codes of the whole model are kept from the forward to the backward pass.
 
     Returns:
         A report with a row for each linear layer; `print(report)` shows the table.
@@ -43,18 +68,63 @@ def convert_to_float8_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
-    is_list = isinstance(filter_fqns, Sequence) and not isinstance(filter_fqns, str)
-    if not is_list or not all(isinstance(pattern, str) for pattern in filter_fqns):
-        raise UserError(f"filter_fqns = {filter_fqns!r}: expected a list of names")
-    if not isinstance(fast_accum_in_backward, bool):
-        raise UserError(f"fast_accum_in_backward = {fast_accum_in_backward!r}: expected True or False")
-    if grad_weight_dtype not in (torch.bfloat16, torch.float32):
-        raise UserError(f"grad_weight_dtype = {grad_weight_dtype}: expected torch.bfloat16 or torch.float32")
-    request = Float8Request(
+    request, problems = request_from_arguments(
         recipe_name=recipe_name,
-        filter_fqns=tuple(filter_fqns),
+        filter_fqns=filter_fqns,
+        recipe_by_fqn=recipe_by_fqn,
+        keep_first_blocks_hp=keep_first_blocks_hp,
+        keep_last_blocks_hp=keep_last_blocks_hp,
         emulate=emulate,
+        kernels=kernels,
+        round_scales_to_power_of_2=round_scales_to_power_of_2,
         fast_accum_in_backward=fast_accum_in_backward,
         grad_weight_dtype=grad_weight_dtype,
+        cache_weights=cache_weights,
+        enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+        force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
     )
-    return convert_linears(model, request, detect_device())
+    return convert_linears(model, request, detect_device(), problems=problems)
+
+
+def convert_to_float8_nocompile_training(
+    model: nn.Module,
+    *,
+    recipe_name: str = "tensorwise",
+    filter_fqns: Sequence[str] = (),
+    recipe_by_fqn: Mapping[str, str] | Sequence[str] = (),
+    keep_first_blocks_hp: int = 0,
+    keep_last_blocks_hp: int = 0,
+    emulate: bool | Literal["auto"] = False,
+    round_scales_to_power_of_2: bool = False,
+    fast_accum_in_backward: bool = False,
+    grad_weight_dtype: torch.dtype = torch.bfloat16,
+    cache_weights: bool = False,
+    enable_fsdp_float8_all_gather: bool = False,
+    force_recompute_fp8_weight_in_bwd: bool = False,
+) -> ConversionReport:
+    """`convert_to_float8_training` for eager mode: on a GPU with the Triton kernels, or not at all.
+
+    Casts are one or two passes over memory without `torch.compile`, activation checkpointing is noticed by itself, and
+    everything is the same bit for bit as in `convert_to_float8_training`, whose arguments these are. Without a GPU,
+    which needs `emulate`, the plain reference computes the same numbers.
+
+    Raises:
+        ConversionError: also if there is a GPU and no Triton.
+    """
+    on_gpu = detect_device().kind == "cuda"
+    return convert_to_float8_training(
+        model,
+        recipe_name=recipe_name,
+        filter_fqns=filter_fqns,
+        recipe_by_fqn=recipe_by_fqn,
+        keep_first_blocks_hp=keep_first_blocks_hp,
+        keep_last_blocks_hp=keep_last_blocks_hp,
+        emulate=emulate,
+        kernels="triton" if on_gpu else "auto",
+        round_scales_to_power_of_2=round_scales_to_power_of_2,
+        fast_accum_in_backward=fast_accum_in_backward,
+        grad_weight_dtype=grad_weight_dtype,
+        cache_weights=cache_weights,
+        enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+        force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
+    )

@@ -9,9 +9,16 @@ filter_fqns = ["output"]
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from titan_fp8.config.section import Problem, Section, key, not_supported_yet
+from titan_fp8.converters.filters import AUTO_FILTER, malformed, parse_recipe_table
+
+RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
+RECIPE_NAMES: tuple[str, ...] = get_args(RecipeName)
+"""The recipes of `titan_fp8.quantization.recipes`, whose module imports torch."""
+
+BLOCKWISE = "blockwise"
 
 CONVERTERS = (
     "quantize.linear.float8",
@@ -28,46 +35,89 @@ UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "q
 class Float8LinearSection(Section):
     """`nn.Linear` with 8-bit floating-point matrix products."""
 
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = key(
-        None, unsupported_values=("rowwise_with_gw_hp",)
-    )
-    """How tensors are scaled: one scale a tensor (`tensorwise`), one a row or column (`rowwise`), or as `rowwise` with
-    the weight's gradient in bfloat16 (`rowwise_with_gw_hp`). Unset means `tensorwise`."""
+    recipe_name: RecipeName | None = None
+    """How tensors are scaled: one scale a tensor (`tensorwise`), one a row or column (`rowwise`), as `rowwise` with the
+    weight's gradient in bfloat16 (`rowwise_with_gw_hp`), or one for 128 values, of weights for 128 x 128
+    (`blockwise`). Unset means `tensorwise`."""
 
     filter_fqns: list[str] = key([])
     """Modules to leave alone. A filter matches where its components stand as one run in the module's name (`output`,
     `attention.wk`, `layers.1` and all below it), with `*` for any name. `auto_filter_small_kn` leaves alone
-    the linears that are too small to gain."""
+    the linears that are too small to gain. A filter comes before `recipe_by_fqn`."""
+
+    recipe_by_fqn: list[str] = key([])
+    """Recipes of single modules: `"pattern=recipe"` each, with patterns as in `filter_fqns`. The first entry that
+    matches a linear counts; linears that none matches get `recipe_name`."""
+
+    keep_first_blocks_hp: int = key(0, ge=0, unit="blocks")
+    """Leave that many of the model's first blocks in high precision."""
+
+    keep_last_blocks_hp: int = key(0, ge=0, unit="blocks")
+    """Leave that many of the model's last blocks in high precision."""
 
     emulate: bool | Literal["auto"] = False
-    """Compute the same 8-bit codes and multiply them in float32, on any device. `"auto"` emulates exactly where the
-    device has no FP8 tensor cores; false is an error there."""
+    """Compute the same 8-bit codes and multiply them in float32, on any device. `"auto"` emulates exactly the recipes
+    that the device has no tensor cores for; false is an error there."""
+
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What casts: the Triton kernels, or the plain PyTorch reference, which computes the same bits. `"auto"` takes
+    Triton for a CUDA device where it is installed, and the reference elsewhere; the other two are errors where they
+    would not be what runs."""
+
+    round_scales_to_power_of_2: bool = False
+    """Round the scales of `blockwise` to powers of two. The rowwise recipes have such scales always, `tensorwise`
+    never."""
 
     fast_accum_in_backward: bool = False
     """Accumulate the two gradient products in the tensor core's fast, less exact mode. The forward product always
-    does."""
+    does. `blockwise` has one mode alone."""
 
     grad_weight_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type in which the weight's gradient leaves its matrix product."""
 
-    enable_fsdp_float8_all_gather: bool = not_supported_yet(False)
+    enable_fsdp_float8_all_gather: bool = False
     """FSDP gathers the weights as FP8 codes. Needs two or more shard ranks."""
 
-    precompute_float8_dynamic_scale_for_fsdp: bool = not_supported_yet(False)
-    """Compute all weights' scales after the optimizer step with one reduction. Needs
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute all weights' scales after the optimizer step, with one reduction for each mesh. Needs
     `enable_fsdp_float8_all_gather`."""
 
-    force_recompute_fp8_weight_in_bwd: bool = not_supported_yet(False)
-    """Free the gathered FP8 weight after the forward pass and rebuild it for the backward pass. Needs
-    `enable_fsdp_float8_all_gather`."""
+    force_recompute_fp8_weight_in_bwd: bool = False
+    """Keep no FP8 copy of a whole weight from the forward to the backward pass for that pass alone: on one GPU, the
+    layout that backward reads is made from the cached codes again. FSDP frees what it gathered after the forward pass
+    in any case, and gathers it again; `parallelism.fsdp_reshard_after_forward = "never"` would keep it."""
 
     def problems(self) -> Iterator[Problem]:
-        """What would do nothing."""
+        """What would do nothing, and names that no model has."""
         if self.fast_accum_in_backward and self.emulate is True:
             yield Problem("fast_accum_in_backward", "has no effect with emulate = true, which accumulates in float32")
-        for name in ("precompute_float8_dynamic_scale_for_fsdp", "force_recompute_fp8_weight_in_bwd"):
-            if getattr(self, name) and not self.enable_fsdp_float8_all_gather:
-                yield Problem(name, "needs enable_fsdp_float8_all_gather")
+        if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
+            yield Problem("precompute_float8_dynamic_scale_for_fsdp", "needs enable_fsdp_float8_all_gather")
+        for problem in malformed(pattern for pattern in self.filter_fqns if pattern != AUTO_FILTER):
+            yield Problem("filter_fqns", problem)
+        table, problems = parse_recipe_table(self.recipe_by_fqn, RECIPE_NAMES)
+        for problem in problems:
+            yield Problem("recipe_by_fqn", problem)
+        names = {self.recipe_name or "tensorwise", *(recipe for _, recipe in table)}
+        for key_name, problem in recipe_option_problems(
+            names, self.round_scales_to_power_of_2, self.fast_accum_in_backward
+        ):
+            yield Problem(key_name, problem)
+
+
+def recipe_option_problems(names: set[str], round_scales: bool, fast_accum: bool) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of each setting that none of the recipes called `names` has a use for."""
+    if round_scales and BLOCKWISE not in names:
+        yield (
+            "round_scales_to_power_of_2",
+            f"is for blockwise, and no linear has it ({', '.join(sorted(names))}): rowwise scales are powers of two "
+            "always, tensorwise scales never; leave it out",
+        )
+    if fast_accum and names == {BLOCKWISE}:
+        yield (
+            "fast_accum_in_backward",
+            "has no effect with blockwise, which adds each block's product in float32; leave it out",
+        )
 
 
 class MXLinearSection(Section):

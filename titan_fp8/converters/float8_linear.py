@@ -1,156 +1,193 @@
-"""The converter `quantize.linear.float8`: every `nn.Linear` that no filter names becomes a `Float8Linear`.
+"""The converter `quantize.linear.float8`: every `nn.Linear` that nothing keeps becomes a `Float8Linear`.
 
-It first looks at every linear of the model and decides; what cannot be done as asked is collected, and all of it is
-raised at once with the model unchanged. Only then are modules replaced. A linear in doubt is never
+It first looks at every linear of the model and decides (`selection.py`); what cannot be done as asked is collected, and
+all of it is raised at once with the model unchanged. Only then are modules replaced. A linear in doubt is never
 quietly left in high precision: the user either names it in a filter or changes it.
+
+What then becomes of the weights depends on where they will lie:
+
+    one process           cast once an optimizer step, the codes are kept (`quantization/weights.py`)
+    FSDP, FP8 all-gather  shards are cast once an optimizer step, and codes are gathered (`quantization/fsdp_weight.py`)
+    copies, no shards     the same, with nothing to gather: the whole weight is the shard
+    FSDP otherwise        gathered in high precision, and cast in the forward and again in the backward pass
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from enum import Enum
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from titan_fp8.converters.config import Float8LinearSection
-from titan_fp8.converters.filters import AUTO_FILTER, check_patterns, first_match, is_too_small
-from titan_fp8.converters.protocol import ConversionError
-from titan_fp8.converters.report import ConversionReport, ReportRow
+from titan_fp8.converters.filters import AUTO_FILTER
+from titan_fp8.converters.fusion import fuse_producers
+from titan_fp8.converters.protocol import ConversionError, Placement
+from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport, ReportRow
+from titan_fp8.converters.request import Float8Request
+from titan_fp8.converters.selection import Choice, choose
+from titan_fp8.converters.support import resolve_emulation, resolve_kernels
+from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear, check_dims
-from titan_fp8.quantization.recipes import get_recipe
+from titan_fp8.quantization.recipes import RECIPES, Float8Recipe, Granularity
+from titan_fp8.quantization.weights import cache_weights, mark_stale
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
 NAME = "quantize.linear.float8"
-ROUTER = "router.gate"
-"""Routers of mixtures of experts choose by small differences, so they stay in high precision."""
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Float8Request:
-    """What somebody asked for, in the configuration or through the API.
+class _Weights(Enum):
+    """What becomes of the weights of a converted model, in the words of its report."""
 
-    Attributes:
-        recipe_name: name of the recipe, None for the default.
-        filter_fqns: patterns of modules to leave alone.
-        filters_are_default: nobody wrote `filter_fqns`, so a pattern of it may match nothing.
-        emulate: True, False, or "auto": exactly where the device has no FP8 tensor cores.
-        fast_accum_in_backward: fast accumulation in the gradient products.
-        grad_weight_dtype: type in which the weight's gradient leaves its product.
-        setting_prefix: what stands before a setting's name in messages.
-    """
-
-    recipe_name: str | None
-    filter_fqns: Sequence[str]
-    emulate: bool | str
-    fast_accum_in_backward: bool = False
-    grad_weight_dtype: torch.dtype = torch.bfloat16
-    filters_are_default: bool = False
-    setting_prefix: str = ""
+    GATHERED_CODES = "cast shard by shard, gathered as float8 codes"
+    SHARD_CODES = "cast once an optimizer step on each rank"
+    GATHERED = "gathered in high precision, cast in the forward and in the backward pass"
+    CACHED = "cast once an optimizer step"
+    CAST = "cast in each forward pass"
 
 
 class Float8LinearConverter:
-    """The converter of one `[quantize.linear.float8]` section for one device; see `protocol.Converter`."""
+    """The converter of one `[quantize.linear.float8]` section for one device and mesh; see `protocol.Converter`."""
 
     name = NAME
 
-    def __init__(self, section: Float8LinearSection, device: DeviceCapabilities) -> None:
+    def __init__(self, section: Float8LinearSection, device: DeviceCapabilities, placement: Placement) -> None:
         self._device = device
-        self._request = Float8Request(
-            recipe_name=section.recipe_name,
-            filter_fqns=section.filter_fqns,
-            filters_are_default="filter_fqns" not in section.model_fields_set,
-            emulate=section.emulate,
-            fast_accum_in_backward=section.fast_accum_in_backward,
-            grad_weight_dtype=getattr(torch, section.grad_weight_dtype),
-            setting_prefix=f"{NAME}.",
-        )
+        self._placement = placement
+        self._precomputes = section.precompute_float8_dynamic_scale_for_fsdp
+        self._request = Float8Request.from_section(section, prefix=f"{NAME}.", cache_weights=True)
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert in place; see `convert_linears`."""
-        return convert_linears(model, self._request, self._device)
+        return convert_linears(model, self._request, self._device, self._placement)
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: scales are computed from the weight each time it is cast."""
+        """The weights have changed, so their codes are stale; with precomputed scales they are made again at once."""
+        for part in model_parts:
+            mark_stale(part)
+            if self._precomputes:
+                precompute_float8_dynamic_scale_for_fsdp(part)
 
 
-def convert_linears(model: nn.Module, request: Float8Request, device: DeviceCapabilities) -> ConversionReport:
+def convert_linears(
+    model: nn.Module,
+    request: Float8Request,
+    device: DeviceCapabilities,
+    placement: Placement | None = None,
+    problems: Sequence[str] = (),
+) -> ConversionReport:
     """Replace the linears of `model` in place by `Float8Linear`s as `request` says.
+
+    Args:
+        model: any model, on any device.
+        request: the settings.
+        device: what training runs on.
+        placement: where the parameters will lie; None if nobody knows.
+        problems: what is wrong already, to be raised with all else.
 
     Raises:
         ConversionError: with every violation; the model is then unchanged.
     """
-    prefix = request.setting_prefix
+    choices, wrong = choose(model, request)
+    modes, kernels, cannot = _check_device(request, choices, device)
+    violations = [*problems, *wrong, *_check_model(model, choices, request), *cannot]
+    if violations:
+        raise ConversionError(violations)
+    weights = _plan_weights(model, choices, request, placement)
+    recompute = request.force_recompute_fp8_weight_in_bwd or weights is _Weights.GATHERED
+    configs = {
+        recipe: Float8Config(
+            recipe=recipe,
+            emulate=emulate,
+            fast_accum_in_backward=request.fast_accum_in_backward,
+            grad_weight_dtype=request.grad_weight_dtype,
+            recompute_weight_in_backward=recompute,
+        )
+        for recipe, (emulate, _) in modes.items()
+    }
+    rows = _rows(model, choices)
+    _replace(model, {fqn: configs[choice.recipe] for fqn, choice in choices.items() if choice.reason is None})
+    _prepare_weights(model, weights, cache=request.cache_weights)
+    fused = fuse_producers(model)
+    return ConversionReport(
+        converter=NAME,
+        modes={_label(recipe): mode for recipe, (_, mode) in modes.items()},
+        kernels=kernels,
+        weights=weights.value,
+        fused=fused,
+        rows=rows,
+    )
+
+
+def _check_device(
+    request: Float8Request, choices: Mapping[str, Choice], device: DeviceCapabilities
+) -> tuple[dict[Float8Recipe, tuple[bool, str]], str, list[str]]:
+    """For each recipe in use, the most used first, whether it is emulated and the words for it; what casts; and what
+    the device cannot do, one message each."""
+    used = Counter(choice.recipe for choice in choices.values() if choice.reason is None)
+    # What the device cannot do is an error also where no linear is left that it would have to do.
+    recipes = [recipe for recipe, _ in used.most_common()] or [request.recipe(request.recipe_name)]
+    modes: dict[Float8Recipe, tuple[bool, str]] = {}
+    kernels = ""
     problems: list[str] = []
-    config = mode = None
     try:
-        recipe = get_recipe(request.recipe_name)
-        emulate, mode = resolve_emulation(request.emulate, device, setting=f"{prefix}emulate")
-        config = Float8Config(recipe, emulate, request.fast_accum_in_backward, request.grad_weight_dtype)
+        modes = resolve_emulation(request.emulate, recipes, device, setting=f"{request.prefix}emulate")
+    except UserError as error:
+        problems += str(error).split("\n")
+    try:
+        kernels = resolve_kernels(request.kernels, device, setting=f"{request.prefix}kernels")
     except UserError as error:
         problems.append(str(error))
+    return modes, kernels, problems
+
+
+def _label(recipe: Float8Recipe) -> str:
+    """The recipe's name in a report; with its scales where they are not those that the name stands for."""
+    rounded = recipe.granularity is Granularity.BLOCK and recipe.power_of_two_scales
+    return f"{recipe.name} with power-of-two scales" if rounded else recipe.name
+
+
+def _check_model(model: nn.Module, choices: Mapping[str, Choice], request: Float8Request) -> list[str]:
+    """Why the chosen linears cannot be converted, one message each."""
+    setting = f"{request.prefix}filter_fqns"
+    problems: list[str] = []
     if isinstance(model, nn.Linear):
         problems.append(
             f"the model itself is one {type(model).__name__}, which cannot be replaced in place; "
             "convert a module that contains it, for example nn.Sequential(model)"
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear) and fqn}
-    if not linears and not isinstance(model, nn.Linear):
+    elif not choices:
         problems.append("the model has no nn.Linear, so there is nothing to convert")
-    setting = f"{prefix}filter_fqns"
-    problems += check_patterns(
-        request.filter_fqns, list(modules)[1:], setting=setting, may_match_nothing=request.filters_are_default
-    )
-    recipe_name = config.recipe.name if config else None
-    reasons = {fqn: _reason_to_leave(fqn, linear, request.filter_fqns, recipe_name) for fqn, linear in linears.items()}
-    for fqn, linear in linears.items():
-        obstacle = _obstacle(linear) if reasons[fqn] is None else None
-        if obstacle:
-            problems.append(f"{fqn}: {obstacle}; add it to {setting}")
-    if linears and not problems and all(reasons.values()) and AUTO_FILTER not in request.filter_fqns:
+    elif all(choice.reason for choice in choices.values()) and AUTO_FILTER not in request.filter_fqns:
         problems.append(f"{setting} leaves every linear of the model alone, so nothing would run in float8")
-    if problems:
-        raise ConversionError(problems)
-    assert config is not None
-    assert mode is not None
-    rows = _rows(linears, reasons, config.recipe.name)
-    _replace(model, {fqn: linear for fqn, linear in linears.items() if reasons[fqn] is None}, config)
-    return ConversionReport(converter=NAME, recipe=config.recipe.name, mode=mode, rows=rows)
-
-
-def resolve_emulation(emulate: bool | str, device: DeviceCapabilities, *, setting: str) -> tuple[bool, str]:
-    """Whether to emulate on `device`, and the words for it in a report.
-
-    Raises:
-        UserError: if `emulate` is false on a device without FP8 tensor cores, or is neither a bool nor "auto".
-    """
-    if emulate not in (True, False, "auto"):
-        raise UserError(f'{setting} = {emulate!r}: expected true, false or "auto"')
-    if emulate == "auto":
-        native = device.has_fp8_tensor_cores
-        return (False, "native") if native else (True, f"emulated: {device.name} has no FP8 tensor cores")
-    if not emulate and not device.has_fp8_tensor_cores:
-        raise UserError(
-            f"{setting} = false, but {device.name} has no FP8 tensor cores; "
-            f'set {setting} to true (emulate) or "auto" (emulate where needed)'
+    for fqn, choice in choices.items():
+        linear = model.get_submodule(fqn)
+        assert isinstance(linear, nn.Linear)
+        obstacle = _obstacle(linear, choice.recipe) if choice.reason is None else None
+        if obstacle:
+            problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")
+    for users in _divided_weights(model, choices) if request.enable_fsdp_float8_all_gather else []:
+        names = ", ".join(f"{name} ({reader})" for name, reader in users)
+        problems.append(
+            f"{request.prefix}enable_fsdp_float8_all_gather gathers a weight as the codes of one recipe, but {names} "
+            f"are one parameter; give all of its users one recipe, or leave all in high precision with {setting}"
         )
-    return bool(emulate), "emulated" if emulate else "native"
+    return problems
 
 
-def _reason_to_leave(fqn: str, linear: nn.Linear, patterns: Sequence[str], recipe_name: str | None) -> str | None:
-    pattern = first_match((p for p in patterns if p != AUTO_FILTER), fqn)
-    if pattern is not None:
-        return f'filter "{pattern}"'
-    if first_match([ROUTER], fqn):
-        return "router of a mixture of experts"
-    small = recipe_name is not None and is_too_small(recipe_name, linear.in_features, linear.out_features)
-    return AUTO_FILTER if AUTO_FILTER in patterns and small else None
+def _other_remedy(linear: nn.Linear, recipe: Float8Recipe, request: Float8Request) -> str:
+    """What else would help a linear that has an obstacle."""
+    dims = linear.in_features, linear.out_features
+    others_fit = any(check_dims(*dims, other) is None for other in RECIPES.values())
+    is_size = check_dims(*dims, recipe) is not None and others_fit
+    return f", or give it another recipe in {request.prefix}recipe_by_fqn" if is_size else ""
 
 
-def _obstacle(linear: nn.Linear) -> str | None:
+def _obstacle(linear: nn.Linear, recipe: Float8Recipe) -> str | None:
     """Why this linear cannot be converted, or None."""
     kind = type(linear)
     if isinstance(linear, Float8Linear):
@@ -168,24 +205,72 @@ def _obstacle(linear: nn.Linear) -> str | None:
         return "its forward was replaced on the instance, which conversion would not change; convert before wrapping it"
     if linear.weight.dtype not in _WEIGHT_DTYPES:
         return f"its weight is {linear.weight.dtype}, and float8 casts take float32, bfloat16 or float16"
-    return check_dims(linear.in_features, linear.out_features)
+    return check_dims(linear.in_features, linear.out_features, recipe)
 
 
-def _rows(linears: dict[str, nn.Linear], reasons: dict[str, str | None], recipe_name: str) -> list[ReportRow]:
-    total = sum(linear.in_features * linear.out_features for linear in linears.values())
-    rows = []
-    for fqn, linear in linears.items():
-        shape = (linear.out_features, linear.in_features)
-        reason = reasons[fqn]
-        recipe = recipe_name if reason is None else None
-        rows.append(ReportRow(fqn, shape, shape, recipe, reason, shape[0] * shape[1] / max(total, 1)))
-    return rows
+def _divided_weights(model: nn.Module, choices: Mapping[str, Choice]) -> list[list[tuple[str, str]]]:
+    """Parameters that cannot be held as codes, since not all of their users read codes of one recipe: for each, the
+    names under which it is used and what reads it there."""
+    users: dict[int, list[tuple[str, str]]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        choice = choices.get(fqn)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                converted = choice is not None and choice.reason is None and name == "weight"
+                reader = choice.recipe.name if choice and converted else HIGH_PRECISION
+                users.setdefault(id(parameter), []).append((f"{fqn}.{name}" if fqn else name, reader))
+    return [theirs for theirs in users.values() if len({reader for _, reader in theirs}) > 1]
 
 
-def _replace(model: nn.Module, linears: dict[str, nn.Linear], config: Float8Config) -> None:
-    """Put a `Float8Linear` wherever each of `linears` stands; a module with two names stays one module."""
+def _plan_weights(
+    model: nn.Module, choices: Mapping[str, Choice], request: Float8Request, placement: Placement | None
+) -> _Weights:
+    if request.enable_fsdp_float8_all_gather:
+        return _Weights.GATHERED_CODES
+    if placement is not None and placement.is_managed:
+        whole = placement.shards == 1 and not placement.offloaded and not _divided_weights(model, choices)
+        return _Weights.SHARD_CODES if whole else _Weights.GATHERED
+    return _Weights.CACHED if request.cache_weights else _Weights.CAST
+
+
+def _replace(model: nn.Module, configs: Mapping[str, Float8Config]) -> None:
+    """Put a `Float8Linear` at each of the names; a module with two names stays one module."""
     converted: dict[int, Float8Linear] = {}
-    for fqn, linear in linears.items():
-        new = converted.setdefault(id(linear), Float8Linear.from_linear(linear, config))
+    for fqn, config in configs.items():
+        linear = model.get_submodule(fqn)
+        assert isinstance(linear, nn.Linear)
+        if isinstance(linear, Float8Linear):
+            continue  # one of several names of a parent, whose other name came first
+        if id(linear) not in converted:
+            converted[id(linear)] = Float8Linear.from_linear(linear, config)
         parent, _, name = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), name, new)
+        setattr(model.get_submodule(parent), name, converted[id(linear)])
+
+
+def _prepare_weights(model: nn.Module, weights: _Weights, *, cache: bool) -> None:
+    """Set up what casts the weights of a converted model."""
+    linears = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    if weights in (_Weights.GATHERED_CODES, _Weights.SHARD_CODES):
+        wrap_weights_for_fsdp(linears, cache=cache)
+    elif weights is _Weights.CACHED:
+        cache_weights(model, linears)
+
+
+def _rows(model: nn.Module, choices: Mapping[str, Choice]) -> list[ReportRow]:
+    shapes = {}
+    for fqn in choices:
+        linear = model.get_submodule(fqn)
+        assert isinstance(linear, nn.Linear)
+        shapes[fqn] = linear.out_features, linear.in_features
+    total = sum(n * k for n, k in shapes.values())
+    return [
+        ReportRow(
+            fqn,
+            (n, k),
+            (n, k),
+            recipe=_label(choices[fqn].recipe) if choices[fqn].reason is None else None,
+            reason=choices[fqn].reason,
+            flop_share=n * k / max(total, 1),
+        )
+        for fqn, (n, k) in shapes.items()
+    ]

@@ -1,6 +1,7 @@
-"""What a converter is, and the one error it raises."""
+"""What a converter is, what it is told of the devices, and the one error it raises."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
@@ -20,6 +21,30 @@ class ConversionError(UserError):
     def __init__(self, violations: Iterable[str]) -> None:
         self.violations = list(violations)
         super().__init__("\n".join(self.violations))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's parameters will lie once it is converted: the dimensions of the mesh, as far as they matter here.
+
+    Attributes:
+        ranks: processes of the job.
+        shards: ranks over which one copy of the parameters is sharded.
+        offloaded: parameters stay in host memory and come to the device unit by unit.
+    """
+
+    ranks: int = 1
+    shards: int = 1
+    offloaded: bool = False
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether FSDP takes the parameters over; otherwise they stay where they are, the same tensors for ever."""
+        return self.ranks > 1 or self.offloaded
+
+
+ONE_PROCESS = Placement()
+"""One process that keeps its parameters on its device."""
 
 
 class Converter(Protocol):

@@ -4,18 +4,24 @@ from collections.abc import Sequence
 
 from titan_fp8.converters.config import CONVERTERS, QuantizeSection
 from titan_fp8.converters.float8_linear import Float8LinearConverter
-from titan_fp8.converters.protocol import ConversionError, Converter
+from titan_fp8.converters.protocol import ONE_PROCESS, ConversionError, Converter, Placement
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.suggest import did_you_mean
 
 
-def build_converters(names: Sequence[str], quantize: QuantizeSection, device: DeviceCapabilities) -> list[Converter]:
+def build_converters(
+    names: Sequence[str],
+    quantize: QuantizeSection,
+    device: DeviceCapabilities,
+    placement: Placement = ONE_PROCESS,
+) -> list[Converter]:
     """The converters called `names`, in that order.
 
     Args:
         names: `model.converters`.
         quantize: their sections.
         device: the device that training runs on, which decides about emulation.
+        placement: where the parameters will lie, which decides how often weights are cast; one process by default.
 
     Raises:
         ConversionError: for names that are unknown, not supported, or given twice; all of them at once.
@@ -24,7 +30,7 @@ def build_converters(names: Sequence[str], quantize: QuantizeSection, device: De
     converters: list[Converter] = []
     for name in dict.fromkeys(names):
         if name == Float8LinearConverter.name:
-            converters.append(Float8LinearConverter(quantize.linear.float8, device))
+            converters.append(Float8LinearConverter(quantize.linear.float8, device, placement))
         elif name in CONVERTERS:
             problems.append(f"{name!r}: not supported yet; use {Float8LinearConverter.name!r}")
         else:

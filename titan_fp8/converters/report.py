@@ -1,8 +1,12 @@
 """What a conversion did: a row for every linear layer of the model, whether it was converted or left alone, and why."""
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+HIGH_PRECISION = "high precision"
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,32 @@ class ConversionReport:
 
     Attributes:
         converter: name of the converter.
-        recipe: name of the recipe.
-        mode: how products are computed: "native", or "emulated" and why.
+        modes: each recipe in use, the most used first -> how its products are computed: "native", or "emulated" and
+            why. If nothing was converted, the recipe that was asked for.
+        kernels: what casts: "triton" or "torch".
+        weights: what becomes of the weights: how often they are cast, and what FSDP gathers.
+        fused: names of the modules that write float8 themselves for the linears that read them (`fusion.py`).
         rows: one row a linear layer, in the model's order.
     """
 
     converter: str
-    recipe: str
-    mode: str
+    modes: Mapping[str, str]
+    kernels: str = "torch"
+    weights: str = ""
+    fused: list[str] = field(default_factory=list)
     rows: list[ReportRow] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> str:
+        """The recipes in use, the most used first: `rowwise`, `rowwise + blockwise`."""
+        return " + ".join(self.modes)
+
+    @property
+    def mode(self) -> str:
+        """How products are computed; where recipes differ in it, each recipe's own."""
+        if len(set(self.modes.values())) == 1:
+            return next(iter(self.modes.values()))
+        return "; ".join(f"{recipe} {mode}" for recipe, mode in self.modes.items())
 
     @property
     def converted(self) -> list[ReportRow]:
@@ -53,12 +74,20 @@ class ConversionReport:
         return sum(row.flop_share for row in self.converted)
 
     def summary(self) -> str:
-        """One line: how many layers, what share of the FLOPs, and what was left alone for which reason."""
+        """One line: which recipes in how many layers, what share of the FLOPs, what was left alone for which reason."""
+        counts = Counter(row.recipe for row in self.converted)
+        mixed = len(self.modes) > 1
+        recipes = ", ".join(
+            f"{recipe} ({mode}) in {counts[recipe]}" if mixed else f"{recipe} ({mode})"
+            for recipe, mode in self.modes.items()
+        )
         reasons = Counter(row.reason for row in self.rows if row.reason is not None)
         left = "".join(f"; {count} left alone ({reason})" for reason, count in reasons.items())
+        weights = f"; weights {self.weights}" if self.weights and self.converted else ""
+        fused = f"; {len(self.fused)} modules before them write float8" if self.fused else ""
         return (
-            f"{self.converter}: {self.recipe} ({self.mode}) in {len(self.converted)} of {len(self.rows)} linears, "
-            f"{100 * self.flop_share:.1f} % of their FLOPs{left}"
+            f"{self.converter}: {recipes}{', together' if mixed else ''} in {len(self.converted)} of {len(self.rows)} "
+            f"linears, {100 * self.flop_share:.1f} % of their FLOPs{left}{weights}{fused}"
         )
 
     def __str__(self) -> str:
@@ -66,7 +95,7 @@ class ConversionReport:
         table: list[tuple[str, ...]] = [header]
         for row in self.rows:
             shape, local = (" x ".join(map(str, s)) for s in (row.global_shape, row.local_shape))
-            outcome = row.recipe or f"high precision: {row.reason}"
+            outcome = row.recipe or f"{HIGH_PRECISION}: {row.reason}"
             table.append((row.fqn, shape, local, f"{100 * row.flop_share:.2f} %", outcome))
         widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in table]
@@ -74,10 +103,15 @@ class ConversionReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, ready for `json.dump`."""
+        counts = Counter(row.recipe for row in self.converted)
         return {
             "converter": self.converter,
             "recipe": self.recipe,
+            "recipes": {name: {"mode": mode, "linears": counts[name]} for name, mode in self.modes.items()},
             "mode": self.mode,
+            "kernels": self.kernels,
+            "weights": self.weights,
+            "fused": self.fused,
             "linears": len(self.rows),
             "converted": len(self.converted),
             "flop_share": self.flop_share,
@@ -93,3 +127,27 @@ class ConversionReport:
                 for row in self.rows
             ],
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: the recipe of most linears, and what the others have instead.
+
+        How products are computed is no part of it, so a run may move to another device.
+        """
+        counts = Counter(row.recipe for row in self.converted)
+        main = max(counts, key=lambda recipe: counts[recipe]) if counts else next(iter(self.modes), None)
+        others = {row.fqn: row.recipe or HIGH_PRECISION for row in self.rows if row.recipe != main}
+        return {"recipe": main, "exceptions": _merge_numbers(others, [row.fqn for row in self.rows])}
+
+
+def _merge_numbers(outcomes: Mapping[str, str], all_names: Iterable[str]) -> dict[str, str]:
+    """`outcomes` by name, with one entry `layers.*.wk` for names that differ in numbers alone, where all that the model
+    has of them have the same outcome."""
+    groups: dict[str, list[str]] = {}
+    for name in all_names:
+        groups.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(name)
+    merged: dict[str, str] = {}
+    for pattern, names in groups.items():
+        theirs = {outcomes.get(name) for name in names}
+        merge = len(theirs) == 1
+        merged |= {pattern if merge else name: outcomes[name] for name in names if name in outcomes}
+    return merged

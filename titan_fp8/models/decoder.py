@@ -49,8 +49,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
-        x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x, normed = self.ffn_norm.add_and_norm(x, self.attention(self.attention_norm(x), rope, mask))
+        return x + self.feed_forward(normed)
 
 
 class Decoder(nn.Module):

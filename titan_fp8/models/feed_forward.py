@@ -33,4 +33,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What `w2` reads: `silu(w1 x) * w3 x`, `[..., hidden_dim]`."""
+        return F.silu(self.w1(x)) * self.w3(x)

@@ -22,3 +22,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+    def add_and_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """`(x + branch, norm of it)`, all `[..., dim]` of one dtype."""
+        total = x + branch
+        return total, self(total)

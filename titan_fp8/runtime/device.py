@@ -35,6 +35,7 @@ class DeviceCapabilities:
         has_fp8_tensor_cores: whether `torch._scaled_mm` on e4m3/e5m2 runs natively.
         peak_bf16_flops, peak_fp8_flops: dense FLOP/s, None when unknown.
         memory_gib: device memory in GiB, None on a CPU.
+        cuda_version: (major, minor) of the CUDA that PyTorch is built for, None without CUDA.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class DeviceCapabilities:
     peak_bf16_flops: float | None
     peak_fp8_flops: float | None
     memory_gib: float | None
+    cuda_version: tuple[int, int] | None = None
 
 
 def peak_flops(name: str) -> tuple[float | None, float | None]:
@@ -62,6 +64,7 @@ def detect_device(index: int = 0) -> DeviceCapabilities:
     bf16, fp8 = peak_flops(properties.name)
     is_nvidia = torch.version.hip is None
     capability = (properties.major, properties.minor) if is_nvidia else None
+    major, _, minor = (torch.version.cuda or "").partition(".")
     return DeviceCapabilities(
         kind="cuda",
         name=properties.name,
@@ -70,4 +73,5 @@ def detect_device(index: int = 0) -> DeviceCapabilities:
         peak_bf16_flops=bf16,
         peak_fp8_flops=fp8,
         memory_gib=properties.total_memory / 2**30,
+        cuda_version=(int(major), int(minor)) if minor else None,
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from titan_fp8.converters.filters import check_patterns, is_too_small
+from titan_fp8.converters.filters import check_patterns, check_recipe_patterns, parse_recipe_table
 from titan_fp8.runtime.patterns import matches
 
 FQNS = [
@@ -64,25 +64,54 @@ def test_a_pattern_that_is_only_a_default_may_match_nothing() -> None:
     assert problems("router.gate", may_match_nothing=True) == []
 
 
+def table(*entries: str) -> tuple[list[tuple[str, str]], list[str]]:
+    return parse_recipe_table(entries, ["tensorwise", "rowwise"])
+
+
+def test_a_table_of_recipes_keeps_its_order() -> None:
+    assert table("layers.1=rowwise", "attention.w*=tensorwise") == (
+        [("layers.1", "rowwise"), ("attention.w*", "tensorwise")],
+        [],
+    )
+
+
 @pytest.mark.parametrize(
-    ("recipe", "k", "n", "small"),
+    ("entries", "message"),
     [
-        ("tensorwise", 4096, 1024, True),
-        ("tensorwise", 4112, 1024, False),
-        ("tensorwise", 4096, 1040, False),
-        ("tensorwise", 8192, 4100, True),
-        ("rowwise", 8192, 2048, True),
-        ("rowwise", 8192, 2064, False),
-        ("rowwise", 1024, 8192, True),
-        ("rowwise", 2048, 4096, True),
-        ("rowwise", 2048, 4112, False),
-        ("rowwise", 2064, 4096, False),
+        (["output"], 'write "pattern=recipe"'),
+        (["output=rowwize"], 'did you mean "rowwise"'),
+        (["output="], "no such recipe"),
+        (["output=rowwise=tensorwise"], "no such recipe"),
+        (["=rowwise"], "'' is not a module name"),
+        (["a..b=rowwise"], "is not a module name"),
+        (["output=bfloat16"], "belongs in filter_fqns"),
+        (["output=rowwise", "output=tensorwise"], "is there twice"),
     ],
 )
-def test_the_rule_of_size_has_the_published_thresholds(recipe: str, k: int, n: int, small: bool) -> None:
-    assert is_too_small(recipe, k, n) == small
+def test_a_wrong_entry_of_the_table_is_refused(entries: list[str], message: str) -> None:
+    (problem,) = table(*entries)[1]
+    assert message in problem
 
 
-def test_the_rule_of_size_knows_no_other_recipe() -> None:
-    with pytest.raises(ValueError, match="blockwise"):
-        is_too_small("blockwise", 16, 16)
+LINEARS = ["layers.1.attention.wq", "layers.1.attention.wk", "layers.10.attention.wk", "output"]
+
+
+def recipe_problems(*entries: str) -> list[str]:
+    return check_recipe_patterns(table(*entries)[0], FQNS, LINEARS, setting="recipe_by_fqn")
+
+
+def test_entries_that_match_linears_have_no_problems() -> None:
+    assert recipe_problems("layers.1.attention.wk=rowwise", "attention=tensorwise", "output=rowwise") == []
+
+
+@pytest.mark.parametrize("pattern", ["outptu", "tok_embeddings"])
+def test_an_entry_that_matches_no_linear_is_refused(pattern: str) -> None:
+    (problem,) = recipe_problems(f"{pattern}=rowwise")
+    assert f"recipe_by_fqn: '{pattern}=rowwise' matches no linear" in problem
+    assert ('did you mean "output"' in problem) == (pattern == "outptu")
+
+
+def test_an_entry_behind_others_that_take_all_its_linears_is_refused() -> None:
+    (problem,) = recipe_problems("layers.1=tensorwise", "layers.10=rowwise", "attention.wk=rowwise", "output=rowwise")
+    assert "'attention.wk=rowwise' has no effect" in problem
+    assert "by 'layers.1', 'layers.10' before it" in problem

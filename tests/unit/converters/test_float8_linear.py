@@ -10,55 +10,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import titan_fp8
+from tests.unit.converters.models import CPU, H200, Model, converted_names, converter, violations
 from titan_fp8.converters import ConversionError, build_converters
-from titan_fp8.converters.config import Float8LinearSection, QuantizeLinearSection, QuantizeSection
+from titan_fp8.converters.config import QuantizeSection
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.linear import Linear
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.device import DeviceCapabilities
-
-CPU = DeviceCapabilities("cpu", "CPU", None, False, None, None, None)
-H200 = DeviceCapabilities("cuda", "NVIDIA H200", (9, 0), True, 989e12, 1979e12, 141.0)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wq, self.wk, self.wo = Linear(32, 32), Linear(32, 16), Linear(32, 32)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = Attention()
-        self.norm = nn.RMSNorm(32)
-        self.w1 = nn.Linear(32, 64, bias=False)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tok_embeddings = nn.Embedding(128, 32)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.output = nn.Linear(32, 128, bias=False)
-
-
-def converter(device: DeviceCapabilities = CPU, **settings):
-    section = Float8LinearSection(**({"emulate": "auto"} | settings))
-    quantize = QuantizeSection(linear=QuantizeLinearSection(float8=section))
-    (result,) = build_converters(["quantize.linear.float8"], quantize, device)
-    return result
-
-
-def converted_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
-
-
-def violations(model: nn.Module, device: DeviceCapabilities = CPU, **settings) -> list[str]:
-    with pytest.raises(ConversionError) as error:
-        converter(device, **settings).convert(model)
-    assert converted_names(model) == set()
-    return error.value.violations
 
 
 def test_every_linear_is_converted_but_what_filters_name() -> None:
@@ -108,6 +67,17 @@ def test_the_report_counts_flops_and_survives_json() -> None:
     assert "16 x 32" in table[6]
 
 
+def test_a_decoder_writes_float8_where_all_readers_are_converted_and_the_report_says_so() -> None:
+    with torch.device("meta"):
+        model = Decoder(resolve_dims("llama3", "debugmodel", {"n_layers": 2}))
+    report = converter(filter_fqns=["layers.1.attention.wk", "layers.1.feed_forward.w2"]).convert(model)
+    parts = ("feed_forward", "attention_norm", "ffn_norm")
+    assert set(report.fused) == {*(f"layers.0.{name}" for name in parts), "layers.1.ffn_norm"}
+    assert "; 4 modules before them write float8" in report.summary()
+    assert report.to_json()["fused"] == report.fused
+    assert converter().convert(Model()).fused == []
+
+
 def test_a_section_reaches_the_layers() -> None:
     model = Model()
     converter(
@@ -145,7 +115,9 @@ def test_all_violations_come_at_once_and_the_model_stays_as_it_was() -> None:
     model.layers[0].w1 = nn.Linear(30, 32)
     problems = violations(model, emulate=False, filter_fqns=["outptu", ""])
     assert len(problems) == 4
-    assert any("layers.0.w1: in_features=30 is not a multiple of 16; add it to" in p for p in problems)
+    assert any(
+        "layers.0.w1: in_features=30 is not a multiple of 16, which tensorwise needs; add it to" in p for p in problems
+    )
 
 
 def test_odd_dimensions_may_be_filtered_by_name_or_by_the_rule_of_size() -> None:
@@ -262,53 +234,3 @@ def test_unknown_duplicate_and_unsupported_converters_are_refused_together() -> 
     assert 'did you mean "quantize.linear.float8"?' in text
     assert "'quantize.linear.mx': not supported yet" in text
     assert build_converters([], QuantizeSection(), CPU) == []
-
-
-def test_after_the_optimizer_step_there_is_nothing_to_do() -> None:
-    model = Model()
-    subject = converter()
-    subject.convert(model)
-    subject.post_optimizer([model])
-
-
-def test_the_api_converts_anybodys_model_and_the_optimizer_made_before_trains_it() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    report = titan_fp8.convert_to_float8_training(model, recipe_name="rowwise", emulate=True)
-    assert len(report.converted) == 2
-    x = torch.randn(64, 32)
-    target = x.roll(1, 1)
-    losses = []
-    for _ in range(30):
-        loss = (model(x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"recipe_name": "tensorwize"}, 'did you mean "tensorwise"'),
-        ({"recipe_name": "rowwise_with_gw_hp"}, "not supported yet"),
-        ({"filter_fqns": "output"}, "expected a list"),
-        ({"filter_fqns": None}, "filter_fqns = None"),
-        ({"filter_fqns": [3]}, r"filter_fqns = \[3\]"),
-        ({"fast_accum_in_backward": "no"}, "expected True or False"),
-        ({"filter_fqns": ["outptu"]}, 'did you mean "output"'),
-        ({"emulate": "maybe"}, 'expected true, false or "auto"'),
-        ({"grad_weight_dtype": torch.float16}, "grad_weight_dtype"),
-    ],
-)
-def test_wrong_arguments_of_the_api_are_value_errors(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        titan_fp8.convert_to_float8_training(Model(), **({"emulate": True} | arguments))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
-def test_the_api_does_not_emulate_unasked() -> None:
-    with pytest.raises(ValueError, match="has no FP8 tensor cores"):
-        titan_fp8.convert_to_float8_training(Model())

@@ -1,0 +1,118 @@
+"""Tiny float8 decoders for the tests of fusion: fused, unfused, and unfused but rounded where the fused ones round."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from titan_fp8.converters.fusion import fuse_producers
+from titan_fp8.kernels.producers import reference
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.feed_forward import FeedForward
+from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.initialization import initialize
+from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.models.norm import RMSNorm
+from titan_fp8.quantization.function import Float8Config
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.recipes import RECIPES
+
+DIMS = {"dim": 128, "n_heads": 2, "n_kv_heads": 2, "ffn_dim": 256, "vocab_size": 64, "max_seq_len": 32}
+
+
+def build(
+    recipe: str | None,
+    *,
+    fused: bool,
+    n_layers: int = 1,
+    skip: Callable[[str], bool] | None = None,
+    emulate: bool = True,
+) -> Decoder:
+    """A decoder whose blocks' linears run in `recipe`, but for those whose name `skip` says yes to."""
+    model = Decoder(ModelDims(n_layers=n_layers, **DIMS), compute_dtype=torch.bfloat16)
+    if recipe is not None:
+        config = Float8Config(RECIPES[recipe], emulate=emulate)
+        linears = [(name, module) for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
+        for name, linear in linears:
+            parent, _, child = name.rpartition(".")
+            if skip is None or not skip(name):
+                setattr(model.layers.get_submodule(parent), child, Float8Linear.from_linear(linear, config))
+    initialize(model, seed=3)
+    if fused:
+        fuse_producers(model)
+    return model
+
+
+def run(model: nn.Module) -> dict[str, Tensor]:
+    """Loss and every gradient by name."""
+    model.zero_grad()
+    tokens = torch.randint(
+        64, (2, 20), generator=torch.Generator().manual_seed(0), device=next(model.parameters()).device
+    )
+    loss = cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:])
+    if loss.requires_grad:
+        loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def exact(n_layers: int = 1) -> dict[str, Tensor]:
+    """Loss and gradients of the unquantized model in fp64."""
+    model = build(None, fused=False, n_layers=n_layers).double()
+    model.compute_dtype = torch.float64
+    return run(model)
+
+
+def same_bits(results: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of what differs."""
+    assert results.keys() == expected.keys()
+    return [name for name, value in expected.items() if not torch.equal(results[name], value)]
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        flat = x.flatten(0, -2)
+        _, rstd, output = reference.norm_output(flat, None, weight, eps)
+        ctx.save_for_backward(flat, weight, rstd)
+        return output.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = reference.norm_backward(grad.flatten(0, -2), x, weight, rstd)
+        return grad_x.view(grad.shape), grad_weight.to(weight.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return reference.swiglu_output(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.swiglu_gradients(grad, *ctx.saved_tensors)
+
+
+class OnceRoundedNorm(RMSNorm):
+    """RMSNorm with the fused one's rounding points, in high precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class OnceRoundedFeedForward(FeedForward):
+    """SwiGLU with the fused one's rounding points, in high precision."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return _SwiGLU.apply(self.w1(x), self.w3(x))
+
+
+def round_once(model: Decoder) -> Decoder:
+    """Give an unfused model the rounding points of what would be fused in it."""
+    for block in model.layers.values():
+        block.attention_norm.__class__ = block.ffn_norm.__class__ = OnceRoundedNorm
+        if block.feed_forward.w1.config.recipe.grad_weight_in_float8:
+            block.feed_forward.__class__ = OnceRoundedFeedForward
+    return model

@@ -1,0 +1,173 @@
+"""Producers that write float8 in place of norms and gated feed-forwards whose readers are float8 linears.
+
+In a converted decoder each linear's input is made by a norm or a SwiGLU that nobody else reads. `fuse_producers` puts
+modules in their places that write the codes at once (`kernels/producers`), so that the input never exists in high
+precision:
+
+    attention_norm     RMSNorm -> codes, read by wq, wk, wv
+    ffn_norm           residual add and RMSNorm -> codes, read by w1 and w3
+    feed_forward       SwiGLU -> codes, read by w2; its backward writes the float8 gradients of w1's and w3's outputs
+
+A module is replaced only where all of its readers are `Float8Linear`s of one recipe; what a reader in high precision
+would read stays a tensor. The new modules hold the old ones' parameters under the old names. Where they cannot know
+who looks at what passes between modules (hooks, autocast), they compute as the modules they replaced.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from titan_fp8.models.decoder import TransformerBlock
+from titan_fp8.models.feed_forward import FeedForward
+from titan_fp8.models.norm import RMSNorm
+from titan_fp8.quantization.gated import gated_hidden
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.norm import add_rms_norm, rms_norm
+from titan_fp8.quantization.recipes import Float8Recipe
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def fuse_producers(model: nn.Module) -> list[str]:
+    """Replace in place the norms and feed-forwards of `model`'s blocks that can write float8.
+
+    Args:
+        model: a decoder, or what contains one, after conversion and before it is sharded or compiled.
+
+    Returns:
+        The names of the modules that were replaced; none in a model without our `TransformerBlock`s.
+    """
+    fused = []
+    for fqn, block in model.named_modules():
+        if isinstance(block, TransformerBlock):
+            for name, new in _fused_parts(block).items():
+                setattr(block, name, new)
+                fused.append(f"{fqn}.{name}" if fqn else name)
+    return fused
+
+
+def _fused_parts(block: TransformerBlock) -> dict[str, nn.Module]:
+    """Name -> what to put there."""
+    parts: dict[str, nn.Module] = {}
+    if type(block.feed_forward) is FeedForward and _can_gate(block.feed_forward):
+        parts["feed_forward"] = _converted(block.feed_forward, Float8FeedForward)
+    readers = {
+        "attention_norm": Readers(block.attention, ("wq", "wk", "wv")),
+        "ffn_norm": Readers(parts.get("feed_forward", block.feed_forward), ("w1", "w3")),
+    }
+    for name, reader in readers.items():
+        norm = getattr(block, name)
+        if type(norm) is RMSNorm and reader.recipe() is not None:
+            fused = parts[name] = _converted(norm, Float8RMSNorm)
+            fused.readers = reader
+    return parts
+
+
+def _converted(module: nn.Module, kind: type[_Module]) -> _Module:
+    """A module of another class with the parameters, buffers, children, hooks and mode of `module`."""
+    converted = kind.__new__(kind)
+    converted.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        converted.__dict__[table] = dict(module.__dict__[table])
+    return converted
+
+
+def _is_plain(linear: nn.Module) -> TypeGuard[Float8Linear]:
+    """Whether a linear is ours and nobody watches it."""
+    return type(linear) is Float8Linear and not _has_hooks(linear)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The linears that read a norm's output.
+
+    Attributes:
+        module: what is given the output, and hands it to its linears.
+        names: the linears' names in `module`. They are looked up at each call: what stands there may change.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+    def linears(self) -> list[nn.Module]:
+        """The linears as they are now."""
+        return [getattr(self.module, name) for name in self.names]
+
+    def recipe(self) -> Float8Recipe | None:
+        """The one recipe of all linears; None if there is none, or if somebody watches what they are given."""
+        linears = [linear for linear in self.linears() if _is_plain(linear)]
+        recipes = {linear.config.recipe for linear in linears}
+        if len(linears) < len(self.names) or len(recipes) > 1 or _has_hooks(self.module):
+            return None
+        return linears[0].config.recipe
+
+    def need_gradient(self) -> bool:
+        """Whether backward will compute the gradient of a weight."""
+        return torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in self.linears())
+
+
+class Float8RMSNorm(RMSNorm):
+    """RMSNorm whose output is made as codes for the linears that read it.
+
+    Attributes:
+        readers: those linears.
+    """
+
+    readers: Readers
+
+    def forward(self, x: Tensor) -> Any:
+        """`[..., dim]` -> the norm as a `QuantizedActivation`, or as a tensor where a reader wants one."""
+        recipe = self._recipe(x)
+        if recipe is None:
+            return super().forward(x)
+        return rms_norm(x, self.weight, self._eps(), recipe, **self._needs(recipe))
+
+    def add_and_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Any]:
+        """`(x + branch, norm of it)`; the norm as `forward` gives it."""
+        recipe = self._recipe(x)
+        if recipe is None or branch.dtype != x.dtype or _has_hooks(self):
+            return super().add_and_norm(x, branch)
+        return add_rms_norm(x, branch, self.weight, self._eps(), recipe, **self._needs(recipe))
+
+    def _recipe(self, x: Tensor) -> Float8Recipe | None:
+        # Under autocast each linear casts a tensor for itself, and the norm runs in another dtype.
+        return None if torch.is_autocast_enabled(x.device.type) else self.readers.recipe()
+
+    def _eps(self) -> float:
+        assert self.eps is not None
+        return self.eps
+
+    def _needs(self, recipe: Float8Recipe) -> dict[str, bool]:
+        needs_gradient = self.readers.need_gradient()
+        in_float8 = recipe.grad_weight_in_float8
+        return {"columns": needs_gradient and in_float8, "emit": needs_gradient and not in_float8}
+
+
+def _can_gate(feed_forward: FeedForward) -> bool:
+    """Whether one function can compute the products of w1 and w3, without calling them, for w2 to read."""
+    w1, w2, w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+    if not (_is_plain(w1) and _is_plain(w2) and _is_plain(w3)):
+        return False
+    recipe = w1.config.recipe
+    is_bare = w1.bias is None and w3.bias is None
+    return is_bare and recipe.grad_weight_in_float8 and w1.config == w3.config and w2.config.recipe == recipe
+
+
+class Float8FeedForward(FeedForward):
+    """Gated feed-forward whose hidden activation is made as codes for w2."""
+
+    def hidden(self, x: Any) -> Any:
+        """`[..., dim]` -> what w2 reads, `[..., hidden_dim]`."""
+        if not _can_gate(self):
+            return super().hidden(x)
+        assert isinstance(self.w1, Float8Linear)
+        assert isinstance(self.w3, Float8Linear)
+        columns = torch.is_grad_enabled() and self.w2.weight.requires_grad
+        return gated_hidden(x, self.w1, self.w3, columns=columns)
