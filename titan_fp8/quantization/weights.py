@@ -15,6 +15,7 @@ Codes live outside of compiled graphs, as inputs to them: a pre-forward hook of 
 stale before any layer runs.
 """
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -60,21 +61,33 @@ class WeightCache:
     Args:
         recipe: how the weight is cast.
         keep_columns: keep its codes by columns too; otherwise backward derives them each time.
+        watch: tells of optimizer steps; None makes one.
 
     Attributes:
         rows: codes `[N, K]`, for `output`.
         columns: codes `[K, N]`, for `grad_input`, or None.
     """
 
-    def __init__(self, recipe: Float8Recipe, *, keep_columns: bool) -> None:
+    def __init__(self, recipe: Float8Recipe, *, keep_columns: bool, watch: "StepWatch | None" = None) -> None:
         self.recipe = recipe
         self.keep_columns = keep_columns
         self.freshness = Freshness()
+        self._watch = StepWatch() if watch is None else watch
+        self._watch.add(self.freshness)
         self.rows: Codes | None = None
         self.columns: Codes | None = None
 
     def refresh(self, weight: Tensor) -> None:
-        """Cast `weight`, unless the codes are fresh."""
+        """Cast `weight`, unless the codes are fresh.
+
+        Raises:
+            RuntimeError: the weight is sharded; each rank would keep the codes of the whole weight.
+        """
+        if hasattr(weight, "device_mesh"):
+            raise RuntimeError(
+                "cached float8 weights (cache_weights=True) found a sharded weight; under FSDP convert with "
+                "enable_fsdp_float8_all_gather=True, which keeps the codes of shards, or with cache_weights=False"
+            )
         if self.freshness.is_fresh(weight):
             return
         # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
@@ -87,14 +100,34 @@ class WeightCache:
         self.freshness.record(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
-        return WeightCache(self.recipe, keep_columns=self.keep_columns)
+        return WeightCache(self.recipe, keep_columns=self.keep_columns, watch=self._watch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_cache, (self.recipe, self.keep_columns)
+        return functools.partial(WeightCache, keep_columns=self.keep_columns), (self.recipe,)
 
 
-def _new_cache(recipe: Float8Recipe, keep_columns: bool) -> WeightCache:
-    return WeightCache(recipe, keep_columns=keep_columns)
+class StepWatch:
+    """Makes stale, after a step of any optimizer of the process, what was added to it. Holds on to nothing."""
+
+    def __init__(self) -> None:
+        self._watched: weakref.WeakSet[Freshness] = weakref.WeakSet()
+        handle = register_optimizer_step_post_hook(_MarkStale(self._watched))
+        weakref.finalize(self, handle.remove)
+
+    def add(self, freshness: Freshness) -> None:
+        """Watch `freshness` too."""
+        self._watched.add(freshness)
+
+
+class _MarkStale:
+    """The hook of a `StepWatch`, which it does not keep alive."""
+
+    def __init__(self, watched: "weakref.WeakSet[Freshness]") -> None:
+        self._watched = watched
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for each in self._watched:
+            each.mark_stale()
 
 
 def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:
@@ -104,27 +137,17 @@ def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:
     begins by casting what is stale; on each linear, for loaded state dicts; on every optimizer of the process.
     """
     caches: dict[tuple[int, Float8Recipe], WeightCache] = {}
+    watch = StepWatch()
     linears = list(linears)
     for linear in linears:
         recipe = linear.config.recipe
         keep_columns = not linear.config.recompute_weight_in_backward
         key = (id(linear.weight), recipe)
-        linear.weight_cache = caches.setdefault(key, WeightCache(recipe, keep_columns=keep_columns))
+        if key not in caches:
+            caches[key] = WeightCache(recipe, keep_columns=keep_columns, watch=watch)
+        linear.weight_cache = caches[key]
         linear.register_load_state_dict_post_hook(_mark_linear_stale)
     model.register_forward_pre_hook(_refresh_all)
-    freshness = weakref.WeakSet(cache.freshness for cache in caches.values())
-    register_optimizer_step_post_hook(_StaleAfterStep(freshness))
-
-
-class _StaleAfterStep:
-    """After a step of any optimizer: codes are stale. Holds on to nothing."""
-
-    def __init__(self, freshness: "weakref.WeakSet[Freshness]") -> None:
-        self._freshness = freshness
-
-    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for each in self._freshness:
-            each.mark_stale()
 
 
 def _mark_linear_stale(linear: nn.Module, incompatible_keys: Any) -> None:

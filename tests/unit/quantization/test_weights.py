@@ -1,11 +1,15 @@
 """The weight cache: one cast an optimizer step, and never a stale code, by whatever means a weight changes."""
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 from torch.utils.checkpoint import checkpoint
 
 from tests.unit.quantization.test_linear import ALL_RECIPES, K, N, make, run
@@ -192,18 +196,45 @@ def test_a_copy_of_a_model_has_codes_of_its_own_weight() -> None:
     x = torch.randn(4, K)
     model(x)
     other = copy.deepcopy(model)
-    _in_place(other)
-    fresh = make("rowwise")
-    fresh.load_state_dict({"weight": other[0].weight.detach()})
-    assert torch.equal(other(x), fresh(x))
-    assert not torch.equal(other(x), model(x))
+    for change in (_in_place, CHANGES["fused"]):
+        other(x)
+        change(other)
+        fresh = make("rowwise")
+        fresh.load_state_dict({"weight": other[0].weight.detach()})
+        assert torch.equal(other(x), fresh(x))
+        assert not torch.equal(other(x), model(x))
     assert isinstance(other[0], Float8Linear)
 
 
-def test_a_model_with_cached_weights_is_freed() -> None:
-    import gc
-    import weakref
+def test_a_pickled_model_is_never_stale_either() -> None:
+    model = pickle.loads(pickle.dumps(cached("rowwise")))
+    x = torch.randn(4, K)
+    model(x)
+    CHANGES["fused"](model)
+    fresh = make("rowwise")
+    fresh.load_state_dict({"weight": model[0].weight.detach()})
+    assert torch.equal(model(x), fresh(x))
 
+
+def test_hooks_on_optimizers_go_with_the_model() -> None:
+    gc.collect()
+    before = len(optimizer._global_optimizer_post_hooks)
+    model = cached("rowwise")
+    assert len(optimizer._global_optimizer_post_hooks) == before + 1
+    del model
+    gc.collect()
+    assert len(optimizer._global_optimizer_post_hooks) == before
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    class Sharded:
+        device_mesh = "mesh"
+
+    with pytest.raises(RuntimeError, match="enable_fsdp_float8_all_gather"):
+        cached("rowwise")[0].weight_cache.refresh(Sharded())
+
+
+def test_a_model_with_cached_weights_is_freed() -> None:
     model = cached("rowwise")
     model(torch.randn(4, K))
     alive = weakref.ref(model[0].weight_cache)

@@ -1,9 +1,9 @@
 """Producers that write float8: RMSNorm (with the residual add before it if asked), SwiGLU, and the backward of SwiGLU.
 
-`reference.py` says what they compute and where they round; `norm_kernel.py` and `swiglu_kernel.py` compute it on a GPU without
-writing the output in high precision. Each function here checks its input and takes the Triton kernels for CUDA tensors
-where Triton is installed, otherwise the reference. Codes and scales are, in both, bit for bit the plain cast of the
-producer's own output, which `Cast.emit` returns.
+`reference.py` says what they compute and where they round; `norm_kernel.py` and `swiglu_kernel.py` compute it on a GPU
+without writing the output in high precision. Each function here checks its input and takes the Triton kernels for CUDA
+tensors where Triton is installed, otherwise the reference. Codes and scales are, in both, bit for bit the plain cast of
+the producer's own output, which `Cast.emit` returns.
 
 Inputs are 2-D bf16, fp16 or fp32 tensors of any strides; outputs are contiguous. What is not asked for is neither
 computed nor allocated.
