@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.knobs
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)

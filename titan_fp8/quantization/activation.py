@@ -105,7 +105,7 @@ def is_recomputed_later() -> bool:
     """
     if not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is None:
         return False
     # checkpoint() sees the tensors that its first pass saves through this function, and those of the second through

@@ -86,8 +86,8 @@ def both_layouts(rows: Codes, columns: Codes | None) -> tuple[Tensor, Tensor, Te
     """The four tensors as an autograd function takes them: the compiler refuses one tensor in two places, so a scale
     that both layouts share stands in the first alone."""
     if columns is None:
-        return *rows, None, None
-    return *rows, columns.codes, None if columns.scale is rows.scale else columns.scale
+        return rows.codes, rows.scale, None, None
+    return rows.codes, rows.scale, columns.codes, None if columns.scale is rows.scale else columns.scale
 
 
 class Float8LinearFunction(torch.autograd.Function):

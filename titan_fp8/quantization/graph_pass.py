@@ -13,7 +13,8 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
 
-from titan_fp8.quantization import ops
+from titan_fp8.quantization import ops, producer_pass
+from titan_fp8.quantization.producer_pass import drop_unused_columns
 
 _ONE_LAYOUT: dict[OpOverload, tuple[tuple[OpOverload, dict[int, int]], ...]] = {
     ops.cast_tensor_both: ((ops.cast_tensor, {0: 0, 2: 1}), (ops.cast_tensor_columns, {1: 0, 2: 1})),
@@ -33,10 +34,11 @@ class DropUnusedLayouts(CustomGraphPass):
                 if all(user.target is getitem for user in node.users) and _places_read(node) <= places.keys():
                     _replace(graph, node, replacement, places)
                     break
+        drop_unused_columns(graph)
 
     def uuid(self) -> bytes:
         """Identifies the pass in the compiler's cache."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, producer_pass.__file__))
 
 
 def _places_read(node: torch.fx.Node) -> set[int]:
@@ -51,7 +53,7 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node, op: Callable, places: d
     if values is not None:
         new.meta["val"] = tuple(values[old] for old in sorted(places, key=places.__getitem__))
     for user in list(node.users):
-        place = int(user.args[1])
+        place = int(user.args[1])  # pyright: ignore[reportArgumentType]
         if place in places:
             user.args = (new, places[place])
         else:

@@ -147,7 +147,7 @@ def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:
             caches[key] = WeightCache(recipe, keep_columns=keep_columns, watch=watch)
         linear.weight_cache = caches[key]
         linear.register_load_state_dict_post_hook(_mark_linear_stale)
-    model.register_forward_pre_hook(_refresh_all)
+    model.register_forward_pre_hook(_refresh_all)  # pyright: ignore[reportArgumentType]
 
 
 def _mark_linear_stale(linear: nn.Module, incompatible_keys: Any) -> None:

@@ -56,6 +56,15 @@ def to_cpu(produced: Produced) -> Produced:
     return Produced(*(None if each is None else each.cpu() for each in produced))
 
 
+def without_cancellation(output: Tensor, exact: Tensor) -> Tensor:
+    """In fp32, `output` with `exact` where they are near in absolute terms: the gradient of silu passes through zero,
+    where two exponentials that differ in their last bit give results that have no bit in common."""
+    if exact.dtype != torch.float32:
+        return output
+    largest = exact.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return torch.where((output - exact).abs() <= 2.0**-20 * largest, exact, output)
+
+
 def check(produce: Produce, expected: tuple[Tensor, ...], cast: Cast, *, wide: bool) -> str:
     """One producer that emits its outputs, and if `wide` one that does not."""
     without = [to_cpu(each) for each in produce(cast)] if wide else []
@@ -65,7 +74,7 @@ def check(produce: Produce, expected: tuple[Tensor, ...], cast: Cast, *, wide: b
         output = with_output.output
         assert output is not None
         assert output.dtype == exact.dtype
-        apart = ulps_apart(output, exact)
+        apart = ulps_apart(without_cancellation(output, exact), exact)
         if apart > ULPS[exact.dtype]:
             texts.append(f"output {number} is {apart} units in the last place from the reference")
         codes = reference.quantize(output, cast)
