@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bench_casts import Timer
 from torch import Tensor
 
-from scripts.bench_casts import Timer
 from titan_fp8.kernels import producers
 from titan_fp8.kernels.float8 import E4M3, E5M2
 from titan_fp8.kernels.producers import BLOCK, GRANULARITIES, ROW, TENSOR, Cast, reference

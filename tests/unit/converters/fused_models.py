@@ -46,9 +46,8 @@ def build(
 def run(model: nn.Module) -> dict[str, Tensor]:
     """Loss and every gradient by name."""
     model.zero_grad()
-    tokens = torch.randint(
-        64, (2, 20), generator=torch.Generator().manual_seed(0), device=next(model.parameters()).device
-    )
+    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(next(model.parameters()).device)
     loss = cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:])
     if loss.requires_grad:
         loss.backward()

@@ -69,6 +69,18 @@ def test_all_blocks_share_one_graph(recipe: str | None, mode: str, graphs: list,
         assert torch.equal(grads[name], grad), name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_blocks_compiled_by_inductor_share_one_compilation(tiny_decoder: Build) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_decoder(3, "rowwise")
+    apply_compile(model, CompileSection(enable=True))
+    with torch.no_grad():
+        model(torch.randint(67, (2, 16)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_validation_after_training_adds_one_graph(graphs: list, tiny_decoder: Build) -> None:
     model = tiny_decoder(3)
     apply_compile(model, CompileSection(enable=True, backend=BACKEND))
