@@ -82,13 +82,13 @@ def _train(rank: int, world_size: int, cases: list[Case]) -> list[Trained | None
 def _gather(rank: int, world_size: int, recipe: str, dtype: torch.dtype, offload: bool) -> list[tuple[str, int]]:
     keys = {"offload_policy": CPUOffloadPolicy()} if offload else {}
     model = Linears(recipe, dtype=dtype, device="cuda").shard(init_device_mesh("cuda", (world_size,)), **keys)
-    model().backward()
+    model(16).backward()  # torch 2.11 moves the arguments to the GPU and wants some
     model.assert_current()
     for parameter in model.parameters():
         parameter.data.add_(0.25)
     with Wire() as wire:
         precompute_float8_dynamic_scale_for_fsdp(model)
-        model()
+        model(16)
     model.assert_current()
     return wire.sent
 

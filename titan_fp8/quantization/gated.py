@@ -144,11 +144,15 @@ class _GatedHidden(torch.autograd.Function):
             columns=any(needs_grad_weights),
         )
         tensors = iter(producer_ops.swiglu_backward_cast(grad_hidden.reshape(gate.shape), gate, up, *cast))
+        if not torch.compiler.is_compiling():
+            # The products that follow need memory, and gate and up, as large as what they make, are done with.
+            ctx.maybe_clear_saved_tensors()
+        del gate, up
         grads = [producer_ops.forms(tensors, cast) for _ in range(2)]
         grad_x = None
         grad_weights: list[Tensor | None] = [None, None]
-        for number, grad in enumerate(grads):
-            rows, columns = grad.rows, grad.columns
+        for number in range(2):
+            rows, columns = grads[0].rows, grads.pop(0).columns
             if rows is not None:
                 weight, codes, scale = weights[3 * number : 3 * number + 3]
                 w_columns = columns_of_weight(weight, codes, scale, recipe, has_columns=ctx.has_columns[number])

@@ -27,9 +27,11 @@ def build(
     n_layers: int = 1,
     skip: Callable[[str], bool] | None = None,
     emulate: bool = True,
+    attention_backend: str = "auto",
 ) -> Decoder:
     """A decoder whose blocks' linears run in `recipe`, but for those whose name `skip` says yes to."""
-    model = Decoder(ModelDims(n_layers=n_layers, **DIMS), compute_dtype=torch.bfloat16)
+    dims = ModelDims(n_layers=n_layers, **DIMS)
+    model = Decoder(dims, compute_dtype=torch.bfloat16, attention_backend=attention_backend)
     if recipe is not None:
         config = Float8Config(RECIPES[recipe], emulate=emulate)
         linears = [(name, module) for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
@@ -57,7 +59,8 @@ def run(model: nn.Module) -> dict[str, Tensor]:
 
 def exact(n_layers: int = 1) -> dict[str, Tensor]:
     """Loss and gradients of the unquantized model in fp64."""
-    model = build(None, fused=False, n_layers=n_layers).double()
+    # No other backend takes fp64.
+    model = build(None, fused=False, n_layers=n_layers, attention_backend="math").double()
     model.compute_dtype = torch.float64
     return run(model)
 
