@@ -9,7 +9,7 @@ parameters stay as they are. `fullgraph=True` because a graph break in a block i
 """
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -38,7 +38,7 @@ def apply_compile(model: Decoder, section: CompileSection) -> None:
     if not compiles(section, "model"):
         return
     # One object for all blocks: the compiler takes blocks for the same program only if their options are equal.
-    options = {"post_grad_custom_pre_pass": DropUnusedLayouts()} if section.backend == "inductor" else None
+    options: Any = {"post_grad_custom_pre_pass": DropUnusedLayouts()} if section.backend == "inductor" else None
     for block in model.layers.values():
         block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
 
