@@ -10,6 +10,7 @@ FSDP first gathers it after a step; precomputing them needs one all-reduce for a
 Checkpoints are unaffected: a state dict holds plain high-precision tensors under the usual names, and takes them.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = Fa
         linear.weight, linear.fsdp_weight_state = wrapped[key], states[key]
         linear.register_state_dict_post_hook(_save_plain)
         linear.register_load_state_dict_pre_hook(_load_plain)
-    register_optimizer_step_post_hook(_mark_updated_stale)  # pyright: ignore[reportArgumentType]
+    _watch_optimizers()
 
 
 @torch.no_grad()
@@ -158,6 +159,12 @@ def _with_local(tensor: Tensor | None, local: Tensor) -> Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once a process: the hook finds the weights through the optimizer, so one serves all models."""
+    register_optimizer_step_post_hook(_mark_updated_stale)  # pyright: ignore[reportArgumentType]
 
 
 @torch.compiler.disable

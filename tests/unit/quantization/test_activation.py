@@ -12,7 +12,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.quantization.test_linear import FULLY_FLOAT8, K, N, make
+from tests.unit.quantization.test_linear import FULLY_FLOAT8, K, make
 from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.quantization import ops
 from titan_fp8.quantization.activation import columns_placeholder, is_recomputed_later
@@ -175,4 +175,3 @@ def test_checkpointing_a_lone_linear_whose_input_outlives_both_passes_is_right(r
     x = activation()
     checkpoint(checkpointed, x, use_reentrant=False).square().sum().backward()
     assert torch.equal(plain.weight.grad, checkpointed.weight.grad)
-    assert checkpointed.weight.shape[0] == N
