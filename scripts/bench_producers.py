@@ -103,30 +103,42 @@ def report(tokens: int, timer: Timer) -> None:
 
 def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(beginning of a case's name, granularity) -> values to try for constants of `norm_kernel` and `swiglu_kernel`."""
-    from titan_fp8.kernels.float8.kernel import Tile
+    from titan_fp8.kernels.float8.bits import Tile
     from titan_fp8.kernels.producers.swiglu_kernel import Amax
 
-    shapes = [(64, 64, 4), (64, 64, 8), (128, 64, 4), (128, 64, 8), (64, 128, 4), (64, 128, 8), (128, 128, 16)]
-    tiles = [Tile(*shape, band) for shape in shapes for band in (1, 4)]
-    blocks = [Tile(128, 128, warps, band) for warps in (4, 8, 16, 32) for band in (1, 2, 4)]
-    amaxes = [Amax(*values) for values in ((16, 256, 16, 4), (16, 256, 16, 8), (8, 512, 16, 8), (16, 256, 8, 8))]
-    rows = [
+    shapes = [(64, 128, 4, None), (64, 128, 8, None), (128, 128, 8, 128), (64, 256, 8, 128), (32, 256, 4, None)]
+    tiles = [Tile(*shape[:3], band, shape[3]) for shape in shapes for band in (1, 4)]
+    blocks = [Tile(128, 128, warps, 4, registers) for warps, registers in ((8, None), (8, 128), (16, None), (16, 64))]
+    amaxes = [Amax(16, 128, 16, 4, 2), Amax(32, 128, 16, 4, 2), Amax(16, 256, 16, 4, 2), Amax(16, 256, 16, 8, 3)]
+    walks = [
         {"ROW_VALUES_PER_WARP": values, "AMAX_PROGRAMS": programs, "AMAX_STAGES": stages}
         for values, programs, stages in itertools.product((512, 1024), (264, 528, 1056), (1, 2, 3))
     ]
+    rows = [
+        {"ROW_VALUES_PER_WARP": per_warp, "ROW_VALUES": values}
+        for per_warp, values in itertools.product((512, 1024, 2048), (4096, 8192))
+    ]
     return {
-        ("norm rows", ROW): [{"ROW_VALUES_PER_WARP": values} for values in (256, 512, 1024, 2048)],
-        ("norm rows", TENSOR): rows,
+        ("norm rows", ROW): rows,
+        ("norm rows", BLOCK): rows,
+        ("norm rows", TENSOR): walks,
+        ("norm rows and", ROW): [*walks, *({"COLUMNS_TILE": tile} for tile in tiles)],
         ("norm rows and", TENSOR): [{"BOTH_TILE": tile} for tile in tiles],
-        ("norm rows and", ROW): [{"COLUMNS_TILE": tile} for tile in tiles],
-        ("norm rows and", BLOCK): [{"BLOCK_TILE": Tile(128, *tail)} for tail in ((64, 8, 1), (64, 4, 1), (32, 4, 2))],
+        ("norm rows and", BLOCK): [{"BLOCK_TILE": tile} for tile in blocks],
         ("swiglu rows", ROW): [{"ROW_VALUES_PER_WARP": values} for values in (512, 1024, 2048)],
+        ("swiglu rows and", TENSOR): [{"FORWARD_TILE": tile} for tile in tiles],
         ("swiglu rows and", ROW): [
-            {"FORWARD_TILE": tile, "FORWARD_AMAX": amax} for tile in tiles for amax in amaxes[:2]
+            *({"FORWARD_TILE": tile} for tile in tiles),
+            *({"FORWARD_AMAX": amax} for amax in amaxes),
         ],
         ("swiglu rows and", BLOCK): [{"FORWARD_BLOCK_TILE": tile} for tile in blocks],
         ("swiglu backward", TENSOR): [
-            {"BACKWARD_TILE": tile, "BACKWARD_AMAX": amax} for tile in tiles for amax in amaxes
+            *({"BACKWARD_TILE": tile} for tile in tiles),
+            *({"BACKWARD_AMAX": amax} for amax in amaxes),
+        ],
+        ("swiglu backward", ROW): [
+            *({"BACKWARD_TILE": tile} for tile in tiles),
+            *({"BACKWARD_AMAX": amax} for amax in amaxes),
         ],
         ("swiglu backward", BLOCK): [{"BACKWARD_BLOCK_TILE": tile} for tile in blocks],
     }

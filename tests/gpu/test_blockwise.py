@@ -24,12 +24,12 @@ POWERS = pytest.mark.parametrize("power_of_two", [False, True], ids=["exact", "p
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from titan_fp8.kernels.float8 import kernel
+    from titan_fp8.kernels.float8 import bits
 
-    def poisoned(*shape: int, device: torch.device) -> Tensor:
-        return torch.full(shape, 0x7F, dtype=torch.uint8, device=device)
+    def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
 
-    monkeypatch.setattr(kernel, "new_codes", poisoned)
+    monkeypatch.setattr(bits, "new_codes", poisoned)
 
 
 def to_gpu(x: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ SHAPES = [(1, 16), (33, 48), (17, 63), (1000, 512), (300, 4096), (40, 14336), (2
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from titan_fp8.kernels.float8 import kernel
+    from titan_fp8.kernels.float8 import bits
 
-    def poisoned(*shape: int, device: torch.device) -> Tensor:
-        return torch.full(shape, 0x7F, dtype=torch.uint8, device=device)
+    def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
 
-    monkeypatch.setattr(kernel, "new_codes", poisoned)
+    monkeypatch.setattr(bits, "new_codes", poisoned)
 
 
 def assert_same_bits(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:

@@ -22,7 +22,7 @@ SHAPES = [(1, 128), (17, 256), (130, 384), (1000, 1024), (4099, 4096), (300, 143
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
     """Codes that nobody writes are NaN, and so is other new memory."""
-    monkeypatch.setattr(cases.casts, "new_codes", cases.poisoned_codes)
+    monkeypatch.setattr(cases.bits, "new_codes", cases.poisoned_codes)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

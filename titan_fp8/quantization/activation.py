@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_fp8.quantization.casts import Codes, cast_activation
+from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 
 _ATTRIBUTE = "_titan_fp8_codes"
@@ -49,7 +49,7 @@ class _Kept(NamedTuple):
 
 
 def quantize_activation(x: Tensor, owner: Tensor, recipe: Float8Recipe, *, columns: bool) -> tuple[Codes, Codes | None]:
-    """The codes of x `[T, K]` by rows and, if asked, by columns; cast only if no other linear has.
+    """The codes of x `[..., K]` by rows and, if asked, by columns; cast only if no other linear has.
 
     Args:
         x: what is multiplied.
@@ -72,12 +72,11 @@ def quantize_activation(x: Tensor, owner: Tensor, recipe: Float8Recipe, *, colum
             kept = _Kept(key, owner._version, *_cast(x, recipe, needs_columns))
             setattr(owner, _ATTRIBUTE, kept)
         rows, made = kept.rows, kept.columns
-    return rows, columns_placeholder(x, recipe) if later else made if columns else None
+    return rows, columns_placeholder(as_matrix(x), recipe) if later else made if columns else None
 
 
 def _cast(x: Tensor, recipe: Float8Recipe, columns: bool) -> tuple[Codes, Codes | None]:
-    with torch.no_grad():
-        rows, made = cast_activation(x, recipe, recipe.input_dtype, rows=True, columns=columns)
+    rows, made = cast_activation(as_matrix(x.detach()), recipe, recipe.input_dtype, rows=True, columns=columns)
     assert rows is not None
     return rows, made
 

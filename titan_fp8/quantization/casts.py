@@ -28,6 +28,11 @@ class Codes(NamedTuple):
     scale: Tensor
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """`[..., K]` as `[T, K]`."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def cast_activation(
     x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool
 ) -> tuple[Codes | None, Codes | None]:

@@ -18,15 +18,17 @@ weight, the columns of x are never made.
 T tokens, K in features, N out features.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.quantization import ops
-from titan_fp8.quantization.casts import Codes, cast_activation, cast_weight, product, weight_columns
+from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation, cast_weight, product, weight_columns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 
 
@@ -56,19 +58,11 @@ class Float8Config:
 
     def gradient_product(self, a: Codes, b: Codes, out_dtype: torch.dtype) -> Tensor:
         """`a [M, K] @ b [N, K].T` as the two gradient products compute it."""
-        return product(
-            a,
-            b,
-            None,
-            out_dtype,
-            blockwise=self.blockwise,
-            fast_accum=self.fast_accum_in_backward,
-            emulate=self.emulate,
-        )
+        fast_accum, emulate = self.fast_accum_in_backward, self.emulate
+        return product(a, b, None, out_dtype, blockwise=self.blockwise, fast_accum=fast_accum, emulate=emulate)
 
 
-@dataclass(frozen=True)
-class WeightOperand:
+class WeightOperand(NamedTuple):
     """The codes of a weight as a linear gets them for one forward pass.
 
     Attributes:
@@ -88,6 +82,17 @@ def both_layouts(rows: Codes, columns: Codes | None) -> tuple[Tensor, Tensor, Te
     if columns is None:
         return rows.codes, rows.scale, None, None
     return rows.codes, rows.scale, columns.codes, None if columns.scale is rows.scale else columns.scale
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, at no cost where autograd makes no graph of the gradients."""
+    with_error = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        return with_error(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return wrapper
 
 
 class Float8LinearFunction(torch.autograd.Function):
@@ -112,10 +117,10 @@ class Float8LinearFunction(torch.autograd.Function):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensor:
-        """The output `[T, N]` in x's dtype.
+        """The output `[..., N]` in x's dtype.
 
         Args:
-            x: `[T, K]`; only its dtype is used, and its values where `grad_weight` is not a float8 product.
+            x: `[..., K]`; its values are used only where `grad_weight` is not a float8 product.
             weight: the parameter `[N, K]`.
             bias: `[N]` or None.
             x_codes, x_scale: x by rows.
@@ -126,7 +131,6 @@ class Float8LinearFunction(torch.autograd.Function):
             saves_weight: save the parameter in place of its codes.
             needs_grad_input, needs_grad_weight: what backward will be asked for.
         """
-        recipe = config.recipe
         output = product(
             Codes(x_codes, x_scale),
             Codes(w_codes, w_scale),
@@ -146,23 +150,29 @@ class Float8LinearFunction(torch.autograd.Function):
                 saved[1:3] = [w_codes, w_scale]
         if needs_grad_weight:
             x_scale_t = x_scale if x_scale_t is None else x_scale_t
-            saved[3:5] = [x_codes_t, x_scale_t] if recipe.grad_weight_in_float8 else [x, None]
+            saved[3:5] = [x_codes_t, x_scale_t] if config.recipe.grad_weight_in_float8 else [x, None]
         ctx.save_for_backward(*saved)
         ctx.config = config
         ctx.has_columns = w_codes_t is not None
         ctx.needs_grads = needs_grad_input, needs_grad_weight
-        ctx.input_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output
+        if x.dim() == 2:
+            return output
+        # Not a view for autograd: FSDP hooks the outputs of the modules it wraps, and a view would lose the hook when
+        # it is changed in place.
+        return torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x `[T, K]`, weight `[N, K]` and bias `[N]`; None where not asked for."""
+        """Gradients of x `[..., K]`, weight `[N, K]` and bias `[N]` for that of the output `[..., N]`; None where not
+        asked for."""
         weight, w_codes, w_scale, x_or_codes_t, x_scale_t = ctx.saved_tensors
         config: Float8Config = ctx.config
         recipe = config.recipe
         needs_grad_input, needs_grad_weight = ctx.needs_grads
+        grad_output = as_matrix(grad_output)
         grad_input = grad_weight = grad_bias = g_rows = g_columns = None
         columns = needs_grad_weight and recipe.grad_weight_in_float8
         if needs_grad_input or columns:
@@ -172,12 +182,14 @@ class Float8LinearFunction(torch.autograd.Function):
         if g_rows is not None:
             w_columns = columns_of_weight(weight, w_codes, w_scale, recipe, has_columns=ctx.has_columns)
             grad_input = config.gradient_product(g_rows, w_columns, ctx.input_dtype)
+            if len(ctx.input_shape) != 2:
+                grad_input = grad_input.view(ctx.input_shape)
         if g_columns is not None:
             x_columns = Codes(x_or_codes_t, x_scale_t)
             grad_weight = config.gradient_product(g_columns, x_columns, config.grad_weight_dtype)
         elif needs_grad_weight:
-            grad_weight = _unquantized_product(grad_output, x_or_codes_t, config.grad_weight_dtype)
-        if grad_weight is not None:
+            grad_weight = _unquantized_product(grad_output, as_matrix(x_or_codes_t), config.grad_weight_dtype)
+        if grad_weight is not None and config.grad_weight_dtype != ctx.weight_dtype:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)

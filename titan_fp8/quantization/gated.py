@@ -18,13 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titan_fp8.kernels.producers import Cast
 from titan_fp8.quantization import producer_ops
 from titan_fp8.quantization.activation import QuantizedActivation
 from titan_fp8.quantization.casts import Codes, product
-from titan_fp8.quantization.function import Float8Config, WeightOperand, both_layouts, columns_of_weight
+from titan_fp8.quantization.function import (
+    Float8Config,
+    WeightOperand,
+    both_layouts,
+    columns_of_weight,
+    differentiable_once,
+)
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.produced import input_cast, quantized, value_of
 
@@ -127,7 +132,7 @@ class _GatedHidden(torch.autograd.Function):
         return hidden, *codes
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_hidden: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, w1 and w3 for that of the hidden activation `[..., H]`."""
         gate, up, x_codes_t, x_scale_t, *weights = ctx.saved_tensors

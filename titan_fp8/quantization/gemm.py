@@ -28,6 +28,8 @@ from titan_fp8.kernels.float8 import reference
 
 SCALE_MULTIPLE = 4
 """cuBLAS reads fp32 scales 16 bytes at a time: the contiguous size of a scale comes in multiples of so many."""
+_scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+"""`_scaled_mm(a, b_t, scale_a, scale_b, bias, scale_result, out_dtype, fast_accum)`"""
 _MATMUL = "matmul"  # an attribute that torch sets on its module at run time, which type checkers do not see
 
 
@@ -56,9 +58,8 @@ def scaled_mm(
     Raises:
         RuntimeError: if `emulate` is false and the tensors are not on a CUDA device.
     """
-    m, n = a.shape[0], b.shape[0]
-    if m == 0 or a.shape[1] == 0:
-        result = torch.zeros(m, n, dtype=out_dtype, device=a.device)
+    if a.numel() == 0:
+        result = torch.zeros(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
     elif emulate:
         result = _emulated(a, b, scale_a, scale_b, out_dtype)
     elif a.is_cuda:
@@ -164,17 +165,18 @@ def _emulated_blockwise(
 
 
 def _native(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
-    scaled_mm = torch.ops.aten._scaled_mm.default  # (a, b, scale_a, scale_b, bias, scale_result, out_dtype, fast)
+    if scale_a.dim() == scale_b.dim() == 0:
+        return _scaled_mm(a, b.t(), scale_a, scale_b, None, None, out_dtype, fast_accum)
     if scale_a.dim() != scale_b.dim():
         # One for the tensor beside one a row is one a row that is the same for all.
         scale_a, scale_b = (
             scale.expand(codes.shape[0], 1).contiguous() for scale, codes in ((scale_a, a), (scale_b, b))
         )
-    if scale_a.dim() == 0 or _takes_row_scales(a, out_dtype):
-        return scaled_mm(a, b.t(), scale_a, scale_b.t(), None, None, out_dtype, fast_accum)
+    if _takes_row_scales(a, out_dtype):
+        return _scaled_mm(a, b.t(), scale_a, scale_b.t(), None, None, out_dtype, fast_accum)
     # Row scales are powers of two, so applying them to the fp32 sums changes no bit of the result.
     one = torch.ones((), dtype=torch.float32, device=a.device)
-    product = scaled_mm(a, b.t(), one, one, None, None, torch.float32, fast_accum)
+    product = _scaled_mm(a, b.t(), one, one, None, None, torch.float32, fast_accum)
     return product.mul_(scale_a).mul_(scale_b.t()).to(out_dtype)
 
 

@@ -74,22 +74,19 @@ class Float8Linear(nn.Linear):
     def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
         """`[..., K]` -> `[..., N]`."""
         value, rows, columns = self.quantize_input(input)
-        weight = self.weight_operand()
-        grad = torch.is_grad_enabled()
-        output = Float8LinearFunction.apply(
-            value.reshape(-1, self.in_features),
-            self.weight,
+        operand = self.weight_operand()
+        weight, config, grad = self.weight, self.config, torch.is_grad_enabled()
+        return Float8LinearFunction.apply(
+            value,
+            weight,
             self.bias,
             *both_layouts(rows, columns),
-            *both_layouts(weight.rows, weight.columns),
-            self.config,
-            weight.is_transient and self.config.recompute_weight_in_backward,
+            *both_layouts(operand.rows, operand.columns),
+            config,
+            operand.is_transient and config.recompute_weight_in_backward,
             grad and value.requires_grad,
-            grad and self.weight.requires_grad,
+            grad and weight.requires_grad,
         )
-        # Not a view for autograd: FSDP hooks the outputs of the modules it wraps, and a view would lose the hook when
-        # it is changed in place.
-        return torch.ops.aten._unsafe_view.default(output, [*value.shape[:-1], self.out_features])
 
     def quantize_input(self, input: Tensor | QuantizedActivation) -> tuple[Tensor, Codes, Codes | None]:
         """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if the weight's gradient needs
@@ -105,7 +102,7 @@ class Float8Linear(nn.Linear):
             return value, input.rows, input.columns if columns else None
         if torch.is_autocast_enabled(value.device.type):
             value = value.to(torch.get_autocast_dtype(value.device.type))
-        return value, *quantize_activation(value.reshape(-1, self.in_features), input, recipe, columns=columns)
+        return value, *quantize_activation(value, input, recipe, columns=columns)
 
     def weight_operand(self) -> WeightOperand:
         """The weight's codes for this forward pass."""
@@ -116,8 +113,7 @@ class Float8Linear(nn.Linear):
             check_gathered(weight)
         cache = self.weight_cache
         if cache is None:
-            with torch.no_grad():
-                return WeightOperand(cast_weight(weight, self.config.recipe))
+            return WeightOperand(cast_weight(weight.detach(), self.config.recipe))
         if not torch.compiler.is_compiling():
             cache.refresh(weight)  # compiled code relies on the hook of the model, which runs before it
         assert cache.rows is not None

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titan_fp8.kernels.producers import Cast
 from titan_fp8.quantization import producer_ops
 from titan_fp8.quantization.activation import QuantizedActivation
+from titan_fp8.quantization.function import differentiable_once
 from titan_fp8.quantization.produced import input_cast, quantized, value_of
 from titan_fp8.quantization.recipes import Float8Recipe
 
@@ -74,7 +74,7 @@ class _RmsNorm(torch.autograd.Function):
         return value, *sums, *codes
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, branch and weight for that of the output and, with a branch, that of the sum."""
         x, weight, rstd = ctx.saved_tensors

@@ -15,20 +15,20 @@ from torch import Tensor
 from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
 from tests.unit.kernels.test_blockwise_reference import values
 from titan_fp8.kernels.blockwise import kernel, reference
-from titan_fp8.kernels.float8 import E4M3, E5M2, transpose
-from titan_fp8.kernels.float8 import kernel as casts
+from titan_fp8.kernels.float8 import E4M3, E5M2, bits, transpose
 from titan_fp8.kernels.float8 import reference as float8
+from titan_fp8.kernels.launch import INTERPRETED
 
 Pairs = dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
 def shrink_blocks() -> None:
     """Small blocks where a block is not given, and poisoned outputs."""
-    kernel.ROWS_TILE = kernel.Tile(32, 4, 2)
-    kernel.COLUMNS_TILE = kernel.BOTH_TILE = kernel.Tile(128, 4, 2)
+    kernel.ROWS_TILE = bits.Tile(32, 128, 4, 2)
+    kernel.COLUMNS_TILE = kernel.BOTH_TILE = bits.Tile(128, 128, 4, 2)
     kernel.SCALE_BLOCK = 4
-    transpose.TILE = casts.Tile(16, 32, 4, 2)
-    casts.new_codes = poisoned_codes
+    transpose.TILE = bits.Tile(16, 32, 4, 2)
+    bits.new_codes = poisoned_codes
     # New memory is filled with NaN.
     torch.use_deterministic_algorithms(True)
 
@@ -160,7 +160,7 @@ CASES = {name.removeprefix("case_"): function for name, function in dict(globals
 
 def main(out: str) -> None:
     """Run all cases and write what differs."""
-    assert casts.INTERPRETED, "set TRITON_INTERPRET=1"
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     shrink_blocks()
     results = {}

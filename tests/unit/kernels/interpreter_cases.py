@@ -13,24 +13,28 @@ import traceback
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests.unit.kernels.test_float8_reference import UNIT_AMAX, awkward_values
-from titan_fp8.kernels.float8 import E4M3, E5M2, kernel, reference
+from titan_fp8.kernels.float8 import E4M3, E5M2, bits, kernel, reference, transpose
+from titan_fp8.kernels.launch import INTERPRETED
 
 
-def poisoned_codes(*shape: int, device: torch.device) -> Tensor:
-    """In place of `kernel.new_codes`: an unwritten code shows as NaN."""
-    return torch.full(shape, 0x7F, dtype=torch.uint8, device=device)
+def poisoned_codes(*shape: int, device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """In place of `bits.new_codes`: an unwritten code shows as NaN."""
+    return torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(dtype)
 
 
 def shrink_blocks() -> None:
     """Tiny blocks and poisoned outputs."""
     kernel.AMAX_BLOCK, kernel.AMAX_STEPS = 64, 2
-    kernel.GROUP_AMAX_BLOCK_T, kernel.GROUP_AMAX_BLOCK_K, kernel.GROUP_AMAX_STEPS = 8, 16, 2
-    kernel.ROWS_TILE = kernel.COLUMNS_TILE = kernel.BOTH_TILE = kernel.Tile(16, 16, 4, 2)
-    kernel.ROW_BLOCK_MAX = 32
-    kernel.new_codes = poisoned_codes
+    kernel.COLUMN_AMAX_BLOCK_T, kernel.COLUMN_AMAX_BLOCK_K, kernel.COLUMN_AMAX_STEPS = 8, 16, 2
+    kernel.ROWS_TILE = kernel.COLUMNS_TILE = kernel.BOTH_TILE = transpose.TILE = bits.Tile(16, 16, 4, 2)
+    kernel.ROW_BLOCK_MAX, kernel.ROW_VALUES = 32, 64
+    kernel.SHORT_ROW_WALK = kernel.LONG_ROW_WALK = kernel.RowWalk(3, 1024, 1)
+    bits.new_codes = poisoned_codes
 
 
 def difference(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> str:
@@ -142,6 +146,36 @@ def case_inf() -> str:
     return compare_all(x, E5M2)
 
 
+@triton.jit
+def _scales_kernel(amax_ptr, inv_scale_ptr, scale_ptr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, N: tl.constexpr):
+    index = tl.program_id(0) * N + tl.arange(0, N)
+    inv_scale, scale = bits._scales(tl.load(amax_ptr + index), E5M2, POWER_OF_TWO)
+    tl.store(inv_scale_ptr + index, inv_scale)
+    tl.store(scale_ptr + index, scale)
+
+
+def compare_scales(amax: Tensor, *, power_of_two: bool) -> str:
+    """Scales of amax bits, whose number is a power of two, against the reference."""
+    texts = []
+    for dtype in (E4M3, E5M2):
+        results = torch.empty(amax.shape), torch.empty(amax.shape)
+        programs = -(-amax.numel() // 2**20)  # as many values as a block may have
+        count = amax.numel() // programs
+        _scales_kernel[(programs,)](amax, *results, E5M2=dtype == E5M2, POWER_OF_TWO=power_of_two, N=count)
+        texts.append(difference(results, reference.scales(amax, dtype, power_of_two=power_of_two)))
+    return "".join(texts)
+
+
+def case_power_of_two_scales_of_every_mantissa() -> str:
+    return compare_scales(torch.arange(1 << 23, dtype=torch.int32) + (130 << 23), power_of_two=True)
+
+
+def case_scales_of_every_exponent() -> str:
+    mantissas = torch.tensor([0, 1, 0x400000, 0x5FFFFF, 0x600000, 0x600001, 0x7FFFFF, 0x123456], dtype=torch.int32)
+    amax = ((torch.arange(256, dtype=torch.int32) << 23)[:, None] + mantissas).flatten()
+    return compare_scales(amax, power_of_two=True) + compare_scales(amax, power_of_two=False)
+
+
 def case_zeros() -> str:
     return compare_all(torch.zeros(16, 32), E4M3)
 
@@ -159,7 +193,7 @@ CASES = {name.removeprefix("case_"): function for name, function in dict(globals
 
 def main(out: str) -> None:
     """Run all cases and write what differs."""
-    assert kernel.INTERPRETED, "set TRITON_INTERPRET=1"
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     shrink_blocks()
     results = {}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
 from tests.unit.kernels.test_producers_reference import ulps_apart
-from titan_fp8.kernels.float8 import E4M3, E5M2
-from titan_fp8.kernels.float8 import kernel as casts
+from titan_fp8.kernels.float8 import E4M3, E5M2, bits
+from titan_fp8.kernels.launch import INTERPRETED
 from titan_fp8.kernels.producers import BLOCK, ROW, TENSOR, Cast, Produced, reference
 from titan_fp8.kernels.producers import norm_kernel as norm
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu
@@ -36,13 +36,13 @@ SIZES = {TENSOR: (35, 32), ROW: (35, 32), BLOCK: (150, 256)}
 
 def shrink_blocks() -> None:
     """Tiny blocks and poisoned outputs."""
-    tile = casts.Tile(16, 16, 4, 2)
+    tile = bits.Tile(16, 16, 4, 2)
     norm.ROWS_TILE = norm.COLUMNS_TILE = norm.BOTH_TILE = tile
     norm.ROW_VALUES, norm.AMAX_PROGRAMS = 1024, 2
     swiglu.FORWARD_ROWS_TILE = swiglu.FORWARD_TILE = swiglu.BACKWARD_TILE = tile
     swiglu.FORWARD_AMAX = swiglu.BACKWARD_AMAX = swiglu.Amax(8, 16, 2, 4)
     swiglu.ROW_BLOCK_MAX, swiglu.ROW_VALUES = 16, 128
-    casts.new_codes = poisoned_codes
+    bits.new_codes = poisoned_codes
     # New memory is filled with NaN.
     torch.use_deterministic_algorithms(True)
 
@@ -232,7 +232,7 @@ CASES = {name.removeprefix("case_"): function for name, function in dict(globals
 
 def main(out: str) -> None:
     """Run all cases and write what differs."""
-    assert casts.INTERPRETED, "set TRITON_INTERPRET=1"
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     shrink_blocks()
     results = {}

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from scripts.bench_casts import configurations  # noqa: E402
 from titan_fp8.kernels.float8 import kernel  # noqa: E402
+from titan_fp8.kernels.float8.bits import Tile  # noqa: E402
 
 SIZES = ["i32", "i32+", "i32+", "1"]  # tokens, features, stride_t, stride_k; + is a multiple of 16
 TILE_SIZES = ["i32", "i32+", "i32+", "i32+", "1"]
@@ -22,14 +23,13 @@ TILES = {
     "columns": kernel.COLUMNS_TILE,
     "rows columns": kernel.BOTH_TILE,
 }
-GROUPS = {
-    "BLOCK_T": kernel.GROUP_AMAX_BLOCK_T,
-    "BLOCK_K": kernel.GROUP_AMAX_BLOCK_K,
-    "STEPS": kernel.GROUP_AMAX_STEPS,
+COLUMN_AMAX = {
+    "BLOCK_T": kernel.COLUMN_AMAX_BLOCK_T,
+    "BLOCK_K": kernel.COLUMN_AMAX_BLOCK_K,
+    "STEPS": kernel.COLUMN_AMAX_STEPS,
 }
 E4M3_HARDWARE = {"E5M2": False, "EXACT_BITS": False}
 E5M2_HARDWARE = {"E5M2": True, "EXACT_BITS": False}
-SELECT_NAN = {"SELECT_NAN": kernel.SELECT_NAN}
 
 
 def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_warps: int = 8, **constants: Any) -> str:
@@ -49,9 +49,9 @@ def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_w
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}).asm["ptx"]
 
 
-def compile_tiles(x: str, layouts: str, tile: kernel.Tile, capability: int = 90, **constants: Any) -> str:
+def compile_tiles(x: str, layouts: str, tile: Tile, capability: int = 90, **constants: Any) -> str:
     """PTX of the tile kernel."""
-    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
+    arguments = [x, "*fp32", "*i32", "*u8", "*u8", "*fp32", *TILE_SIZES]
     return compile_ptx(
         kernel._cast_tiles_kernel,
         arguments,
@@ -88,23 +88,34 @@ def test_strided_amax_compiles_with_64_bit_offsets() -> None:
     compile_ptx(kernel._amax_kernel, ["*fp16", "*i32", "i64", "i32", "i64", "i32"], DENSE=False, BLOCK=1024, STEPS=2)
 
 
-@pytest.mark.parametrize(("x", "rows", "from_codes"), [("*bf16", True, False), ("*u8", False, True)])
-def test_group_amax_compiles(x: str, rows: bool, from_codes: bool) -> None:
-    arguments = [x, "*fp32", "*i32", "*i32", *SIZES]
-    ptx = compile_ptx(kernel._group_amax_kernel, arguments, ROWS=rows, FROM_CODES=from_codes, **E4M3_HARDWARE, **GROUPS)
+@pytest.mark.parametrize(("x", "from_codes"), [("*bf16", False), ("*u8", True)])
+def test_amax_of_columns_compiles_without_fences(x: str, from_codes: bool) -> None:
+    arguments = [x, "*fp32", "*i32", *SIZES]
+    ptx = compile_ptx(kernel._column_amax_kernel, arguments, FROM_CODES=from_codes, **E4M3_HARDWARE, **COLUMN_AMAX)
     assert "ld.global.v4.b32" in ptx
+    assert "acq_rel" not in ptx
 
 
-@pytest.mark.parametrize("one_block", [True, False])
-def test_rowwise_cast_compiles_with_correct_division_and_saturating_conversion(one_block: bool) -> None:
-    arguments = ["*fp32", "*u8", "*fp32", *SIZES]
+@pytest.mark.parametrize(("one_block", "column_amax"), [(True, False), (False, False), (True, True)])
+def test_rowwise_cast_compiles_without_division_and_with_saturating_conversion(
+    one_block: bool, column_amax: bool
+) -> None:
+    arguments = ["*bf16", "*u8", "*fp32", "*i32", "i32", "i32+", "i32", "i32+", "1"]
     ptx = compile_ptx(
-        kernel._cast_rows_kernel, arguments, ONE_BLOCK=one_block, BLOCK_T=1, BLOCK_K=4096, **E4M3_HARDWARE, **SELECT_NAN
+        kernel._cast_rows_kernel,
+        arguments,
+        ONE_BLOCK=one_block,
+        COLUMN_AMAX=column_amax,
+        BLOCK_T=1,
+        BLOCK_K=4096,
+        STAGES=3 if column_amax else 1,
+        **E4M3_HARDWARE,
     )
-    assert "div.rn.f32" in ptx
-    assert not re.search(r"div\.(full|approx)", ptx)
+    assert "div" not in ptx
+    assert "acq_rel" not in ptx
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
-    assert "st.global.v4.b32" in ptx
+    assert re.search(r"st\.global\.v[24]\.b32", ptx)
+    assert ("cp.async" in ptx) == column_amax, "rows are loaded ahead"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_rowwise_cast_compiles_with_correct_division_and_saturating_conversion(o
         ("*bf16", "rows", True, False, E4M3_HARDWARE),
         ("*fp32", "columns", True, False, E4M3_HARDWARE),
         ("*bf16", "rows columns", True, False, E5M2_HARDWARE),
-        ("*bf16", "rows columns", False, False, E4M3_HARDWARE),
+        ("*bf16", "columns", False, False, E4M3_HARDWARE),
         ("*u8", "columns", False, True, E4M3_HARDWARE),
     ],
 )
@@ -121,11 +132,13 @@ def test_tile_cast_compiles_with_wide_stores_in_each_layout(
     x: str, layouts: str, per_tensor: bool, from_codes: bool, format_: dict[str, bool]
 ) -> None:
     flags = {"PER_TENSOR": per_tensor, "FROM_CODES": from_codes}
-    ptx = compile_tiles(x, layouts, TILES[layouts], **flags, **format_, **SELECT_NAN)
+    ptx = compile_tiles(x, layouts, TILES[layouts], **flags, **format_)
     assert "ld.global.v4.b32" in ptx
     assert f"cvt.rn.satfinite.{'e5m2' if format_['E5M2'] else 'e4m3'}x2.f32" in ptx
     narrow = re.findall(r"st\.global\.(?:v\d\.)?b8", ptx)
     assert not narrow, narrow
+    if "columns" in layouts:
+        assert "st.global.v4.b32" in ptx, "words of four tokens each, four words at a time"
 
 
 @pytest.mark.slow
@@ -134,8 +147,8 @@ def test_every_tile_of_the_sweep_compiles(name: str, layouts: str) -> None:
     """So that a run of `bench_casts.py --sweep` on a GPU is not lost to one that does not."""
     for config in configurations()[name]:
         (tile,) = config.values()
-        for per_tensor in {True, "rows" not in layouts}:
-            flags = {"PER_TENSOR": per_tensor, "FROM_CODES": False, "SELECT_NAN": False}
+        for per_tensor in {True, "rows" in layouts}:
+            flags = {"PER_TENSOR": per_tensor, "FROM_CODES": False}
             compile_tiles("*bf16", layouts, tile, **flags, **E4M3_HARDWARE)
 
 
@@ -146,11 +159,10 @@ def test_every_block_of_the_sweep_compiles_for_amax() -> None:
         compile_ptx(kernel._amax_kernel, ["*bf16", "*i32", "i32+", "i32+", "i32+", "1"], DENSE=True, **sizes)
     for values in (tuple(config.values()) for config in configurations()["amax of columns"]):
         sizes = dict(zip(("BLOCK_T", "BLOCK_K", "STEPS", "num_warps"), values, strict=True))
-        arguments = ["*bf16", "*fp32", "*i32", "*i32", *SIZES]
-        for rows in (False, True):
-            compile_ptx(kernel._group_amax_kernel, arguments, ROWS=rows, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
+        arguments = ["*bf16", "*fp32", "*i32", *SIZES]
+        compile_ptx(kernel._column_amax_kernel, arguments, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:
-    flags = {"PER_TENSOR": True, "FROM_CODES": False, "E5M2": False, "EXACT_BITS": True, "SELECT_NAN": True}
+    flags = {"PER_TENSOR": True, "FROM_CODES": False, "E5M2": False, "EXACT_BITS": True}
     assert "e4m3x2" not in compile_tiles("*bf16", "rows columns", kernel.BOTH_TILE, 80, **flags)

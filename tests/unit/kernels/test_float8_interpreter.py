@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 CASES = [
     "rounding", "float32", "bfloat16_e5m2", "float16_odd_sizes", "one_row", "transposed_input", "strided_input",
-    "broadcast_input", "nan", "nan_of_other_bits", "inf", "zeros", "extreme_magnitudes",
+    "broadcast_input", "nan", "nan_of_other_bits", "inf", "power_of_two_scales_of_every_mantissa",
+    "scales_of_every_exponent", "zeros", "extreme_magnitudes",
 ]  # fmt: skip
 
 

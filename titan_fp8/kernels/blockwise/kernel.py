@@ -8,8 +8,9 @@
 No pass for amax comes first, as it does for larger groups: a program that holds a 128x128 tile holds every block of
 both layouts that crosses it.
 
-Amax, division and conversion are the helpers of `titan_fp8.kernels.float8.kernel`; what is said there about them,
-about 64-bit offsets, masks and tokens that are not specialized on holds here too. The features are whole blocks, so
+Amax, division, conversion and transposed words are the helpers of `titan_fp8.kernels.float8.bits`; what is said there
+holds here, and what `titan_fp8.kernels.float8.kernel` says of 64-bit offsets, masks and tokens that are not specialized
+on. The features are whole blocks, so
 only rows are masked.
 
 T tokens (rows), K features (columns), n rows of a shard.
@@ -19,7 +20,7 @@ T tokens (rows), K features (columns), n rows of a shard.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -27,27 +28,28 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels.blockwise.reference import BLOCK, blocks, empty_scale, padded
-from titan_fp8.kernels.float8 import kernel as float8
-from titan_fp8.kernels.float8.kernel import _INF_BITS, _NAN_BITS, _abs_bits, _scales, _tile_of_program, _to_codes
+from titan_fp8.kernels.float8 import bits
+from titan_fp8.kernels.float8.bits import (
+    _INF_BITS,
+    _NAN_BITS,
+    Tile,
+    _abs_bits,
+    _pack,
+    _quads_of_tile,
+    _scales,
+    _store_columns,
+    _tile_of_program,
+    _to_codes,
+)
 from titan_fp8.kernels.float8.reference import E5M2
-from titan_fp8.kernels.launch import cdiv, fast
+from titan_fp8.kernels.launch import Plan, cdiv, planned
 
 _BLOCK = tl.constexpr(BLOCK)
 
 
-class Tile(NamedTuple):
-    """How a kernel cuts a matrix: tiles of `tokens` by 128 features, `band` as in `kernels.float8.kernel.Tile`.
-    `registers` limits those of a thread, so that more programs fit a multiprocessor."""
-
-    tokens: int
-    warps: int
-    band: int
-    registers: int | None = None
-
-
 # Static: a first-step search could choose differently on different ranks.
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 4, 1), Tile(128, 8, 4, 128), Tile(128, 8, 4, 128)
-"""By the layouts that are written. One that writes columns has 128 tokens, a whole block."""
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, BLOCK, 4, 1), Tile(BLOCK, BLOCK, 4, 2), Tile(BLOCK, BLOCK, 4, 2)
+"""By the layouts that are written. All have the 128 features of a block; one that writes columns has 128 tokens too."""
 WEIGHT_WARPS = 8
 SCALE_BLOCK = 1024
 
@@ -65,6 +67,56 @@ def _block_scales(amax, COUNT: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: t
     return tl.gather(inv_scale, order, axis=0), scale
 
 
+@triton.jit
+def _load_rows(x_ptr, t, k, tokens, stride_t, stride_k):
+    at = x_ptr + t[:, None] * stride_t + k[None, :] * stride_k
+    return tl.load(at, mask=(t < tokens)[:, None], other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_block_rows(
+    a, b, c, d, quad, k, block_k, tokens, features, rows_ptr, scale_ptr,
+    BLOCK_T: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Scales and codes by rows of BLOCK_T rows of one block of features, given as the four rows of each quad."""
+    amax_ab = tl.join(tl.max(_abs_bits(a), axis=1), tl.max(_abs_bits(b), axis=1))
+    amax_cd = tl.join(tl.max(_abs_bits(c), axis=1), tl.max(_abs_bits(d), axis=1))
+    # Joined, the rows of a quad lie as a, c, b, d.
+    amax = tl.reshape(tl.join(amax_ab, amax_cd), [BLOCK_T])
+    inv_scale, scale = _block_scales(amax, BLOCK_T, E5M2, POWER_OF_TWO)
+    index = tl.arange(0, BLOCK_T)
+    row = tl.min(quad, axis=0) * 4 + (index // 4 * 4 + index % 2 * 2 + index // 2 % 2)
+    tl.store(scale_ptr + block_k.to(tl.int64) * tokens + row, scale, mask=row < tokens)
+    inv_ab, inv_cd = tl.split(tl.reshape(inv_scale, [BLOCK_T // 4, 2, 2]))
+    inv_a, inv_b = tl.split(inv_ab)
+    inv_c, inv_d = tl.split(inv_cd)
+    t = 4 * quad
+    at = rows_ptr + t[:, None] * features + k[None, :]
+    tl.store(at, _to_codes(a * inv_a[:, None], E5M2, EXACT_BITS), mask=(t < tokens)[:, None])
+    tl.store(at + features, _to_codes(b * inv_b[:, None], E5M2, EXACT_BITS), mask=(t + 1 < tokens)[:, None])
+    tl.store(at + 2 * features, _to_codes(c * inv_c[:, None], E5M2, EXACT_BITS), mask=(t + 2 < tokens)[:, None])
+    tl.store(at + 3 * features, _to_codes(d * inv_d[:, None], E5M2, EXACT_BITS), mask=(t + 3 < tokens)[:, None])
+
+
+@triton.jit
+def _store_block_columns(
+    a, b, c, d, quad, k, block_t, tokens, features, columns_ptr, scale_ptr,
+    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Scales and transposed codes of one tile of 128 tokens and 128 features, given as four rows of each quad."""
+    largest = tl.maximum(tl.maximum(_abs_bits(a), _abs_bits(b)), tl.maximum(_abs_bits(c), _abs_bits(d)))
+    amax = tl.max(largest, axis=0)
+    if POWER_OF_TWO:  # without a division, dealing them out costs more than it saves
+        inv_scale, scale = _scales(amax, E5M2, True)
+    else:
+        inv_scale, scale = _block_scales(amax, _BLOCK, E5M2, False)
+    tl.store(scale_ptr + block_t.to(tl.int64) * features + k, scale, mask=k < features)
+    factor = inv_scale[None, :]
+    word = _pack(a * factor, b * factor, c * factor, d * factor, E5M2, EXACT_BITS)
+    padded_tokens = tl.cdiv(tokens, _BLOCK) * _BLOCK
+    _store_columns(columns_ptr, word, quad, k, tokens, features, padded_tokens)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _cast_block_tiles_kernel(
     x_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr, tokens, features, stride_t, stride_k,
@@ -73,37 +125,22 @@ def _cast_block_tiles_kernel(
 ):  # fmt: skip
     """Codes and scales of a tile of BLOCK_T tokens by 128 features, in the layouts asked for."""
     pid_t, pid_k = _tile_of_program(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), features // _BLOCK, BAND)
-    t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = pid_k.to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
-    inside = t < tokens
-    x = tl.load(x_ptr + t[:, None] * stride_t + k[None, :] * stride_k, mask=inside[:, None], other=0).to(tl.float32)
-    # Both before either is used: the bits then need no registers while codes are made.
-    row_amax, column_amax = tl.max(_abs_bits(x), axis=1), tl.max(_abs_bits(x), axis=0)
-    rows_at = rows_ptr + t[:, None] * features + k[None, :]
-    padded_tokens = tl.cdiv(tokens, _BLOCK) * _BLOCK
-    columns_at = columns_ptr + k[:, None] * padded_tokens + t[None, :]
+    quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, _BLOCK)
+    t = 4 * quad
+    # All loads come before any store: pointers may alias, so the compiler keeps their order.
+    a = _load_rows(x_ptr, t, k, tokens, stride_t, stride_k)
+    b = _load_rows(x_ptr, t + 1, k, tokens, stride_t, stride_k)
+    c = _load_rows(x_ptr, t + 2, k, tokens, stride_t, stride_k)
+    d = _load_rows(x_ptr, t + 3, k, tokens, stride_t, stride_k)
     if ROWS:
-        inv_scale, scale = _block_scales(row_amax, BLOCK_T, E5M2, POWER_OF_TWO)
-        tl.store(row_scale_ptr + pid_k.to(tl.int64) * tokens + t, scale, mask=inside)
-        codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS, False)
-        tl.store(rows_at, codes, mask=inside[:, None])
+        _store_block_rows(
+            a, b, c, d, quad, k, pid_k, tokens, features, rows_ptr, row_scale_ptr,
+            BLOCK_T, E5M2, POWER_OF_TWO, EXACT_BITS,
+        )  # fmt: skip
     if COLUMNS:
-        inv_scale, scale = _block_scales(column_amax, _BLOCK, E5M2, POWER_OF_TWO)
-        tl.store(column_scale_ptr + pid_t.to(tl.int64) * features + k, scale)
-        codes = _to_codes(x * inv_scale[None, :], E5M2, EXACT_BITS, False)
-        tl.store(columns_at, tl.trans(codes))
-    # A block with NaN or Inf has NaN for all its codes, except that padding is zero, and only such a block has any. The
-    # hardware's code for NaN is not ours, and selecting ours for each value takes half as many instructions again, so
-    # such blocks are written a second time.
-    if tl.max(row_amax, axis=0) >= _INF_BITS:
-        tl.debug_barrier()
-        nan = tl.where(inside, 0x7F, 0).to(tl.uint8)
-        if ROWS:
-            bad = (inside & (row_amax >= _INF_BITS))[:, None]
-            tl.store(rows_at, tl.broadcast_to(nan[:, None], [BLOCK_T, _BLOCK]), mask=bad)
-        if COLUMNS:
-            bad = (column_amax >= _INF_BITS)[:, None]
-            tl.store(columns_at, tl.broadcast_to(nan[None, :], [_BLOCK, BLOCK_T]), mask=bad)
+        _store_block_columns(
+            a, b, c, d, quad, k, pid_t, tokens, features, columns_ptr, column_scale_ptr, E5M2, POWER_OF_TWO, EXACT_BITS
+        )
 
 
 @triton.jit(do_not_specialize=["held", "first_row"])
@@ -130,11 +167,8 @@ def _weight_tiles_kernel(
         amax = tl.load(amax_ptr + tile)
     if CAST:
         inv_scale, scale = _scales(amax, E5M2, POWER_OF_TWO)
-        codes_at = codes_ptr + t[:, None] * features + k[None, :]
-        tl.store(codes_at, _to_codes(x * inv_scale, E5M2, EXACT_BITS, False), mask=inside)
-        if amax >= _INF_BITS:  # as above
-            tl.debug_barrier()
-            tl.store(codes_at, tl.full([_BLOCK, _BLOCK], 0x7F, tl.uint8), mask=inside)
+        codes = _to_codes(x * inv_scale, E5M2, EXACT_BITS)
+        tl.store(codes_ptr + t[:, None] * features + k[None, :], codes, mask=inside)
         if FIND_AMAX:
             tl.store(scale_ptr + tile, scale)
     else:
@@ -151,45 +185,96 @@ def _block_scale_kernel(
     tl.store(scale_ptr + index, scale, mask=index < numel)
 
 
+@planned(_cast_block_tiles_kernel)
+def _launch_tiles(
+    device: int,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rows: bool,
+    columns: bool,
+    power_of_two: bool,
+    tile: Tile,
+) -> Plan:
+    """dtypes: of x and the codes."""
+    tokens, features = shape
+    constants: dict[str, Any] = {
+        "ROWS": rows, "COLUMNS": columns, "POWER_OF_TWO": power_of_two,
+        "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "BLOCK_T": tile.tokens, "BAND": tile.band, "num_warps": tile.warps, "maxnreg": tile.registers,
+    }  # fmt: skip
+    return Plan(cdiv(tokens, tile.tokens) * (features // BLOCK), (tokens, features, *strides), constants)
+
+
+@planned(_weight_tiles_kernel)
+def _launch_weight_tiles(
+    device: int,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    first_row: int,
+    find_amax: bool,
+    cast: bool,
+    power_of_two: bool,
+    warps: int,
+) -> Plan:
+    """dtypes: of x and the codes; without codes, any."""
+    held, features = shape
+    tile_rows = blocks(first_row + held) - first_row // BLOCK
+    constants: dict[str, Any] = {
+        "FIND_AMAX": find_amax, "CAST": cast, "POWER_OF_TWO": power_of_two,
+        "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device), "num_warps": warps,
+    }  # fmt: skip
+    return Plan(tile_rows * (features // BLOCK), (held, first_row, features, *strides), constants)
+
+
+@planned(_block_scale_kernel)
+def _launch_scale(device: int, numel: int, e5m2: bool, power_of_two: bool, block: int) -> Plan:
+    constants: dict[str, Any] = {"POWER_OF_TWO": power_of_two, "E5M2": e5m2, "BLOCK": block}
+    return Plan(cdiv(numel, block), (numel,), constants)
+
+
 def cast_block_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.blockwise.cast_block_rows`."""
-    codes = float8.new_codes(*x.shape, device=x.device)
-    scale = empty_scale(x.shape[0], x.shape[1] // BLOCK, x.device)
-    _cast_block_tiles(x, (codes, scale), None, dtype, power_of_two)
-    return codes.view(dtype), scale
+    codes, scale = _new_rows(x, dtype)
+    tensors = x, codes, scale, codes, scale
+    _launch_tiles(tensors, x.shape, x.stride(), (x.dtype, dtype), True, False, power_of_two, ROWS_TILE)
+    return codes, scale
 
 
 def cast_block_columns(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.blockwise.cast_block_columns`."""
-    codes_t = float8.new_codes(x.shape[1], padded(x.shape[0]), device=x.device)
-    scale_t = empty_scale(x.shape[1], blocks(x.shape[0]), x.device)
-    _cast_block_tiles(x, None, (codes_t, scale_t), dtype, power_of_two)
-    return codes_t.view(dtype), scale_t
+    codes_t, scale_t = _new_columns(x, dtype)
+    tensors = x, codes_t, scale_t, codes_t, scale_t
+    _launch_tiles(tensors, x.shape, x.stride(), (x.dtype, dtype), False, True, power_of_two, COLUMNS_TILE)
+    return codes_t, scale_t
 
 
 def cast_block_both(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `titan_fp8.kernels.blockwise.cast_block_both`."""
-    tokens, features = x.shape
-    codes = float8.new_codes(tokens, features, device=x.device)
-    scale = empty_scale(tokens, features // BLOCK, x.device)
-    codes_t = float8.new_codes(features, padded(tokens), device=x.device)
-    scale_t = empty_scale(features, blocks(tokens), x.device)
-    _cast_block_tiles(x, (codes, scale), (codes_t, scale_t), dtype, power_of_two)
-    return codes.view(dtype), scale, codes_t.view(dtype), scale_t
+    codes, scale = _new_rows(x, dtype)
+    codes_t, scale_t = _new_columns(x, dtype)
+    tensors = x, codes, scale, codes_t, scale_t
+    _launch_tiles(tensors, x.shape, x.stride(), (x.dtype, dtype), True, True, power_of_two, BOTH_TILE)
+    return codes, scale, codes_t, scale_t
 
 
 def cast_blocks(weight: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.blockwise.cast_blocks`."""
-    codes = float8.new_codes(*weight.shape, device=weight.device)
-    scale = torch.empty(blocks(weight.shape[0]), weight.shape[1] // BLOCK, dtype=torch.float32, device=weight.device)
-    _weight_tiles(weight, None, codes, scale, 0, dtype, power_of_two)
-    return codes.view(dtype), scale
+    shape, device = weight.shape, weight.device
+    rows, features = shape
+    codes = bits.new_codes(rows, features, dtype=dtype, device=device)
+    scale = torch.empty(blocks(rows), features // BLOCK, dtype=torch.float32, device=device)
+    tensors, dtypes = (weight, codes, codes, scale), (weight.dtype, dtype)
+    _launch_weight_tiles(tensors, shape, weight.stride(), dtypes, 0, True, True, power_of_two, WEIGHT_WARPS)
+    return codes, scale
 
 
 def block_amax(shard: Tensor, first_row: int, rows: int) -> Tensor:
     """See `titan_fp8.kernels.blockwise.block_amax`."""
     amax = torch.zeros(blocks(rows), shard.shape[1] // BLOCK, dtype=torch.int32, device=shard.device)
-    _weight_tiles(shard, amax, None, None, first_row, E5M2, False)
+    tensors, dtypes = (shard, amax, amax, amax), (shard.dtype, amax.dtype)
+    _launch_weight_tiles(tensors, shard.shape, shard.stride(), dtypes, first_row, True, False, False, WEIGHT_WARPS)
     return amax
 
 
@@ -197,58 +282,33 @@ def cast_blocks_from_amax(
     shard: Tensor, amax: Tensor, dtype: torch.dtype, power_of_two: bool, first_row: int
 ) -> Tensor:
     """See `titan_fp8.kernels.blockwise.cast_blocks_from_amax`."""
-    codes = float8.new_codes(*shard.shape, device=shard.device)
-    _weight_tiles(shard, amax.contiguous(), codes, None, first_row, dtype, power_of_two)
-    return codes.view(dtype)
+    shape = shard.shape
+    codes = bits.new_codes(*shape, dtype=dtype, device=shard.device)
+    tensors, dtypes = (shard, amax.contiguous(), codes, codes), (shard.dtype, dtype)
+    _launch_weight_tiles(tensors, shape, shard.stride(), dtypes, first_row, False, True, power_of_two, WEIGHT_WARPS)
+    return codes
 
 
 def block_scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
     """See `titan_fp8.kernels.blockwise.block_scale`."""
     amax = amax.contiguous()
     scale = torch.empty_like(amax, dtype=torch.float32)
-    fast(_block_scale_kernel)[(cdiv(amax.numel(), SCALE_BLOCK),)](
-        amax, scale, amax.numel(), POWER_OF_TWO=power_of_two, E5M2=dtype == E5M2, BLOCK=SCALE_BLOCK
-    )
+    _launch_scale((amax, scale), amax.numel(), dtype == E5M2, power_of_two, SCALE_BLOCK)
     return scale
 
 
-def _cast_block_tiles(
-    x: Tensor,
-    rows: tuple[Tensor, Tensor] | None,
-    columns: tuple[Tensor, Tensor] | None,
-    dtype: torch.dtype,
-    power_of_two: bool,
-) -> None:
-    """Fill codes and scales in the layouts given."""
+# A pointer that a variant of a kernel never follows still has to be one; above, any of the right dtype.
+
+
+def _new_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tokens, features = x.shape
-    tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
-    # A pointer that a variant of the kernel never follows still has to be one.
-    unused = rows or columns
-    assert unused is not None
-    fast(_cast_block_tiles_kernel)[(cdiv(tokens, tile.tokens) * (features // BLOCK),)](
-        x, *(rows or unused), *(columns or unused), tokens, features, *x.stride(),
-        ROWS=rows is not None, COLUMNS=columns is not None, POWER_OF_TWO=power_of_two,
-        E5M2=dtype == E5M2, EXACT_BITS=float8._exact_bits(x.device),
-        BLOCK_T=tile.tokens, BAND=tile.band, num_warps=tile.warps, maxnreg=tile.registers,
-    )  # fmt: skip
+    device = x.device
+    codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
+    return codes, empty_scale(tokens, features // BLOCK, device)
 
 
-def _weight_tiles(
-    x: Tensor,
-    amax: Tensor | None,
-    codes: Tensor | None,
-    scale: Tensor | None,
-    first_row: int,
-    dtype: torch.dtype,
-    power_of_two: bool,
-) -> None:
-    """Fill what the kernel writes: `amax` alone, `codes` from `amax`, or `codes` and `scale`."""
-    unused = next(tensor for tensor in (amax, codes) if tensor is not None)
-    tile_rows = blocks(first_row + x.shape[0]) - first_row // BLOCK
-    fast(_weight_tiles_kernel)[(tile_rows * (x.shape[1] // BLOCK),)](
-        x, *(unused if tensor is None else tensor for tensor in (amax, codes, scale)),
-        x.shape[0], first_row, x.shape[1], *x.stride(),
-        FIND_AMAX=codes is None or amax is None, CAST=codes is not None, POWER_OF_TWO=power_of_two,
-        E5M2=dtype == E5M2, EXACT_BITS=float8._exact_bits(x.device),
-        num_warps=WEIGHT_WARPS,
-    )  # fmt: skip
+def _new_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tokens, features = x.shape
+    device = x.device
+    codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device)
+    return codes_t, empty_scale(features, blocks(tokens), device)

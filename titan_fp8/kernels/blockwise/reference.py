@@ -44,7 +44,7 @@ def blocks(size: int) -> int:
 
 def empty_scale(rows: int, count: int, device: torch.device) -> Tensor:
     """Uninitialized fp32 `[rows, count]` with strides `(1, rows)`: scales of a 1x128-scaled operand."""
-    return torch.empty(count, rows, dtype=torch.float32, device=device).t()
+    return torch.empty_strided((rows, count), (1, max(rows, 1)), dtype=torch.float32, device=device)
 
 
 def cast_block_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,18 @@
 """The float8 casts as Triton kernels. `reference.py` says what each computes; these give the same bits.
 
-Four kernels cover everything. A cast needs its group's amax first, so each layout costs a pass for amax and one for
-codes:
+A cast needs its group's amax first, so each layout costs a pass for amax and one for codes, unless a program owns the
+whole group:
 
     _amax_kernel            one amax of a tensor
-    _group_amax_kernel      amax of every column, and of every row if asked, in one read
-    _cast_rows_kernel       rowwise codes in one read of memory: a program owns whole rows
-    _cast_tiles_kernel      codes in the input's layout, transposed, or both, in one read, from known amax
+    _column_amax_kernel     amax of every column
+    _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows; if asked, the amax of
+                            every column on the way
+    _cast_tiles_kernel      from known amax: codes with one scale in the input's layout, transposed, or both; or
+                            transposed codes with a scale a column
 
-What the numerics rest on:
-
-* amax is an integer maximum of `bits & 0x7FFFFFFF`: it sees NaN and Inf, and atomics give it in any order, bitwise
-repeatable.
-* Division is `div_rn`, correctly rounded; `/` in Triton is not.
-* fp32 -> code is one helper, `_to_codes`. The hardware's conversion rounds to nearest even and saturates. Triton's
-  interpreter casts wrongly, and GPUs before SM89 have no such conversion, so for them the helper does the same with
-  integer arithmetic. There is no clamp: one that propagates NaN beside a transposed FP8 store is miscompiled
-  (triton#11111).
-* Codes are stored as bytes. Offsets are 64-bit. Every load and store is masked. T is not specialized on, so a new
-  number of tokens never recompiles.
+So rowwise codes in both layouts take two reads, one with each of the last two. `bits.py` holds what numerics rest on.
+Codes are stored as bytes. Offsets are 64-bit. Every load and store is masked. T is not specialized on, so a new number
+of tokens never recompiles.
 
 T tokens (rows), K features (columns), `padded` is T rounded up to a multiple of 16.
 """
@@ -27,8 +21,6 @@ T tokens (rows), K features (columns), `padded` is T rounded up to a multiple of
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,124 +28,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titan_fp8.kernels.float8 import bits
+from titan_fp8.kernels.float8.bits import (
+    _INF_BITS,
+    _NAN_BITS,
+    Tile,
+    _abs_bits,
+    _from_codes,
+    _quads_of_tile,
+    _scales,
+    _store_columns_tile,
+    _store_tensor_tile,
+    _tile_of_program,
+    _to_codes,
+)
 from titan_fp8.kernels.float8.reference import E4M3, E5M2, FP8_MAX, padded
-from titan_fp8.kernels.launch import INTERPRETED, cdiv, fast, next_power_of_2, zero
+from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned, zeros
+
+
+class RowWalk(NamedTuple):
+    """How `_cast_rows_kernel` goes down the rows when it finds the amax of columns: in `programs` strips, with a warp
+    for each `values` of a row and so many rows loaded ahead as `stages` says."""
+
+    programs: int
+    values: int
+    stages: int
+
 
 # Static block sizes: a first-step search could choose differently on different ranks. `scripts/bench_casts.py --sweep`
 # times others.
 AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 8, 8
-GROUP_AMAX_BLOCK_T, GROUP_AMAX_BLOCK_K, GROUP_AMAX_STEPS, GROUP_AMAX_WARPS = 16, 256, 16, 4
+COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS = 32, 128, 16, 4
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
-SELECT_NAN = True
-"""Replace the code that the hardware's conversion gives for NaN: on an H200 it is another one than 0x7F."""
-
-
-class Tile(NamedTuple):
-    """Blocks of the tile kernel. Programs walk `band` tiles down the tokens before they go on along the features, so
-    that pieces of one transposed row are written close in time."""
-
-    tokens: int
-    features: int
-    warps: int
-    band: int
-
-
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(128, 64, 8, 1), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)
+SHORT_ROW_WALK, LONG_ROW_WALK = RowWalk(528, 1024, 2), RowWalk(264, 1024, 3)
+"""For rows that share a program, and for those of `ROW_VALUES` or more."""
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(32, 512, 8, 1), Tile(64, 256, 8, 4), Tile(64, 256, 8, 4)
 """By the layouts that are written."""
-
-_ABS_MASK = tl.constexpr(0x7FFFFFFF)
-_INF_BITS = tl.constexpr(0x7F800000)
-_NAN_BITS = tl.constexpr(0x7FC00000)
-_AMAX_FLOOR = tl.constexpr(1e-12)
-
-
-@triton.jit
-def _abs_bits(x):
-    """|x| as the bits of an fp32 number, which order as the numbers do, NaN above Inf above the rest."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & _ABS_MASK
-
-
-@triton.jit
-def _scales(amax, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """`(inv_scale, scale)` for amax bits; NaN where amax is not finite."""
-    fp8_max: tl.constexpr = 57344.0 if E5M2 else 448.0
-    value = amax.to(tl.float32, bitcast=True)
-    value = tl.where(value < _AMAX_FLOOR, _AMAX_FLOOR, value)
-    inv_bits = tl.div_rn(fp8_max, value).to(tl.int32, bitcast=True)
-    if POWER_OF_TWO:
-        inv_bits = inv_bits & _INF_BITS
-    bad = amax >= _INF_BITS
-    inv_scale = tl.where(bad, _NAN_BITS, inv_bits).to(tl.float32, bitcast=True)
-    scale_bits = tl.div_rn(1.0, inv_scale).to(tl.int32, bitcast=True)
-    return inv_scale, tl.where(bad, _NAN_BITS, scale_bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _to_codes(scaled, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr):
-    """fp32 -> float8 codes as bytes: nearest even, saturated, 0x7F for NaN.
-
-    EXACT_BITS: integer arithmetic in place of the hardware's conversion.
-    SELECT_NAN: do not rely on the hardware's code for NaN.
-    """
-    if EXACT_BITS:
-        mantissa: tl.constexpr = 2 if E5M2 else 3
-        bias: tl.constexpr = 15 if E5M2 else 7
-        largest: tl.constexpr = 0x7B if E5M2 else 0x7E
-        # Adding `magic` leaves the subnormal's units, 2^(1 - bias - mantissa), as the lowest bits of the sum.
-        magic: tl.constexpr = 2.0 ** (24 - bias - mantissa)
-        shift: tl.constexpr = 23 - mantissa
-        bits = scaled.to(tl.int32, bitcast=True)
-        magnitude = bits & _ABS_MASK
-        rounded = magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)
-        normal = (rounded >> shift) - ((127 - bias) << mantissa)
-        tiny = magnitude < ((128 - bias) << 23)
-        # Large magnitudes are kept out of the sum, which serves the subnormals alone.
-        small = tl.where(tiny, magnitude, 0).to(tl.float32, bitcast=True)
-        subnormal = (small + magic).to(tl.int32, bitcast=True) & 0xFF
-        code = tl.where(tiny, subnormal, tl.minimum(normal, largest)) | ((bits >> 24) & 0x80)
-        # Rounding up may carry NaN's bits past the sign; it is replaced here.
-        code = tl.where(magnitude > _INF_BITS, 0x7F, code).to(tl.uint8)
-    else:
-        if E5M2:
-            code = scaled.to(tl.float8e5).to(tl.uint8, bitcast=True)
-        else:
-            code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        if SELECT_NAN:
-            code = tl.where(scaled != scaled, 0x7F, code).to(tl.uint8)
-    return code
-
-
-@triton.jit
-def _from_codes(code, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """Float8 codes as bytes -> their exact fp32 values."""
-    if EXACT_BITS:
-        mantissa: tl.constexpr = 2 if E5M2 else 3
-        bias: tl.constexpr = 15 if E5M2 else 7
-        inf: tl.constexpr = 0x7C if E5M2 else 0x7F
-        byte = code.to(tl.int32)
-        magnitude = byte & 0x7F
-        bits = (magnitude << (23 - mantissa)) + ((127 - bias) << 23)
-        bits = tl.where(magnitude >= inf, _INF_BITS | (magnitude << (23 - mantissa)), bits)
-        subnormal = (magnitude.to(tl.float32) * (2.0 ** (1 - bias - mantissa))).to(tl.int32, bitcast=True)
-        bits = tl.where(magnitude < (1 << mantissa), subnormal, bits)
-        value = (bits | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True)
-    elif E5M2:
-        value = code.to(tl.float8e5, bitcast=True).to(tl.float32)
-    else:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _tile_of_program(pid, tiles_t, tiles_k, BAND: tl.constexpr):
-    """`(row, column)` of a program's tile: BAND tiles down the tokens before the next ones along the features."""
-    first = pid // (BAND * tiles_k) * BAND
-    height = tl.minimum(BAND, tiles_t - first)
-    within = pid % (BAND * tiles_k)
-    return first + within % height, within // height
 
 
 @triton.jit
@@ -190,16 +103,16 @@ def _amax_kernel(
         x = tl.load(x_ptr + offset, mask=index < numel, other=0)
         largest = tl.maximum(largest, _abs_bits(x))
     total = tl.max(largest, axis=0)
-    tl.atomic_max(amax_ptr, tl.where(total > _INF_BITS, _NAN_BITS, total))
+    tl.atomic_max(amax_ptr, tl.where(total > _INF_BITS, _NAN_BITS, total), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _group_amax_kernel(
-    x_ptr, code_scale_ptr, row_amax_ptr, column_amax_ptr, tokens, features, stride_t, stride_k,
-    ROWS: tl.constexpr, FROM_CODES: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
+def _column_amax_kernel(
+    x_ptr, code_scale_ptr, amax_ptr, tokens, features, stride_t, stride_k,
+    FROM_CODES: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Integer maxima of |x| of each column, and with ROWS of each row, into zeroed int32 vectors."""
+    """Integer maxima of |x| of each column into a zeroed int32 vector."""
     blocks_k = tl.cdiv(features, BLOCK_K)
     pid = tl.program_id(0)
     k = (pid % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -208,120 +121,174 @@ def _group_amax_kernel(
     for step in range(STEPS):
         t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
         x = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
-        bits = _abs_bits(x)
-        largest = tl.maximum(largest, bits)
-        if ROWS:
-            tl.atomic_max(row_amax_ptr + t, tl.max(bits, axis=1), mask=t < tokens)
-    tl.atomic_max(column_amax_ptr + k, tl.max(largest, axis=0), mask=k < features)
+        largest = tl.maximum(largest, _abs_bits(x))
+    tl.atomic_max(amax_ptr + k, tl.max(largest, axis=0), mask=k < features, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "rows_per_program"])
 def _cast_rows_kernel(
-    x_ptr, codes_ptr, scale_ptr, tokens, features, stride_t, stride_k,
-    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, column_amax_ptr, tokens, features, rows_per_program, stride_t, stride_k,
+    COLUMN_AMAX: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rowwise codes and scales of BLOCK_T whole rows. ONE_BLOCK: a row fits one block and is read once."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Rowwise codes and scales of `rows_per_program` whole rows, BLOCK_T at a time.
+
+    COLUMN_AMAX: integer maxima of |x| of each column into a zeroed int32 vector.
+    ONE_BLOCK: a row fits one block and is read once; COLUMN_AMAX needs that.
+    """
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    x = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
-    if ONE_BLOCK:
-        x = _load_tile(x_ptr, x_ptr, t, k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
-        largest = _abs_bits(x)
-    else:
-        largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-        for start in range(0, features, BLOCK_K):
-            part = _load_tile(x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
-            largest = tl.maximum(largest, _abs_bits(part))
-    inv_scale, scale = _scales(tl.max(largest, axis=1), E5M2, True)
-    tl.store(scale_ptr + t, scale, mask=t < tokens)
-    rows = codes_ptr + t[:, None] * features
-    mask_t = (t < tokens)[:, None]
-    if ONE_BLOCK:
-        codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
-        tl.store(rows + k[None, :], codes, mask=mask_t & (k < features)[None, :])
-    else:
-        for start in range(0, features, BLOCK_K):
-            part = _load_tile(x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
-            codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
-            tl.store(rows + (start + k)[None, :], codes, mask=mask_t & ((start + k) < features)[None, :])
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    column_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
+    for step in tl.range(0, rows_per_program, BLOCK_T, num_stages=STAGES):
+        t = first + step + tl.arange(0, BLOCK_T)
+        rows = codes_ptr + t[:, None] * features
+        mask_t = (t < tokens)[:, None]
+        x = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
+        if ONE_BLOCK:
+            x = _load_tile(x_ptr, x_ptr, t, k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
+            largest = _abs_bits(x)
+        else:
+            largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
+            for start in range(0, features, BLOCK_K):
+                part = _load_tile(
+                    x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS
+                )
+                largest = tl.maximum(largest, _abs_bits(part))
+        if COLUMN_AMAX:
+            column_largest = tl.maximum(column_largest, largest)
+        row_amax = tl.max(largest, axis=1)
+        inv_scale, scale = _scales(row_amax, E5M2, True)
+        tl.store(scale_ptr + t, scale, mask=t < tokens)
+        if ONE_BLOCK:
+            codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS)
+            tl.store(rows + k[None, :], codes, mask=mask_t & (k < features)[None, :])
+        else:
+            for start in range(0, features, BLOCK_K):
+                part = _load_tile(
+                    x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS
+                )
+                codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS)
+                tl.store(rows + (start + k)[None, :], codes, mask=mask_t & (start + k < features)[None, :])
+    if COLUMN_AMAX:
+        tl.atomic_max(column_amax_ptr + k, tl.max(column_largest, axis=0), mask=k < features, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _cast_tiles_kernel(
-    x_ptr, code_scale_ptr, row_amax_ptr, column_amax_ptr,
-    rows_ptr, columns_ptr, row_scale_ptr, column_scale_ptr,
+    x_ptr, code_scale_ptr, amax_ptr, rows_ptr, columns_ptr, scale_ptr,
     tokens, features, padded_tokens, stride_t, stride_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TENSOR: tl.constexpr, FROM_CODES: tl.constexpr,
-    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile from known amax, in the layouts asked for.
 
-    PER_TENSOR: one amax and one scale for all (at row_amax_ptr and row_scale_ptr); otherwise one a row for the rows
-    layout and one a column for the columns layout, powers of two. BAND: see `Tile`.
+    PER_TENSOR: one amax and one scale for all; otherwise one a column, powers of two, and columns alone. BAND: see
+    `Tile`.
     """
     pid = tl.program_id(0)
     pid_t, pid_k = _tile_of_program(pid, tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
-    t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    x = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
+    quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
+    t = 4 * quad
+    # All loads come before any store: pointers may alias, so the compiler keeps their order.
+    a = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
+    b = _load_tile(x_ptr, code_scale_ptr, t + 1, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
+    c = _load_tile(x_ptr, code_scale_ptr, t + 2, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
+    d = _load_tile(x_ptr, code_scale_ptr, t + 3, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
     if PER_TENSOR:
-        inv_scale, scale = _scales(tl.load(row_amax_ptr), E5M2, False)
-        if pid == 0:
-            tl.store(row_scale_ptr, scale)
-        # The padding is zero even where the scale is NaN.
-        inv_scales = tl.where(t < tokens, inv_scale, 0.0)
-        codes = _to_codes(x * inv_scales[:, None], E5M2, EXACT_BITS, SELECT_NAN)
-    if ROWS:
-        if not PER_TENSOR:
-            row_amax = tl.load(row_amax_ptr + t, mask=t < tokens, other=0)
-            inv_scale, scale = _scales(row_amax, E5M2, True)
-            if pid_k == 0:
-                tl.store(row_scale_ptr + t, scale, mask=t < tokens)
-            codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
-        mask = (t < tokens)[:, None] & (k < features)[None, :]
-        tl.store(rows_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
-    if COLUMNS:
-        if not PER_TENSOR:
-            column_amax = tl.load(column_amax_ptr + k, mask=k < features, other=0)
-            inv_scale, scale = _scales(column_amax, E5M2, True)
-            if pid_t == 0:
-                tl.store(column_scale_ptr + k, scale, mask=k < features)
-            scaled = tl.where((t < tokens)[:, None], x * inv_scale[None, :], 0.0)
-            codes = _to_codes(scaled, E5M2, EXACT_BITS, SELECT_NAN)
-        mask = (k < features)[:, None] & (t < padded_tokens)[None, :]
-        tl.store(columns_ptr + k[:, None] * padded_tokens + t[None, :], tl.trans(codes), mask=mask)
+        _store_tensor_tile(
+            a, b, c, d, amax_ptr, scale_ptr, rows_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
+            ROWS, COLUMNS, E5M2, EXACT_BITS,
+        )  # fmt: skip
+    else:
+        _store_columns_tile(
+            a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens, E5M2, EXACT_BITS
+        )
 
 
-def new_codes(*shape: int, device: torch.device) -> Tensor:
-    """Uninitialized bytes for codes."""
-    return torch.empty(shape, dtype=torch.uint8, device=device)
+# How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.
 
 
-@functools.cache
-def _exact_bits(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device) < (8, 9)
+@planned(_amax_kernel)
+def _launch_amax(
+    device: int, shape: torch.Size, strides: tuple[int, int], dtype: torch.dtype, block: int, steps: int, warps: int
+) -> Plan:
+    numel, (stride_t, stride_k) = shape.numel(), strides
+    dense = (stride_k == 1 and stride_t == shape[1]) or (stride_t == 1 and stride_k == shape[0])
+    constants: dict[str, Any] = {"DENSE": dense, "BLOCK": block, "STEPS": steps, "num_warps": warps}
+    return Plan(cdiv(numel, block * steps), (numel, shape[1], stride_t, stride_k), constants)
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which x need not be on."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+@planned(_cast_rows_kernel)
+def _launch_rows(
+    device: int,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    walk: RowWalk | None,
+    blocks: tuple[int, int, int],
+) -> Plan:
+    """dtypes: of x and the codes. walk: given where amax of columns is asked for. blocks: `ROW_BLOCK_MAX` and so on."""
+    tokens, features = shape
+    block_max, row_values, values = blocks
+    block_k = min(next_power_of_2(features), block_max)
+    block_t = max(1, row_values // block_k)
+    rows_per_program, stages = block_t, 1
+    if walk is not None:
+        rows_per_program, stages, values = block_t * cdiv(tokens, walk.programs * block_t), walk.stages, walk.values
+    constants: dict[str, Any] = {
+        "COLUMN_AMAX": walk is not None, "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "ONE_BLOCK": features <= block_k, "BLOCK_T": block_t, "BLOCK_K": block_k, "STAGES": stages,
+        "num_warps": min(16, max(4, block_k // values)),
+    }  # fmt: skip
+    return Plan(cdiv(tokens, rows_per_program), (tokens, features, rows_per_program, *strides), constants)
+
+
+@planned(_column_amax_kernel)
+def _launch_column_amax(
+    device: int,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    blocks: tuple[int, int, int, int],
+) -> Plan:
+    """dtypes: of x and of its scale, or of x again. blocks: `COLUMN_AMAX_BLOCK_T` and so on."""
+    tokens, features = shape
+    block_t, block_k, steps, warps = blocks
+    constants: dict[str, Any] = {
+        "FROM_CODES": dtypes[0] in FP8_MAX, "E5M2": dtypes[0] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "BLOCK_T": block_t, "BLOCK_K": block_k, "STEPS": steps, "num_warps": warps,
+    }  # fmt: skip
+    return Plan(cdiv(tokens, block_t * steps) * cdiv(features, block_k), (tokens, features, *strides), constants)
+
+
+@planned(_cast_tiles_kernel)
+def _launch_tiles(
+    device: int,
+    shape: torch.Size,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+    rows: bool,
+    columns: bool,
+    per_tensor: bool,
+    tile: Tile,
+) -> Plan:
+    """dtypes: of x, of its scale or of x again, of amax, of the codes."""
+    (tokens, features), padded_tokens = shape, padded(shape[0])
+    constants: dict[str, Any] = {
+        "ROWS": rows, "COLUMNS": columns, "PER_TENSOR": per_tensor, "FROM_CODES": dtypes[0] in FP8_MAX,
+        "E5M2": dtypes[3] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band,
+        "num_warps": tile.warps, "maxnreg": tile.registers,
+    }  # fmt: skip
+    programs = cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features)
+    return Plan(programs, (tokens, features, padded_tokens, *strides), constants)
 
 
 def amax(x: Tensor) -> Tensor:
     """See `titan_fp8.kernels.float8.amax`."""
-    result = zero(x.device)
-    numel = x.numel()
-    stride_t, stride_k = x.stride()
-    dense = (stride_k == 1 and stride_t == x.shape[1]) or (stride_t == 1 and stride_k == x.shape[0])
-    grid = (cdiv(numel, AMAX_BLOCK * AMAX_STEPS),)
-    fast(_amax_kernel)[grid](
-        x, result, numel, x.shape[1], stride_t, stride_k,
-        DENSE=dense, BLOCK=AMAX_BLOCK, STEPS=AMAX_STEPS, num_warps=AMAX_WARPS,
-    )  # fmt: skip
+    result = zeros(x)
+    _launch_amax((x, result), x.shape, x.stride(), x.dtype, AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS)
     return result
 
 
@@ -329,103 +296,80 @@ def cast_tensor(
     x: Tensor, amax: Tensor, dtype: torch.dtype, *, rows: bool, columns: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """See `titan_fp8.kernels.float8.cast_tensor`."""
-    scale = torch.empty((), dtype=torch.float32, device=x.device)
-    codes, codes_t = _cast_tiles(x, None, (amax, amax), (scale, scale), dtype, rows, columns, per_tensor=True)
+    shape, device = x.shape, x.device
+    tokens, features = shape
+    codes = bits.new_codes(tokens, features, dtype=dtype, device=device) if rows else None
+    codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device) if columns else None
+    scale = torch.empty_like(amax, dtype=torch.float32)
+    tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
+    # A pointer that a variant of the kernel never follows still has to be one.
+    outputs = x if codes is None else codes, x if codes_t is None else codes_t
+    dtypes = x.dtype, x.dtype, amax.dtype, dtype
+    _launch_tiles((x, x, amax, *outputs, scale), shape, x.stride(), dtypes, rows, columns, True, tile)
     return codes, codes_t, scale
 
 
 def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.cast_rows`."""
-    tokens, features = x.shape
-    codes = new_codes(tokens, features, device=x.device)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
-    block_k = min(next_power_of_2(features), ROW_BLOCK_MAX)
-    block_t = max(1, ROW_VALUES // block_k)
-    fast(_cast_rows_kernel)[(cdiv(tokens, block_t),)](
-        x, codes, scale, tokens, features, *x.stride(),
-        E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
-        ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
-        num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
-    )  # fmt: skip
-    return codes.view(dtype), scale
+    return _cast_rows(x, None, dtype)
 
 
 def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.cast_columns`."""
-    return _cast_columns(x, None, dtype)
+    return _cast_columns(x, x, _column_amax(x, x), dtype)
 
 
 def cast_rows_and_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `titan_fp8.kernels.float8.cast_rows_and_columns`. Two reads of x: one for amax, one for both codes."""
-    tokens, features = x.shape
-    amaxes = torch.zeros(tokens + features, dtype=torch.int32, device=x.device).split((tokens, features))
-    _group_amax(x, None, amaxes, dtype, rows=True)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
-    scale_t = torch.empty(features, 1, dtype=torch.float32, device=x.device)
-    codes, codes_t = _cast_tiles(x, None, amaxes, (scale, scale_t), dtype, True, True, per_tensor=False)
-    assert codes is not None
-    assert codes_t is not None
-    return codes, scale, codes_t, scale_t
+    """See `titan_fp8.kernels.float8.cast_rows_and_columns`. Two reads of x: by rows, which finds the amax of columns,
+    and by columns."""
+    features = x.shape[1]
+    if features <= ROW_BLOCK_MAX:
+        column_amax = zeros(x, features)
+        by_rows = _cast_rows(x, column_amax, dtype)
+    else:
+        column_amax = _column_amax(x, x)
+        by_rows = _cast_rows(x, None, dtype)
+    return *by_rows, *_cast_columns(x, x, column_amax, dtype)
 
 
 def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.columns_from_rows`."""
-    return _cast_columns(codes.view(torch.uint8), scale, codes.dtype)
+    return _cast_columns(codes, scale, _column_amax(codes, scale), codes.dtype)
 
 
-def _cast_columns(x: Tensor, code_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    column_amax = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
-    scale_t = torch.empty(x.shape[1], 1, dtype=torch.float32, device=x.device)
-    _group_amax(x, code_scale, (column_amax, column_amax), dtype, rows=False)
-    _, codes_t = _cast_tiles(
-        x, code_scale, (column_amax, column_amax), (scale_t, scale_t), dtype, False, True, per_tensor=False
-    )
-    assert codes_t is not None
+def _cast_rows(x: Tensor, column_amax: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales by rows; the zeroed `column_amax` is filled on the way."""
+    shape, device = x.shape, x.device
+    tokens, features = shape
+    codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
+    walk = None
+    if column_amax is not None:
+        walk = SHORT_ROW_WALK if min(next_power_of_2(features), ROW_BLOCK_MAX) < ROW_VALUES else LONG_ROW_WALK
+    blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP
+    tensors = x, codes, scale, scale if column_amax is None else column_amax
+    _launch_rows(tensors, shape, x.stride(), (x.dtype, dtype), walk, blocks)
+    return codes, scale
+
+
+def _column_amax(x: Tensor, code_scale: Tensor) -> Tensor:
+    """Integer maxima of |x| of each column; for codes, of those times `code_scale`, otherwise that is x again."""
+    amax = zeros(x, x.shape[1])
+    blocks = COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS
+    _launch_column_amax((x, code_scale, amax), x.shape, x.stride(), (x.dtype, code_scale.dtype), blocks)
+    return amax
+
+
+def _cast_columns(x: Tensor, code_scale: Tensor, column_amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales by columns, of x or, as in `_column_amax`, of what codes stand for."""
+    shape, device = x.shape, x.device
+    tokens, features = shape
+    codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device)
+    scale_t = torch.empty(features, 1, dtype=torch.float32, device=device)
+    dtypes = x.dtype, code_scale.dtype, torch.int32, dtype
+    tensors = x, code_scale, column_amax, codes_t, codes_t, scale_t
+    _launch_tiles(tensors, shape, x.stride(), dtypes, False, True, False, COLUMNS_TILE)
     return codes_t, scale_t
-
-
-def _group_amax(
-    x: Tensor, code_scale: Tensor | None, amaxes: tuple[Tensor, ...], dtype: torch.dtype, *, rows: bool
-) -> None:
-    """Fill the zeroed `amaxes`: of rows (if `rows`) and of columns."""
-    tokens, features = x.shape
-    blocks_t = cdiv(tokens, GROUP_AMAX_BLOCK_T * GROUP_AMAX_STEPS)
-    fast(_group_amax_kernel)[(blocks_t * cdiv(features, GROUP_AMAX_BLOCK_K),)](
-        x, x if code_scale is None else code_scale, *amaxes, tokens, features, *x.stride(),
-        ROWS=rows, FROM_CODES=code_scale is not None, E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device),
-        BLOCK_T=GROUP_AMAX_BLOCK_T, BLOCK_K=GROUP_AMAX_BLOCK_K, STEPS=GROUP_AMAX_STEPS,
-        num_warps=GROUP_AMAX_WARPS,
-    )  # fmt: skip
-
-
-def _cast_tiles(
-    x: Tensor,
-    code_scale: Tensor | None,
-    amaxes: tuple[Tensor, ...],
-    scales: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    rows: bool,
-    columns: bool,
-    *,
-    per_tensor: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Codes in the layouts asked for; `scales` is filled."""
-    tokens, features = x.shape
-    padded_tokens = padded(tokens)
-    codes = new_codes(tokens, features, device=x.device) if rows else None
-    codes_t = new_codes(features, padded_tokens, device=x.device) if columns else None
-    # A pointer that a variant of the kernel never follows still has to be one.
-    unused = codes if codes is not None else codes_t
-    tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
-    fast(_cast_tiles_kernel)[(cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features),)](
-        x, x if code_scale is None else code_scale, *amaxes,
-        unused if codes is None else codes, unused if codes_t is None else codes_t, *scales,
-        tokens, features, padded_tokens, *x.stride(),
-        ROWS=rows, COLUMNS=columns, PER_TENSOR=per_tensor, FROM_CODES=code_scale is not None,
-        E5M2=dtype == E5M2, EXACT_BITS=_exact_bits(x.device), SELECT_NAN=SELECT_NAN,
-        BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps,
-    )  # fmt: skip
-    return None if codes is None else codes.view(dtype), None if codes_t is None else codes_t.view(dtype)
 
 
 assert set(FP8_MAX) == {E4M3, E5M2}, "the kernels know two formats"

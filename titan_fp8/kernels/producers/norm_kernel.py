@@ -26,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titan_fp8.kernels.float8.kernel import Tile, _abs_bits, _on_device, _scales, _tile_of_program, _to_codes
+from titan_fp8.kernels.blockwise.reference import BLOCK as BLOCK_SIZE
+from titan_fp8.kernels.float8.bits import Tile, _abs_bits, _quads_of_tile, _scales, _tile_of_program, _to_codes
+from titan_fp8.kernels.launch import cdiv, fast, next_power_of_2
 from titan_fp8.kernels.producers import reference, tiles
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
 from titan_fp8.kernels.producers.tiles import _rounded, _store_codes
@@ -34,13 +36,13 @@ from titan_fp8.kernels.producers.tiles import _rounded, _store_codes
 # Static block sizes: a search at the first step could choose differently on different ranks.
 ROW_BLOCK_MAX = 16384
 """The longest row that a program holds."""
-ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 512
+ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
 """Short rows are normed several at a time, up to so many values in a program; and the values of a warp."""
-AMAX_PROGRAMS, AMAX_STAGES = 528, 2
+AMAX_PROGRAMS, AMAX_STAGES = 528, 3
 """A kernel that also finds amax walks down the rows with so many programs, to combine them before it takes atomics;
-and the rows it loads ahead."""
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(128, 64, 8, 1), Tile(64, 128, 8, 4), Tile(64, 128, 8, 4)
-BLOCK_TILE = Tile(128, 64, 8, 1)
+and the rows it has on their way at a time."""
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 8, 1), Tile(128, 128, 8, 4, 128), Tile(64, 128, 8, 4)
+BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4, 128)
 """Tiles of the second pass by the layouts it writes; of blocks, it writes columns."""
 
 
@@ -49,7 +51,7 @@ def _norm_rows_kernel(
     x_ptr, branch_ptr, weight_ptr, sum_ptr, rstd_ptr, output_ptr, rows_ptr, scale_ptr, amax_ptr,
     tokens, features, rows_per_program, stride_x, stride_branch, eps,
     ADD: tl.constexpr, EMIT: tl.constexpr, GRANULARITY: tl.constexpr, AMAX: tl.constexpr,
-    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr,
+    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Norm of `rows_per_program` rows, BLOCK_T at a time.
@@ -79,11 +81,11 @@ def _norm_rows_kernel(
             tl.store(output_ptr + t[:, None] * features + k[None, :], output.to(dtype), mask=mask)
         bits = _abs_bits(output)
         if AMAX:
-            largest = tl.maximum(largest, tl.where(mask, bits, 0))
+            largest = tl.maximum(largest, bits)
         if GRANULARITY == "row":
             inv_scale, scale = _scales(tl.max(bits, axis=1), E5M2, True)
             tl.store(scale_ptr + t, scale, mask=mask_t)
-            codes = _to_codes(output * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
+            codes = _to_codes(output * inv_scale[:, None], E5M2, EXACT_BITS)
             tl.store(rows_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
         if GRANULARITY == "block":
             blocks: tl.constexpr = BLOCK_K // 128
@@ -92,42 +94,49 @@ def _norm_rows_kernel(
             mask_block = mask_t[:, None] & (block * 128 < features)[None, :]
             tl.store(scale_ptr + block[None, :] * tokens + t[:, None], scale, mask=mask_block)
             scaled = tl.reshape(output, [BLOCK_T, blocks, 128]) * inv_scale[:, :, None]
-            codes = _to_codes(tl.reshape(scaled, [BLOCK_T, BLOCK_K]), E5M2, EXACT_BITS, SELECT_NAN)
+            codes = _to_codes(tl.reshape(scaled, [BLOCK_T, BLOCK_K]), E5M2, EXACT_BITS)
             tl.store(rows_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
     if AMAX:
         of_columns = tl.max(largest, axis=0)
         if GRANULARITY == "tensor":
-            tl.atomic_max(amax_ptr, tl.max(of_columns, axis=0))
+            tl.atomic_max(amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
         else:
-            tl.atomic_max(amax_ptr + k, of_columns, mask=k < features)
+            tl.atomic_max(amax_ptr + k, of_columns, mask=k < features, sem="relaxed")
+
+
+@triton.jit
+def _normed(x_ptr, rstd_ptr, weight, t, k, tokens, features, stride_x, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """The norm of rows t, whose rstd is known, rounded to dtype; zero outside."""
+    mask = (t < tokens)[:, None] & (k < features)[None, :]
+    value = tl.load(x_ptr + t[:, None] * stride_x + k[None, :], mask=mask, other=0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+    return _rounded((value * rstd[:, None]) * weight[None, :], dtype, EXACT_BITS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_tiles_kernel(
     x_ptr, rstd_ptr, weight_ptr, row_amax_ptr, column_amax_ptr,
-    output_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+    rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     tokens, features, padded_tokens, stride_x,
-    GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
-    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr,
+    GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile of the norm of x, whose rstd is known."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid_t, pid_k = _tile_of_program(tl.program_id(0), tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
-    t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (t < tokens)[:, None] & (k < features)[None, :]
-    value = tl.load(x_ptr + t[:, None] * stride_x + k[None, :], mask=mask, other=0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+    quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
+    t = 4 * quad
     weight = _rounded(tl.load(weight_ptr + k, mask=k < features, other=0).to(tl.float32), dtype, EXACT_BITS)
-    output = _rounded((value * rstd[:, None]) * weight[None, :], dtype, EXACT_BITS)
-    output = tl.where(mask, output, 0.0)  # a NaN of the weight must not reach the padding
-    if EMIT:
-        tl.store(output_ptr + t[:, None] * features + k[None, :], output.to(dtype), mask=mask)
+    # All loads come before any store: pointers may alias, so the compiler keeps their order.
+    a = _normed(x_ptr, rstd_ptr, weight, t, k, tokens, features, stride_x, dtype, EXACT_BITS)
+    b = _normed(x_ptr, rstd_ptr, weight, t + 1, k, tokens, features, stride_x, dtype, EXACT_BITS)
+    c = _normed(x_ptr, rstd_ptr, weight, t + 2, k, tokens, features, stride_x, dtype, EXACT_BITS)
+    d = _normed(x_ptr, rstd_ptr, weight, t + 3, k, tokens, features, stride_x, dtype, EXACT_BITS)
     _store_codes(
-        output, pid_t, pid_k, tokens, features, padded_tokens,
+        a, b, c, d, pid_t, pid_k, tokens, features, padded_tokens,
         row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
-        GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, SELECT_NAN, BLOCK_T, BLOCK_K,
+        GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
 
@@ -144,10 +153,9 @@ def rms_norm(
     amax = rstd
     if needs_amax:
         (amax,) = tiles.new_amaxes(1 if cast.granularity == TENSOR else x.shape[1], device=x.device)
-    with _on_device(x):
-        _launch_rows(x, branch, weight, eps, (total, rstd, amax), forms, needs_amax=needs_amax)
-        if cast.granularity == TENSOR or cast.columns:
-            _launch_tiles(x if total is None else total, weight, rstd, amax, forms)
+    _launch_rows(x, branch, weight, eps, (total, rstd, amax), forms, needs_amax=needs_amax)
+    if cast.granularity == TENSOR or cast.columns:
+        _launch_tiles(x if total is None else total, weight, rstd, amax, forms)
     return total, rstd, forms.result()
 
 
@@ -167,12 +175,12 @@ def _launch_rows(
     cast = forms.cast
     output, rows, scale, *_ = forms.pointers(rstd)
     # Block sizes must not depend on what is asked for: rstd would be summed in another order.
-    block_k = max(triton.next_power_of_2(features), 128)
+    block_k = max(next_power_of_2(features), 128)
     block_t = max(1, ROW_VALUES // block_k)
     rows_per_program = block_t
     if needs_amax:
-        rows_per_program *= triton.cdiv(tokens, AMAX_PROGRAMS * block_t)
-    _norm_rows_kernel[(triton.cdiv(tokens, rows_per_program),)](
+        rows_per_program *= cdiv(tokens, AMAX_PROGRAMS * block_t)
+    fast(_norm_rows_kernel)[(cdiv(tokens, rows_per_program),)](
         x, x if branch is None else branch, weight, x if total is None else total, rstd, output, rows, scale, amax,
         tokens, features, rows_per_program, x.stride(0), 0 if branch is None else branch.stride(0), eps,
         ADD=branch is not None, EMIT=cast.emit, GRANULARITY=cast.granularity, AMAX=needs_amax,
@@ -189,11 +197,12 @@ def _launch_tiles(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor, forms: 
     rows = cast.rows and cast.granularity == TENSOR
     both_or_rows = BOTH_TILE if cast.columns else ROWS_TILE
     tile = both_or_rows if rows else BLOCK_TILE if cast.granularity == BLOCK else COLUMNS_TILE
-    constants: dict[str, Any] = tiles.flags(cast, x.device) | {"ROWS": rows, "EMIT": False}
-    grid = (triton.cdiv(forms.padded_tokens, tile.tokens) * triton.cdiv(features, tile.features),)
-    _norm_tiles_kernel[grid](
-        x, rstd, weight, amax, amax, *forms.pointers(rstd), tokens, features, forms.padded_tokens, x.stride(0),
-        BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps, **constants, **tiles.LAUNCH,
+    constants: dict[str, Any] = tiles.flags(cast, x.device) | {"ROWS": rows}
+    grid = (cdiv(forms.padded_tokens, tile.tokens) * cdiv(features, tile.features),)
+    fast(_norm_tiles_kernel)[grid](
+        x, rstd, weight, amax, amax, *forms.pointers(rstd)[1:], tokens, features, forms.padded_tokens, x.stride(0),
+        BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps, maxnreg=tile.registers,
+        **constants, **tiles.LAUNCH,
     )  # fmt: skip
 
 

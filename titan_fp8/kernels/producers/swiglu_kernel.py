@@ -23,34 +23,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titan_fp8.kernels.float8.kernel import (
+from titan_fp8.kernels.blockwise.reference import BLOCK as BLOCK_SIZE
+from titan_fp8.kernels.float8.bits import (
     Tile,
     _abs_bits,
-    _exact_bits,
-    _on_device,
+    _quads_of_tile,
     _scales,
     _tile_of_program,
     _to_codes,
+    exact_bits,
 )
+from titan_fp8.kernels.launch import cdiv, fast, next_power_of_2
 from titan_fp8.kernels.producers import tiles
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
 from titan_fp8.kernels.producers.tiles import _rounded, _store_codes
 
 
 class Amax(NamedTuple):
-    """Blocks of the amax kernel: it walks `steps` tiles down the tokens."""
+    """Blocks of the amax kernel: it walks `steps` tiles down the tokens, `stages` of them on their way at a time."""
 
     tokens: int
     features: int
     steps: int
     warps: int
+    stages: int = 1
 
 
 # Static block sizes: a search at the first step could choose differently on different ranks.
-FORWARD_AMAX, BACKWARD_AMAX = Amax(16, 256, 16, 4), Amax(16, 256, 16, 8)
-FORWARD_ROWS_TILE, FORWARD_TILE = Tile(128, 64, 8, 1), Tile(64, 128, 8, 4)
+FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(16, 128, 16, 4, 2)
+FORWARD_ROWS_TILE, FORWARD_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
 BACKWARD_TILE = Tile(64, 128, 8, 4)
-FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(128, 128, 16, 2), Tile(128, 128, 8, 2)
+FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4), Tile(BLOCK_SIZE, BLOCK_SIZE, 16, 4)
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is computed twice."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
@@ -58,17 +61,32 @@ ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
 
 
 @triton.jit
-def _output(gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """`silu(gate) * up` of fp32 tiles, rounded to dtype."""
-    return _rounded(gate / (1.0 + tl.exp(-gate)) * up, dtype, EXACT_BITS)
+def _sigmoid(x, EXACT_BITS: tl.constexpr):
+    """`1 / (1 + exp(-x))` in fp32, within a few units in the last place for any |x| < 88."""
+    if EXACT_BITS:
+        value = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # An exponential that underflows adds nothing to 1, so it may be flushed to zero; the reciprocal may not be.
+        value = tl.inline_asm_elementwise(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
+            " rcp.approx.f32 $0, e; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return value
 
 
 @triton.jit
-def _gradient(grad, gate, up, OF_GATE: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """The gradient of gate, or of up, of fp32 tiles, rounded to dtype."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    slope = up * (sigmoid * (1.0 + gate * (1.0 - sigmoid))) if OF_GATE else gate * sigmoid
-    return _rounded(grad * slope, dtype, EXACT_BITS)
+def _output(gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """`silu(gate) * up` of fp32 tiles, rounded to dtype."""
+    return _rounded(gate * _sigmoid(gate, EXACT_BITS) * up, dtype, EXACT_BITS)
+
+
+@triton.jit
+def _gradients(grad, gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """`(grad_gate, grad_up)` of fp32 tiles, rounded to dtype."""
+    sigmoid = _sigmoid(gate, EXACT_BITS)
+    grad_gate = grad * (up * (sigmoid * (1.0 + gate * (1.0 - sigmoid))))
+    return _rounded(grad_gate, dtype, EXACT_BITS), _rounded(grad * (gate * sigmoid), dtype, EXACT_BITS)
 
 
 @triton.jit
@@ -81,7 +99,7 @@ def _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS: tl.constexpr
     """The larger of `largest` and |value| as bits; with ROWS, each row's maximum goes to row_amax_ptr."""
     bits = _abs_bits(value)
     if ROWS:
-        tl.atomic_max(row_amax_ptr + t, tl.max(bits, axis=1), mask=t < tokens)
+        tl.atomic_max(row_amax_ptr + t, tl.max(bits, axis=1), mask=t < tokens, sem="relaxed")
     return tl.maximum(largest, bits)
 
 
@@ -89,9 +107,9 @@ def _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS: tl.constexpr
 def _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR: tl.constexpr, COLUMNS: tl.constexpr):
     of_columns = tl.max(largest, axis=0)
     if TENSOR:
-        tl.atomic_max(row_amax_ptr, tl.max(of_columns, axis=0))
+        tl.atomic_max(row_amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
     elif COLUMNS:
-        tl.atomic_max(column_amax_ptr + k, of_columns, mask=k < features)
+        tl.atomic_max(column_amax_ptr + k, of_columns, mask=k < features, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -99,7 +117,7 @@ def _swiglu_amax_kernel(
     grad_ptr, gate_ptr, up_ptr, row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr,
     tokens, features, stride_grad, stride_gate, stride_up,
     BACKWARD: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT_BITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Integer maxima of the output, or of grad_gate and grad_up, into zeroed int32: TENSOR: of everything, at
     row_amax_ptr; ROWS: of each row; COLUMNS: of each column."""
@@ -110,14 +128,13 @@ def _swiglu_amax_kernel(
     first = (pid // blocks_k).to(tl.int64) * (BLOCK_T * STEPS)
     largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
     up_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (t < tokens)[:, None] & (k < features)[None, :]
         gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
         if BACKWARD:
             grad = _load(grad_ptr, t, k, stride_grad, mask)
-            value = _gradient(grad, gate, up, True, dtype, EXACT_BITS)
-            up_value = _gradient(grad, gate, up, False, dtype, EXACT_BITS)
+            value, up_value = _gradients(grad, gate, up, dtype, EXACT_BITS)
             up_largest = _accumulate_amax(up_value, up_largest, up_row_amax_ptr, t, tokens, ROWS)
         else:
             value = _output(gate, up, dtype, EXACT_BITS)
@@ -125,6 +142,44 @@ def _swiglu_amax_kernel(
     _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR, COLUMNS)
     if BACKWARD:
         _store_amax(up_largest, up_row_amax_ptr, up_column_amax_ptr, k, features, TENSOR, COLUMNS)
+
+
+@triton.jit
+def _inputs(
+    grad_ptr, gate_ptr, up_ptr, t, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD: tl.constexpr
+):  # fmt: skip
+    """`(grad, gate, up)` at rows t, as they are stored, zero outside; without BACKWARD, gate stands for grad."""
+    mask = (t < tokens)[:, None] & (k < features)[None, :]
+    gate = tl.load(gate_ptr + t[:, None] * stride_gate + k[None, :], mask=mask, other=0)
+    up = tl.load(up_ptr + t[:, None] * stride_up + k[None, :], mask=mask, other=0)
+    grad = gate
+    if BACKWARD:
+        grad = tl.load(grad_ptr + t[:, None] * stride_grad + k[None, :], mask=mask, other=0)
+    return grad, gate, up
+
+
+@triton.jit
+def _values(grad, gate, up, BACKWARD: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """The output twice, or `(grad_gate, grad_up)`: fp32, rounded."""
+    grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+    if BACKWARD:
+        value, up_value = _gradients(grad, gate, up, dtype, EXACT_BITS)
+    else:
+        value = _output(gate, up, dtype, EXACT_BITS)
+        up_value = value
+    return value, up_value
+
+
+@triton.jit
+def _emit(output_ptr, a, b, c, d, quad, k, tokens, features, dtype: tl.constexpr):
+    """Store a tile in the activations' dtype, given as the four rows of each quad."""
+    t = 4 * quad
+    at = output_ptr + t[:, None] * features + k[None, :]
+    mask_k = (k < features)[None, :]
+    tl.store(at, a.to(dtype), mask=(t < tokens)[:, None] & mask_k)
+    tl.store(at + features, b.to(dtype), mask=(t + 1 < tokens)[:, None] & mask_k)
+    tl.store(at + 2 * features, c.to(dtype), mask=(t + 2 < tokens)[:, None] & mask_k)
+    tl.store(at + 3 * features, d.to(dtype), mask=(t + 3 < tokens)[:, None] & mask_k)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -135,38 +190,45 @@ def _swiglu_tiles_kernel(
     up_column_scale_ptr,
     tokens, features, padded_tokens, stride_grad, stride_gate, stride_up,
     BACKWARD: tl.constexpr, GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
-    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr, SELECT_NAN: tl.constexpr,
+    E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile of the output, or of grad_gate and grad_up (the pointers that begin with `up_`)."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     pid_t, pid_k = _tile_of_program(tl.program_id(0), tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
-    t = pid_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (t < tokens)[:, None] & (k < features)[None, :]
-    offsets = t[:, None] * features + k[None, :]
-    gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
-    if BACKWARD:
-        grad = _load(grad_ptr, t, k, stride_grad, mask)
-        output = _gradient(grad, gate, up, True, dtype, EXACT_BITS)
-        # Kept in few registers, the inputs in none, while the first output is cast.
-        up_output = _gradient(grad, gate, up, False, dtype, EXACT_BITS).to(dtype)
-    else:
-        output = _output(gate, up, dtype, EXACT_BITS)
+    quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
+    t = 4 * quad
+    # All loads come before any store: pointers may alias, so the compiler keeps their order.
+    a_grad, a_gate, a_up = _inputs(
+        grad_ptr, gate_ptr, up_ptr, t, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD
+    )
+    b_grad, b_gate, b_up = _inputs(
+        grad_ptr, gate_ptr, up_ptr, t + 1, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD
+    )
+    c_grad, c_gate, c_up = _inputs(
+        grad_ptr, gate_ptr, up_ptr, t + 2, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD
+    )
+    d_grad, d_gate, d_up = _inputs(
+        grad_ptr, gate_ptr, up_ptr, t + 3, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD
+    )
+    a, a_up = _values(a_grad, a_gate, a_up, BACKWARD, dtype, EXACT_BITS)
+    b, b_up = _values(b_grad, b_gate, b_up, BACKWARD, dtype, EXACT_BITS)
+    c, c_up = _values(c_grad, c_gate, c_up, BACKWARD, dtype, EXACT_BITS)
+    d, d_up = _values(d_grad, d_gate, d_up, BACKWARD, dtype, EXACT_BITS)
     if EMIT:
-        tl.store(output_ptr + offsets, output.to(dtype), mask=mask)
+        _emit(output_ptr, a, b, c, d, quad, k, tokens, features, dtype)
     _store_codes(
-        output, pid_t, pid_k, tokens, features, padded_tokens,
+        a, b, c, d, pid_t, pid_k, tokens, features, padded_tokens,
         row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
-        GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, SELECT_NAN, BLOCK_T, BLOCK_K,
+        GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T, BLOCK_K,
     )  # fmt: skip
     if BACKWARD:
         if EMIT:
-            tl.store(up_output_ptr + offsets, up_output, mask=mask)
+            _emit(up_output_ptr, a_up, b_up, c_up, d_up, quad, k, tokens, features, dtype)
         _store_codes(
-            up_output.to(tl.float32), pid_t, pid_k, tokens, features, padded_tokens,
+            a_up, b_up, c_up, d_up, pid_t, pid_k, tokens, features, padded_tokens,
             up_row_amax_ptr, up_column_amax_ptr, up_rows_ptr, up_row_scale_ptr, up_columns_ptr, up_column_scale_ptr,
-            GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, SELECT_NAN, BLOCK_T, BLOCK_K,
+            GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
 
 
@@ -174,7 +236,7 @@ def _swiglu_tiles_kernel(
 def _swiglu_rows_kernel(
     gate_ptr, up_ptr, output_ptr, codes_ptr, scale_ptr, tokens, features, stride_gate, stride_up,
     EMIT: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
-    SELECT_NAN: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rowwise codes and scales of BLOCK_T whole rows. ONE_BLOCK: a row fits one block and is computed once."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
@@ -198,35 +260,33 @@ def _swiglu_rows_kernel(
             output = _output(gate, up, dtype, EXACT_BITS)
         if EMIT:
             tl.store(output_ptr + t[:, None] * features + k[None, :], output.to(dtype), mask=mask)
-        codes = _to_codes(output * inv_scale[:, None], E5M2, EXACT_BITS, SELECT_NAN)
+        codes = _to_codes(output * inv_scale[:, None], E5M2, EXACT_BITS)
         tl.store(codes_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
 
 
 def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
     """See `titan_fp8.kernels.producers.swiglu`. Tensors have contiguous rows."""
     forms = tiles.new_forms(gate, cast)
-    with _on_device(gate):
-        if cast.granularity == ROW and cast.rows and not cast.columns:
-            _launch_rows(gate, up, forms)
-        else:
-            _launch_tiles(None, gate, up, [forms])
+    if cast.granularity == ROW and cast.rows and not cast.columns:
+        _launch_rows(gate, up, forms)
+    else:
+        _launch_tiles(None, gate, up, [forms])
     return forms.result()
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
     """See `titan_fp8.kernels.producers.swiglu_backward`. Tensors have contiguous rows."""
     forms = [tiles.new_forms(gate, cast) for _ in range(2)]
-    with _on_device(gate):
-        _launch_tiles(grad, gate, up, forms)
+    _launch_tiles(grad, gate, up, forms)
     return forms[0].result(), forms[1].result()
 
 
 def _launch_rows(gate: Tensor, up: Tensor, forms: tiles.Forms) -> None:
     tokens, features = gate.shape
-    block_k = min(triton.next_power_of_2(features), ROW_BLOCK_MAX)
+    block_k = min(next_power_of_2(features), ROW_BLOCK_MAX)
     block_t = max(1, ROW_VALUES // block_k)
     output, codes, scale, *_ = forms.pointers(gate)
-    _swiglu_rows_kernel[(triton.cdiv(tokens, block_t),)](
+    fast(_swiglu_rows_kernel)[(cdiv(tokens, block_t),)](
         gate, up, output, codes, scale, tokens, features, gate.stride(0), up.stride(0),
         EMIT=forms.cast.emit, ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
         num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
@@ -250,10 +310,10 @@ def _launch_tiles(grad: Tensor | None, gate: Tensor, up: Tensor, forms: list[til
         for pointer in (*amaxes[2 * number : 2 * number + 2], *forms[number if is_backward else 0].pointers(gate))
     ]
     tile = _tile(cast, is_backward=is_backward)
-    _swiglu_tiles_kernel[(triton.cdiv(padded_tokens, tile.tokens) * triton.cdiv(features, tile.features),)](
+    fast(_swiglu_tiles_kernel)[(cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features),)](
         *inputs, *pointers, tokens, features, padded_tokens, *strides,
-        BACKWARD=is_backward, BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps,
-        **tiles.flags(cast, gate.device), **tiles.LAUNCH,
+        BACKWARD=is_backward, EMIT=cast.emit, BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band,
+        num_warps=tile.warps, maxnreg=tile.registers, **tiles.flags(cast, gate.device), **tiles.LAUNCH,
     )  # fmt: skip
 
 
@@ -273,11 +333,11 @@ def _amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: b
     amaxes = tiles.new_amaxes(*sizes, device=inputs[1].device)
     amaxes *= 1 if is_backward else 2
     block = BACKWARD_AMAX if is_backward else FORWARD_AMAX
-    blocks_t = triton.cdiv(tokens, block.tokens * block.steps)
-    _swiglu_amax_kernel[(blocks_t * triton.cdiv(features, block.features),)](
+    blocks_t = cdiv(tokens, block.tokens * block.steps)
+    fast(_swiglu_amax_kernel)[(blocks_t * cdiv(features, block.features),)](
         *inputs, *amaxes, tokens, features, *[each.stride(0) for each in inputs],
         BACKWARD=is_backward, TENSOR=is_tensor, ROWS=cast.rows and not is_tensor,
         COLUMNS=cast.columns and not is_tensor, BLOCK_T=block.tokens, BLOCK_K=block.features, STEPS=block.steps,
-        EXACT_BITS=_exact_bits(inputs[1].device), num_warps=block.warps, **tiles.LAUNCH,
+        STAGES=block.stages, EXACT_BITS=exact_bits(inputs[1].device), num_warps=block.warps, **tiles.LAUNCH,
     )  # fmt: skip
     return amaxes
