@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated rows: " + ", ".join(ROWS))
     parser.add_argument("--long-steps", type=int, default=300, help=f"steps of {' and '.join(LONG_ROWS)}")
     parser.add_argument("--short-steps", type=int, default=30, help="steps of the other rows")
+    parser.add_argument("--full-recomputation", action="store_true", help="of blocks, where memory is short")
     parser.add_argument("--config", type=Path, default=REPO / "train_configs" / "llama3_8b.toml")
     parser.add_argument("overrides", nargs="*", help="further trainer options for every row, after `--`")
     return parser.parse_args()
@@ -49,12 +50,13 @@ def command_of(row: str, args: argparse.Namespace, steps: int, folder: Path) -> 
     """The trainer's options of one row."""
     layers = [] if args.gpus > 1 else ["--model.overrides.n_layers", "8"]
     batch = "1" if args.gpus > 1 else "2"
+    by_operation = ["selective", "--activation_checkpoint.selective_ac_option", "op"]
     return [
         "./run_train.sh",
         *("--job.dump_folder", str(folder)),
         *("--training.dataset", "tokens", "--training.dataset_path", str(args.data)),
         *("--training.steps", str(steps), "--training.local_batch_size", batch, "--training.seq_len", "8192"),
-        *("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"),
+        *("--activation_checkpoint.mode", *(["full"] if args.full_recomputation else by_operation)),
         *("--metrics.log_freq", "5", "--debug.seed", "0"),
         *layers,
         *ROWS[row],
