@@ -89,7 +89,9 @@ def apply_activation_checkpointing(
     every = 1
     if _is_per_op(section):
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
-    elif section.mode == "selective":
+    elif compiles(compile_config, "model") and not section.debug:
+        options["context_fn"] = _recompute_all
+    if section.mode == "selective" and not _is_per_op(section):
         every = int(section.selective_ac_option)
     for number, block in enumerate(model.layers.values(), start=1):
         if number % every == 0:
@@ -127,6 +129,15 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
         return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     return checkpointed_forward
+
+
+def _recompute_all() -> tuple[Any, Any]:
+    """The pair of contexts that keeps nothing, for the compiler.
+
+    That is what checkpointing does without contexts; but then the compiler of PyTorch 2.11 takes the operators inside an
+    autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results.
+    """
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def _per_op_contexts(recomputed_shapes: frozenset[Shape]) -> tuple[Any, Any]:

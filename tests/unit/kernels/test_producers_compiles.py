@@ -44,7 +44,8 @@ def compile_ptx(function: Any, arguments: list[str], num_warps: int, **constants
 
 
 def assert_wide_and_exact(ptx: str, *, writes_codes: bool = True) -> None:
-    assert "ld.global.v4.b32" in ptx
+    # Loaded ahead, 16 bytes go to shared memory at a time, otherwise to registers.
+    assert "ld.global.v4.b32" in ptx or re.search(r"cp\.async\.c[ag]\.shared\.global \[.*\], \[.*\], 0x10", ptx)
     assert "fma.rn.f32" not in ptx, "two passes may compute an output differently"
     assert "acq_rel" not in ptx
     if writes_codes:

@@ -69,6 +69,38 @@ def test_all_blocks_share_one_graph(recipe: str | None, mode: str, graphs: list,
         assert torch.equal(grads[name], grad), name
 
 
+def _saved_bytes(model: Decoder) -> int:
+    """Of the tensors that autograd holds between the passes, the parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (pointer := tensor.untyped_storage().data_ptr()) not in own:
+            saved[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randint(67, (2, 16)))
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+def test_full_recomputation_keeps_the_inputs_of_compiled_blocks_alone(recipe: str | None, tiny_decoder: Build) -> None:
+    """The more blocks, the more is saved: per block, one tensor `[T, dim]` and what attention's random state takes."""
+    saved = []
+    for n_layers in (2, 6):
+        torch._dynamo.reset()
+        model = tiny_decoder(n_layers, recipe)
+        section = ActivationCheckpointSection(mode="full")
+        compile_config = CompileSection(enable=True, backend="aot_eager_decomp_partition")
+        apply_activation_checkpointing(model, section, compile_config=compile_config)
+        apply_compile(model, compile_config)
+        saved.append(_saved_bytes(model))
+    block_input = 2 * 16 * 48 * 2
+    random_state, rotary = 5056, 2 * 16 * 8 * 4
+    assert (saved[1] - saved[0]) / 4 <= block_input + random_state + rotary
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_blocks_compiled_by_inductor_share_one_compilation(tiny_decoder: Build) -> None:
     torch._dynamo.reset()
