@@ -134,8 +134,8 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 def _recompute_all() -> tuple[Any, Any]:
     """The pair of contexts that keeps nothing, for the compiler.
 
-    That is what checkpointing does without contexts; but then the compiler of PyTorch 2.11 takes the operators inside an
-    autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results.
+    That is what checkpointing does without contexts; but then the compiler of PyTorch 2.11 takes the operators inside
+    an autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results.
     """
     return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
