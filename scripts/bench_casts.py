@@ -146,7 +146,7 @@ def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
         "tensor columns": (read + n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=False, columns=True)),
         "tensor both": (read + 2 * n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=True, columns=True)),
         "rows": (read + n, lambda: kernel.cast_rows(x, E4M3)),
-        "amax of columns": (read, lambda: kernel._column_amax(x, x)),
+        "amax of columns": (read, lambda: kernel._column_amax(x, x, None)),
         "rows and amax of columns": (read + n, lambda: kernel._cast_rows(x, column_amax, E4M3)),
     }
 

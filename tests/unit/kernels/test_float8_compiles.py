@@ -51,7 +51,7 @@ def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_w
 
 def compile_tiles(x: str, layouts: str, tile: Tile, capability: int = 90, **constants: Any) -> str:
     """PTX of the tile kernel."""
-    arguments = [x, "*fp32", "*i32", "*u8", "*u8", "*fp32", *TILE_SIZES]
+    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
     return compile_ptx(
         kernel._cast_tiles_kernel,
         arguments,
@@ -88,10 +88,13 @@ def test_strided_amax_compiles_with_64_bit_offsets() -> None:
     compile_ptx(kernel._amax_kernel, ["*fp16", "*i32", "i64", "i32", "i64", "i32"], DENSE=False, BLOCK=1024, STEPS=2)
 
 
-@pytest.mark.parametrize(("x", "from_codes"), [("*bf16", False), ("*u8", True)])
-def test_amax_of_columns_compiles_without_fences(x: str, from_codes: bool) -> None:
-    arguments = [x, "*fp32", "*i32", *SIZES]
-    ptx = compile_ptx(kernel._column_amax_kernel, arguments, FROM_CODES=from_codes, **E4M3_HARDWARE, **COLUMN_AMAX)
+@pytest.mark.parametrize(
+    ("x", "rows", "from_codes"), [("*bf16", False, False), ("*bf16", True, False), ("*u8", False, True)]
+)
+def test_amax_of_columns_compiles_without_fences(x: str, rows: bool, from_codes: bool) -> None:
+    arguments = [x, "*fp32", "*i32", "*i32", *SIZES]
+    flags = {"ROWS": rows, "FROM_CODES": from_codes, **E4M3_HARDWARE}
+    ptx = compile_ptx(kernel._column_amax_kernel, arguments, **flags, **COLUMN_AMAX)
     assert "ld.global.v4.b32" in ptx
     assert "acq_rel" not in ptx
 
@@ -125,6 +128,7 @@ def test_rowwise_cast_compiles_without_division_and_with_saturating_conversion(
         ("*fp32", "columns", True, False, E4M3_HARDWARE),
         ("*bf16", "rows columns", True, False, E5M2_HARDWARE),
         ("*bf16", "columns", False, False, E4M3_HARDWARE),
+        ("*bf16", "rows columns", False, False, E4M3_HARDWARE),
         ("*u8", "columns", False, True, E4M3_HARDWARE),
     ],
 )
@@ -159,8 +163,9 @@ def test_every_block_of_the_sweep_compiles_for_amax() -> None:
         compile_ptx(kernel._amax_kernel, ["*bf16", "*i32", "i32+", "i32+", "i32+", "1"], DENSE=True, **sizes)
     for values in (tuple(config.values()) for config in configurations()["amax of columns"]):
         sizes = dict(zip(("BLOCK_T", "BLOCK_K", "STEPS", "num_warps"), values, strict=True))
-        arguments = ["*bf16", "*fp32", "*i32", *SIZES]
-        compile_ptx(kernel._column_amax_kernel, arguments, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
+        arguments = ["*bf16", "*fp32", "*i32", "*i32", *SIZES]
+        for rows in (False, True):
+            compile_ptx(kernel._column_amax_kernel, arguments, ROWS=rows, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:

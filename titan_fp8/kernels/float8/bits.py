@@ -217,6 +217,32 @@ def _store_tensor_tile(
 
 
 @triton.jit
+def _store_row_codes(
+    value, amax_ptr, scale_ptr, codes_ptr, t, k, is_first, tokens, features,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Codes by rows t with the power-of-two scales that the amax of rows gives; `is_first` stores the scales too."""
+    mask_t = t < tokens
+    inv_scale, scale = _scales(tl.load(amax_ptr + t, mask=mask_t, other=0), E5M2, True)
+    tl.store(scale_ptr + t, scale, mask=mask_t & is_first)
+    codes = _to_codes(value * inv_scale[:, None], E5M2, EXACT_BITS)
+    tl.store(codes_ptr + t[:, None] * features + k[None, :], codes, mask=mask_t[:, None] & (k < features)[None, :])
+
+
+@triton.jit
+def _store_rows_tile(
+    a, b, c, d, amax_ptr, scale_ptr, codes_ptr, quad, k, is_first, tokens, features,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Codes by rows of a tile (fp32, as the four rows of each quad); see `_store_row_codes`."""
+    t = 4 * quad
+    _store_row_codes(a, amax_ptr, scale_ptr, codes_ptr, t, k, is_first, tokens, features, E5M2, EXACT_BITS)
+    _store_row_codes(b, amax_ptr, scale_ptr, codes_ptr, t + 1, k, is_first, tokens, features, E5M2, EXACT_BITS)
+    _store_row_codes(c, amax_ptr, scale_ptr, codes_ptr, t + 2, k, is_first, tokens, features, E5M2, EXACT_BITS)
+    _store_row_codes(d, amax_ptr, scale_ptr, codes_ptr, t + 3, k, is_first, tokens, features, E5M2, EXACT_BITS)
+
+
+@triton.jit
 def _store_columns_tile(
     a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
     E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,

@@ -4,13 +4,14 @@ A cast needs its group's amax first, so each layout costs a pass for amax and on
 whole group:
 
     _amax_kernel            one amax of a tensor
-    _column_amax_kernel     amax of every column
+    _column_amax_kernel     amax of every column, and of every row if asked
     _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows; if asked, the amax of
                             every column on the way
-    _cast_tiles_kernel      from known amax: codes with one scale in the input's layout, transposed, or both; or
-                            transposed codes with a scale a column
+    _cast_tiles_kernel      from known amax: codes in the input's layout, transposed, or both, with one scale, or with a
+                            scale a row and a scale a column
 
-So rowwise codes in both layouts take two reads, one with each of the last two. `bits.py` holds what numerics rest on.
+So rowwise codes in both layouts take two reads: one with each of the last two, or, where rows are too long for a
+program, with the second and the last. `bits.py` holds what numerics rest on.
 Codes are stored as bytes. Offsets are 64-bit. Every load and store is masked. T is not specialized on, so a new number
 of tokens never recompiles.
 
@@ -38,6 +39,7 @@ from titan_fp8.kernels.float8.bits import (
     _quads_of_tile,
     _scales,
     _store_columns_tile,
+    _store_rows_tile,
     _store_tensor_tile,
     _tile_of_program,
     _to_codes,
@@ -108,11 +110,11 @@ def _amax_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _column_amax_kernel(
-    x_ptr, code_scale_ptr, amax_ptr, tokens, features, stride_t, stride_k,
-    FROM_CODES: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
+    x_ptr, code_scale_ptr, row_amax_ptr, amax_ptr, tokens, features, stride_t, stride_k,
+    ROWS: tl.constexpr, FROM_CODES: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Integer maxima of |x| of each column into a zeroed int32 vector."""
+    """Integer maxima of |x| of each column, and with ROWS of each row, into zeroed int32 vectors."""
     blocks_k = tl.cdiv(features, BLOCK_K)
     pid = tl.program_id(0)
     k = (pid % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -121,7 +123,10 @@ def _column_amax_kernel(
     for step in range(STEPS):
         t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
         x = _load_tile(x_ptr, code_scale_ptr, t, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
-        largest = tl.maximum(largest, _abs_bits(x))
+        bits_of_x = _abs_bits(x)
+        largest = tl.maximum(largest, bits_of_x)
+        if ROWS:
+            tl.atomic_max(row_amax_ptr + t, tl.max(bits_of_x, axis=1), mask=t < tokens, sem="relaxed")
     tl.atomic_max(amax_ptr + k, tl.max(largest, axis=0), mask=k < features, sem="relaxed")
 
 
@@ -175,7 +180,7 @@ def _cast_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _cast_tiles_kernel(
-    x_ptr, code_scale_ptr, amax_ptr, rows_ptr, columns_ptr, scale_ptr,
+    x_ptr, code_scale_ptr, row_amax_ptr, amax_ptr, rows_ptr, columns_ptr, row_scale_ptr, scale_ptr,
     tokens, features, padded_tokens, stride_t, stride_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TENSOR: tl.constexpr, FROM_CODES: tl.constexpr,
     E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
@@ -183,8 +188,8 @@ def _cast_tiles_kernel(
 ):  # fmt: skip
     """Codes of one tile from known amax, in the layouts asked for.
 
-    PER_TENSOR: one amax and one scale for all; otherwise one a column, powers of two, and columns alone. BAND: see
-    `Tile`.
+    PER_TENSOR: one amax and one scale for all (at amax_ptr and scale_ptr); otherwise those of rows for the rows and
+    those of columns for the columns, powers of two. BAND: see `Tile`.
     """
     pid = tl.program_id(0)
     pid_t, pid_k = _tile_of_program(pid, tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
@@ -201,9 +206,15 @@ def _cast_tiles_kernel(
             ROWS, COLUMNS, E5M2, EXACT_BITS,
         )  # fmt: skip
     else:
-        _store_columns_tile(
-            a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens, E5M2, EXACT_BITS
-        )
+        if ROWS:
+            _store_rows_tile(
+                a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, tokens, features,
+                E5M2, EXACT_BITS,
+            )  # fmt: skip
+        if COLUMNS:
+            _store_columns_tile(
+                a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens, E5M2, EXACT_BITS
+            )
 
 
 # How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.
@@ -250,13 +261,15 @@ def _launch_column_amax(
     shape: torch.Size,
     strides: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
+    rows: bool,
     blocks: tuple[int, int, int, int],
 ) -> Plan:
     """dtypes: of x and of its scale, or of x again. blocks: `COLUMN_AMAX_BLOCK_T` and so on."""
     tokens, features = shape
     block_t, block_k, steps, warps = blocks
     constants: dict[str, Any] = {
-        "FROM_CODES": dtypes[0] in FP8_MAX, "E5M2": dtypes[0] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "ROWS": rows, "FROM_CODES": dtypes[0] in FP8_MAX, "E5M2": dtypes[0] == E5M2,
+        "EXACT_BITS": bits.exact_bits(device),
         "BLOCK_T": block_t, "BLOCK_K": block_k, "STEPS": steps, "num_warps": warps,
     }  # fmt: skip
     return Plan(cdiv(tokens, block_t * steps) * cdiv(features, block_k), (tokens, features, *strides), constants)
@@ -305,7 +318,7 @@ def cast_tensor(
     # A pointer that a variant of the kernel never follows still has to be one.
     outputs = x if codes is None else codes, x if codes_t is None else codes_t
     dtypes = x.dtype, x.dtype, amax.dtype, dtype
-    _launch_tiles((x, x, amax, *outputs, scale), shape, x.stride(), dtypes, rows, columns, True, tile)
+    _launch_tiles((x, x, amax, amax, *outputs, scale, scale), shape, x.stride(), dtypes, rows, columns, True, tile)
     return codes, codes_t, scale
 
 
@@ -316,25 +329,24 @@ def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.cast_columns`."""
-    return _cast_columns(x, x, _column_amax(x, x), dtype)
+    return _cast_columns(x, x, _column_amax(x, x, None), dtype)
 
 
 def cast_rows_and_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.cast_rows_and_columns`. Two reads of x: by rows, which finds the amax of columns,
-    and by columns."""
-    features = x.shape[1]
-    if features <= ROW_BLOCK_MAX:
-        column_amax = zeros(x, features)
-        by_rows = _cast_rows(x, column_amax, dtype)
-    else:
-        column_amax = _column_amax(x, x)
-        by_rows = _cast_rows(x, None, dtype)
+    and by columns; or, where rows are longer than a program holds, for the amax of both and for the codes of both."""
+    tokens, features = x.shape
+    if features > ROW_BLOCK_MAX:
+        row_amax = torch.zeros(tokens, dtype=torch.int32, device=x.device)  # of ever new sizes, so from no pool
+        return _cast_both(x, row_amax, _column_amax(x, x, row_amax), dtype)
+    column_amax = zeros(x, features)
+    by_rows = _cast_rows(x, column_amax, dtype)
     return *by_rows, *_cast_columns(x, x, column_amax, dtype)
 
 
 def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.columns_from_rows`."""
-    return _cast_columns(codes, scale, _column_amax(codes, scale), codes.dtype)
+    return _cast_columns(codes, scale, _column_amax(codes, scale, None), codes.dtype)
 
 
 def _cast_rows(x: Tensor, column_amax: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -352,11 +364,13 @@ def _cast_rows(x: Tensor, column_amax: Tensor | None, dtype: torch.dtype) -> tup
     return codes, scale
 
 
-def _column_amax(x: Tensor, code_scale: Tensor) -> Tensor:
-    """Integer maxima of |x| of each column; for codes, of those times `code_scale`, otherwise that is x again."""
+def _column_amax(x: Tensor, code_scale: Tensor, row_amax: Tensor | None) -> Tensor:
+    """Integer maxima of |x| of each column; for codes, of those times `code_scale`, otherwise that is x again. The
+    zeroed `row_amax` is filled on the way."""
     amax = zeros(x, x.shape[1])
     blocks = COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS
-    _launch_column_amax((x, code_scale, amax), x.shape, x.stride(), (x.dtype, code_scale.dtype), blocks)
+    tensors = x, code_scale, amax if row_amax is None else row_amax, amax
+    _launch_column_amax(tensors, x.shape, x.stride(), (x.dtype, code_scale.dtype), row_amax is not None, blocks)
     return amax
 
 
@@ -367,9 +381,25 @@ def _cast_columns(x: Tensor, code_scale: Tensor, column_amax: Tensor, dtype: tor
     codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device)
     scale_t = torch.empty(features, 1, dtype=torch.float32, device=device)
     dtypes = x.dtype, code_scale.dtype, torch.int32, dtype
-    tensors = x, code_scale, column_amax, codes_t, codes_t, scale_t
+    tensors = x, code_scale, column_amax, column_amax, codes_t, codes_t, scale_t, scale_t
     _launch_tiles(tensors, shape, x.stride(), dtypes, False, True, False, COLUMNS_TILE)
     return codes_t, scale_t
+
+
+def _cast_both(
+    x: Tensor, row_amax: Tensor, column_amax: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales by rows and by columns, from one read of x."""
+    shape, device = x.shape, x.device
+    tokens, features = shape
+    codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
+    codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
+    scale_t = torch.empty(features, 1, dtype=torch.float32, device=device)
+    dtypes = x.dtype, x.dtype, torch.int32, dtype
+    tensors = x, x, row_amax, column_amax, codes, codes_t, scale, scale_t
+    _launch_tiles(tensors, shape, x.stride(), dtypes, True, True, False, BOTH_TILE)
+    return codes, scale, codes_t, scale_t
 
 
 assert set(FP8_MAX) == {E4M3, E5M2}, "the kernels know two formats"

@@ -25,13 +25,7 @@ from titan_fp8.kernels import blockwise, float8
 from titan_fp8.kernels.blockwise.kernel import _store_block_columns, _store_block_rows
 from titan_fp8.kernels.blockwise.reference import empty_scale
 from titan_fp8.kernels.float8 import E5M2, bits
-from titan_fp8.kernels.float8.bits import (
-    _quads_of_tile,
-    _scales,
-    _store_columns_tile,
-    _store_tensor_tile,
-    _to_codes,
-)
+from titan_fp8.kernels.float8.bits import _quads_of_tile, _store_columns_tile, _store_rows_tile, _store_tensor_tile
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
@@ -63,19 +57,6 @@ def _rounded(value, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_row_codes(
-    value, amax_ptr, scale_ptr, codes_ptr, t, k, is_first, tokens, features,
-    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
-):  # fmt: skip
-    """Codes by rows t with the power-of-two scales that the amax of rows gives; `is_first` stores the scales too."""
-    mask_t = t < tokens
-    inv_scale, scale = _scales(tl.load(amax_ptr + t, mask=mask_t, other=0), E5M2, True)
-    tl.store(scale_ptr + t, scale, mask=mask_t & is_first)
-    codes = _to_codes(value * inv_scale[:, None], E5M2, EXACT_BITS)
-    tl.store(codes_ptr + t[:, None] * features + k[None, :], codes, mask=mask_t[:, None] & (k < features)[None, :])
-
-
-@triton.jit
 def _store_codes(
     a, b, c, d, pid_t, pid_k, tokens, features, padded_tokens,
     row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
@@ -89,7 +70,6 @@ def _store_codes(
     columns is known. "block": it is the tile's own, which has 128 features for ROWS and 128 tokens for COLUMNS.
     """
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
-    t = 4 * quad
     if GRANULARITY == "tensor":
         _store_tensor_tile(
             a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
@@ -97,17 +77,10 @@ def _store_codes(
         )  # fmt: skip
     if GRANULARITY == "row":
         if ROWS:
-            first = pid_k == 0
-            _store_row_codes(a, row_amax_ptr, row_scale_ptr, rows_ptr, t, k, first, tokens, features, E5M2, EXACT_BITS)
-            _store_row_codes(
-                b, row_amax_ptr, row_scale_ptr, rows_ptr, t + 1, k, first, tokens, features, E5M2, EXACT_BITS
-            )
-            _store_row_codes(
-                c, row_amax_ptr, row_scale_ptr, rows_ptr, t + 2, k, first, tokens, features, E5M2, EXACT_BITS
-            )
-            _store_row_codes(
-                d, row_amax_ptr, row_scale_ptr, rows_ptr, t + 3, k, first, tokens, features, E5M2, EXACT_BITS
-            )
+            _store_rows_tile(
+                a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, tokens, features,
+                E5M2, EXACT_BITS,
+            )  # fmt: skip
         if COLUMNS:
             _store_columns_tile(
                 a, b, c, d, column_amax_ptr, column_scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
