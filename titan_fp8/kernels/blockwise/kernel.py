@@ -48,7 +48,7 @@ _BLOCK = tl.constexpr(BLOCK)
 
 
 # Static: a first-step search could choose differently on different ranks.
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, BLOCK, 4, 1), Tile(BLOCK, BLOCK, 4, 2), Tile(BLOCK, BLOCK, 4, 2)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, BLOCK, 4, 1), Tile(BLOCK, BLOCK, 4, 2), Tile(BLOCK, BLOCK, 8, 2, 128)
 """By the layouts that are written. All have the 128 features of a block; one that writes columns has 128 tokens too."""
 WEIGHT_WARPS = 8
 SCALE_BLOCK = 1024
@@ -74,18 +74,30 @@ def _load_rows(x_ptr, t, k, tokens, stride_t, stride_k):
 
 
 @triton.jit
-def _store_block_rows(
-    a, b, c, d, quad, k, block_k, tokens, features, rows_ptr, scale_ptr,
-    BLOCK_T: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
-):  # fmt: skip
-    """Scales and codes by rows of BLOCK_T rows of one block of features, given as the four rows of each quad."""
+def _row_amax(a, b, c, d, BLOCK_T: tl.constexpr):
+    """Amax bits of the rows of a tile of one block of features, given as the four rows of each quad: `[BLOCK_T]`, the
+    rows of a quad in the order a, c, b, d."""
     amax_ab = tl.join(tl.max(_abs_bits(a), axis=1), tl.max(_abs_bits(b), axis=1))
     amax_cd = tl.join(tl.max(_abs_bits(c), axis=1), tl.max(_abs_bits(d), axis=1))
-    # Joined, the rows of a quad lie as a, c, b, d.
-    amax = tl.reshape(tl.join(amax_ab, amax_cd), [BLOCK_T])
+    return tl.reshape(tl.join(amax_ab, amax_cd), [BLOCK_T])
+
+
+@triton.jit
+def _column_amax(a, b, c, d):
+    """Amax bits of the columns of a tile of one block of tokens, given as the four rows of each quad: `[128]`."""
+    largest = tl.maximum(tl.maximum(_abs_bits(a), _abs_bits(b)), tl.maximum(_abs_bits(c), _abs_bits(d)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _store_block_rows(
+    a, b, c, d, amax, quad, k, pid_t, block_k, tokens, features, rows_ptr, scale_ptr,
+    BLOCK_T: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Scales and codes by rows of a tile whose `_row_amax` is known."""
     inv_scale, scale = _block_scales(amax, BLOCK_T, E5M2, POWER_OF_TWO)
     index = tl.arange(0, BLOCK_T)
-    row = tl.min(quad, axis=0) * 4 + (index // 4 * 4 + index % 2 * 2 + index // 2 % 2)
+    row = pid_t.to(tl.int64) * BLOCK_T + (index // 4 * 4 + index % 2 * 2 + index // 2 % 2)
     tl.store(scale_ptr + block_k.to(tl.int64) * tokens + row, scale, mask=row < tokens)
     inv_ab, inv_cd = tl.split(tl.reshape(inv_scale, [BLOCK_T // 4, 2, 2]))
     inv_a, inv_b = tl.split(inv_ab)
@@ -100,12 +112,10 @@ def _store_block_rows(
 
 @triton.jit
 def _store_block_columns(
-    a, b, c, d, quad, k, block_t, tokens, features, columns_ptr, scale_ptr,
+    a, b, c, d, amax, quad, k, block_t, tokens, features, columns_ptr, scale_ptr,
     E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Scales and transposed codes of one tile of 128 tokens and 128 features, given as four rows of each quad."""
-    largest = tl.maximum(tl.maximum(_abs_bits(a), _abs_bits(b)), tl.maximum(_abs_bits(c), _abs_bits(d)))
-    amax = tl.max(largest, axis=0)
+    """Scales and transposed codes of a tile of 128 tokens and 128 features whose `_column_amax` is known."""
     if POWER_OF_TWO:  # without a division, dealing them out costs more than it saves
         inv_scale, scale = _scales(amax, E5M2, True)
     else:
@@ -115,6 +125,28 @@ def _store_block_columns(
     word = _pack(a * factor, b * factor, c * factor, d * factor, E5M2, EXACT_BITS)
     padded_tokens = tl.cdiv(tokens, _BLOCK) * _BLOCK
     _store_columns(columns_ptr, word, quad, k, tokens, features, padded_tokens)
+
+
+@triton.jit
+def _store_block_tile(
+    a, b, c, d, quad, k, pid_t, pid_k, tokens, features, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Scales and codes of a tile (fp32, as the four rows of each quad) in the layouts asked for."""
+    # Both before either is used: the bits then need no registers while codes are made.
+    row_amax = _row_amax(a, b, c, d, BLOCK_T)
+    column_amax = _column_amax(a, b, c, d)
+    if ROWS:
+        _store_block_rows(
+            a, b, c, d, row_amax, quad, k, pid_t, pid_k, tokens, features, rows_ptr, row_scale_ptr,
+            BLOCK_T, E5M2, POWER_OF_TWO, EXACT_BITS,
+        )  # fmt: skip
+    if COLUMNS:
+        _store_block_columns(
+            a, b, c, d, column_amax, quad, k, pid_t, tokens, features, columns_ptr, column_scale_ptr,
+            E5M2, POWER_OF_TWO, EXACT_BITS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -132,15 +164,10 @@ def _cast_block_tiles_kernel(
     b = _load_rows(x_ptr, t + 1, k, tokens, stride_t, stride_k)
     c = _load_rows(x_ptr, t + 2, k, tokens, stride_t, stride_k)
     d = _load_rows(x_ptr, t + 3, k, tokens, stride_t, stride_k)
-    if ROWS:
-        _store_block_rows(
-            a, b, c, d, quad, k, pid_k, tokens, features, rows_ptr, row_scale_ptr,
-            BLOCK_T, E5M2, POWER_OF_TWO, EXACT_BITS,
-        )  # fmt: skip
-    if COLUMNS:
-        _store_block_columns(
-            a, b, c, d, quad, k, pid_t, tokens, features, columns_ptr, column_scale_ptr, E5M2, POWER_OF_TWO, EXACT_BITS
-        )
+    _store_block_tile(
+        a, b, c, d, quad, k, pid_t, pid_k, tokens, features, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+        ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["held", "first_row"])

@@ -244,13 +244,13 @@ def _store_rows_tile(
 
 @triton.jit
 def _store_columns_tile(
-    a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
+    a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, is_first, tokens, features, padded_tokens,
     E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
 ):  # fmt: skip
     """Transposed codes of a tile (fp32, as the four rows of each quad) with the power-of-two scales that the amax of
-    columns gives; the first tile of a column stores its scales."""
+    columns gives; `is_first` stores the scales too."""
     inv_scale, scale = _scales(tl.load(amax_ptr + k, mask=k < features, other=0), E5M2, True)
-    tl.store(scale_ptr + k, scale, mask=(k < features) & (tl.min(quad, axis=0) == 0))
+    tl.store(scale_ptr + k, scale, mask=(k < features) & is_first)
     factor = inv_scale[None, :]
     word = _pack(a * factor, b * factor, c * factor, d * factor, E5M2, EXACT_BITS)
     _store_columns(columns_ptr, word, quad, k, tokens, features, padded_tokens)

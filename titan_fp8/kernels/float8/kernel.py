@@ -213,8 +213,9 @@ def _cast_tiles_kernel(
             )  # fmt: skip
         if COLUMNS:
             _store_columns_tile(
-                a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens, E5M2, EXACT_BITS
-            )
+                a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, pid_t == 0, tokens, features, padded_tokens,
+                E5M2, EXACT_BITS,
+            )  # fmt: skip
 
 
 # How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels import blockwise, float8
-from titan_fp8.kernels.blockwise.kernel import _store_block_columns, _store_block_rows
+from titan_fp8.kernels.blockwise.kernel import _store_block_tile
 from titan_fp8.kernels.blockwise.reference import empty_scale
 from titan_fp8.kernels.float8 import E5M2, bits
 from titan_fp8.kernels.float8.bits import _quads_of_tile, _store_columns_tile, _store_rows_tile, _store_tensor_tile
@@ -83,20 +83,14 @@ def _store_codes(
             )  # fmt: skip
         if COLUMNS:
             _store_columns_tile(
-                a, b, c, d, column_amax_ptr, column_scale_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
-                E5M2, EXACT_BITS,
+                a, b, c, d, column_amax_ptr, column_scale_ptr, columns_ptr, quad, k, pid_t == 0,
+                tokens, features, padded_tokens, E5M2, EXACT_BITS,
             )  # fmt: skip
     if GRANULARITY == "block":
-        if ROWS:
-            _store_block_rows(
-                a, b, c, d, quad, k, pid_k, tokens, features, rows_ptr, row_scale_ptr,
-                BLOCK_T, E5M2, POWER_OF_TWO, EXACT_BITS,
-            )  # fmt: skip
-        if COLUMNS:
-            _store_block_columns(
-                a, b, c, d, quad, k, pid_t, tokens, features, columns_ptr, column_scale_ptr,
-                E5M2, POWER_OF_TWO, EXACT_BITS,
-            )  # fmt: skip
+        _store_block_tile(
+            a, b, c, d, quad, k, pid_t, pid_k, tokens, features, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+            ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T,
+        )  # fmt: skip
 
 
 class Forms(NamedTuple):
