@@ -51,7 +51,7 @@ def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_w
 
 def compile_tiles(x: str, layouts: str, tile: Tile, capability: int = 90, **constants: Any) -> str:
     """PTX of the tile kernel."""
-    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*u8", "*fp32", "*fp32", *TILE_SIZES]
+    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*fp32", "*u8", "*fp32", *TILE_SIZES]
     return compile_ptx(
         kernel._cast_tiles_kernel,
         arguments,

@@ -257,6 +257,35 @@ def _store_columns_tile(
 
 
 @triton.jit
+def _store_tile(
+    a, b, c, d, row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+    quad, k, pid_t, pid_k, tokens, features, padded_tokens,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TENSOR: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Codes of a tile (fp32, as the four rows of each quad) from known amax, in the layouts asked for.
+
+    PER_TENSOR: one amax and one scale for all (at row_amax_ptr and row_scale_ptr); otherwise those of rows for the rows
+    and those of columns for the columns, powers of two.
+    """
+    if PER_TENSOR:
+        _store_tensor_tile(
+            a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
+            ROWS, COLUMNS, E5M2, EXACT_BITS,
+        )  # fmt: skip
+    else:
+        if ROWS:
+            _store_rows_tile(
+                a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, tokens, features,
+                E5M2, EXACT_BITS,
+            )  # fmt: skip
+        if COLUMNS:
+            _store_columns_tile(
+                a, b, c, d, column_amax_ptr, column_scale_ptr, columns_ptr, quad, k, pid_t == 0,
+                tokens, features, padded_tokens, E5M2, EXACT_BITS,
+            )  # fmt: skip
+
+
+@triton.jit
 def _tile_of_program(pid, tiles_t, tiles_k, BAND: tl.constexpr):
     """`(row, column)` of a program's tile: BAND tiles down the tokens before the next ones along the features."""
     first = pid // (BAND * tiles_k) * BAND

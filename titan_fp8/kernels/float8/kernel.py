@@ -38,9 +38,7 @@ from titan_fp8.kernels.float8.bits import (
     _from_codes,
     _quads_of_tile,
     _scales,
-    _store_columns_tile,
-    _store_rows_tile,
-    _store_tensor_tile,
+    _store_tile,
     _tile_of_program,
     _to_codes,
 )
@@ -180,17 +178,13 @@ def _cast_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _cast_tiles_kernel(
-    x_ptr, code_scale_ptr, row_amax_ptr, amax_ptr, rows_ptr, columns_ptr, row_scale_ptr, scale_ptr,
+    x_ptr, code_scale_ptr, row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     tokens, features, padded_tokens, stride_t, stride_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TENSOR: tl.constexpr, FROM_CODES: tl.constexpr,
     E5M2: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile from known amax, in the layouts asked for.
-
-    PER_TENSOR: one amax and one scale for all (at amax_ptr and scale_ptr); otherwise those of rows for the rows and
-    those of columns for the columns, powers of two. BAND: see `Tile`.
-    """
+    """Codes of one tile from known amax, in the layouts asked for; see `_store_tile`. BAND: see `Tile`."""
     pid = tl.program_id(0)
     pid_t, pid_k = _tile_of_program(pid, tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
@@ -200,22 +194,10 @@ def _cast_tiles_kernel(
     b = _load_tile(x_ptr, code_scale_ptr, t + 1, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
     c = _load_tile(x_ptr, code_scale_ptr, t + 2, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
     d = _load_tile(x_ptr, code_scale_ptr, t + 3, k, tokens, features, stride_t, stride_k, FROM_CODES, E5M2, EXACT_BITS)
-    if PER_TENSOR:
-        _store_tensor_tile(
-            a, b, c, d, amax_ptr, scale_ptr, rows_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
-            ROWS, COLUMNS, E5M2, EXACT_BITS,
-        )  # fmt: skip
-    else:
-        if ROWS:
-            _store_rows_tile(
-                a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, tokens, features,
-                E5M2, EXACT_BITS,
-            )  # fmt: skip
-        if COLUMNS:
-            _store_columns_tile(
-                a, b, c, d, amax_ptr, scale_ptr, columns_ptr, quad, k, pid_t == 0, tokens, features, padded_tokens,
-                E5M2, EXACT_BITS,
-            )  # fmt: skip
+    _store_tile(
+        a, b, c, d, row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+        quad, k, pid_t, pid_k, tokens, features, padded_tokens, ROWS, COLUMNS, PER_TENSOR, E5M2, EXACT_BITS,
+    )  # fmt: skip
 
 
 # How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.
@@ -317,9 +299,9 @@ def cast_tensor(
     scale = torch.empty_like(amax, dtype=torch.float32)
     tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
     # A pointer that a variant of the kernel never follows still has to be one.
-    outputs = x if codes is None else codes, x if codes_t is None else codes_t
+    outputs = x if codes is None else codes, scale, x if codes_t is None else codes_t, scale
     dtypes = x.dtype, x.dtype, amax.dtype, dtype
-    _launch_tiles((x, x, amax, amax, *outputs, scale, scale), shape, x.stride(), dtypes, rows, columns, True, tile)
+    _launch_tiles((x, x, amax, amax, *outputs), shape, x.stride(), dtypes, rows, columns, True, tile)
     return codes, codes_t, scale
 
 
@@ -382,7 +364,7 @@ def _cast_columns(x: Tensor, code_scale: Tensor, column_amax: Tensor, dtype: tor
     codes_t = bits.new_codes(features, padded(tokens), dtype=dtype, device=device)
     scale_t = torch.empty(features, 1, dtype=torch.float32, device=device)
     dtypes = x.dtype, code_scale.dtype, torch.int32, dtype
-    tensors = x, code_scale, column_amax, column_amax, codes_t, codes_t, scale_t, scale_t
+    tensors = x, code_scale, column_amax, column_amax, codes_t, scale_t, codes_t, scale_t
     _launch_tiles(tensors, shape, x.stride(), dtypes, False, True, False, COLUMNS_TILE)
     return codes_t, scale_t
 
@@ -398,7 +380,7 @@ def _cast_both(
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
     scale_t = torch.empty(features, 1, dtype=torch.float32, device=device)
     dtypes = x.dtype, x.dtype, torch.int32, dtype
-    tensors = x, x, row_amax, column_amax, codes, codes_t, scale, scale_t
+    tensors = x, x, row_amax, column_amax, codes, scale, codes_t, scale_t
     _launch_tiles(tensors, shape, x.stride(), dtypes, True, True, False, BOTH_TILE)
     return codes, scale, codes_t, scale_t
 

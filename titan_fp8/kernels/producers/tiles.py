@@ -25,7 +25,7 @@ from titan_fp8.kernels import blockwise, float8
 from titan_fp8.kernels.blockwise.kernel import _store_block_tile
 from titan_fp8.kernels.blockwise.reference import empty_scale
 from titan_fp8.kernels.float8 import E5M2, bits
-from titan_fp8.kernels.float8.bits import _quads_of_tile, _store_columns_tile, _store_rows_tile, _store_tensor_tile
+from titan_fp8.kernels.float8.bits import _quads_of_tile, _store_tile
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
@@ -70,22 +70,12 @@ def _store_codes(
     columns is known. "block": it is the tile's own, which has 128 features for ROWS and 128 tokens for COLUMNS.
     """
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
-    if GRANULARITY == "tensor":
-        _store_tensor_tile(
-            a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, columns_ptr, quad, k, tokens, features, padded_tokens,
-            ROWS, COLUMNS, E5M2, EXACT_BITS,
+    if GRANULARITY == "tensor" or GRANULARITY == "row":
+        _store_tile(
+            a, b, c, d, row_amax_ptr, column_amax_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+            quad, k, pid_t, pid_k, tokens, features, padded_tokens,
+            ROWS, COLUMNS, GRANULARITY == "tensor", E5M2, EXACT_BITS,
         )  # fmt: skip
-    if GRANULARITY == "row":
-        if ROWS:
-            _store_rows_tile(
-                a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, tokens, features,
-                E5M2, EXACT_BITS,
-            )  # fmt: skip
-        if COLUMNS:
-            _store_columns_tile(
-                a, b, c, d, column_amax_ptr, column_scale_ptr, columns_ptr, quad, k, pid_t == 0,
-                tokens, features, padded_tokens, E5M2, EXACT_BITS,
-            )  # fmt: skip
     if GRANULARITY == "block":
         _store_block_tile(
             a, b, c, d, quad, k, pid_t, pid_k, tokens, features, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
