@@ -1,6 +1,9 @@
 """Float8 on a GPU: the kernels give the reference's bits, the tensor cores agree with the emulation, compiled equals
 eager."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,17 @@ def assert_same_bits(results: tuple[Tensor | None, ...], expected: tuple[Tensor 
         assert torch.equal(result.cpu().view(as_int), reference_result.contiguous().view(as_int))
 
 
+@contextlib.contextmanager
+def new_memory_filled_with_nan() -> Iterator[None]:
+    """So that a scale that nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@new_memory_filled_with_nan()
 def assert_every_cast_equals_the_reference(x: Tensor, dtype: torch.dtype) -> None:
     """x is a CPU tensor; it is moved with its strides."""
     gpu = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cuda").copy_(x) if 0 not in x.stride() else (
@@ -152,6 +166,25 @@ def test_offsets_beyond_32_bits_are_reached() -> None:
     assert float8.transpose_codes(codes)[-1, -1].float() * scale[-1] == -3.5
     codes_t, one = float8.tensor_columns_from_rows(codes, scale)
     assert codes_t[-1, -1].float() * one == -3.5
+    codes_t, scale_t = float8.columns_from_rows(codes, scale)
+    assert codes_t[-1, tokens - 1].float() * scale_t[-1] == -3.5
+    del codes_t
+    codes, scale = float8.cast_rows(x, E4M3)
+    assert codes[-1, -1].float() * scale[-1] == -3.5
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits_are_reached_where_a_program_holds_whole_rows() -> None:
+    tokens, features = 140_000, 16_384
+    x = torch.zeros(tokens, features, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = -3.5
+    codes, scale, codes_t, scale_t = float8.cast_rows_and_columns(x, E4M3)
+    assert codes[-1, -1].float() * scale[-1] == -3.5
+    assert codes_t[-1, tokens - 1].float() * scale_t[-1] == -3.5
+    assert codes.view(torch.int64).count_nonzero() == codes_t.view(torch.int64).count_nonzero() == 1
+    del codes, codes_t
+    codes_t, scale_t = float8.cast_columns(x, E4M3)
+    assert codes_t[-1, tokens - 1].float() * scale_t[-1] == -3.5
 
 
 @NATIVE

@@ -189,7 +189,8 @@ def _zeros_left(device: int, size: int) -> list[Tensor]:
 
 def zeros(like: Tensor, size: int = 0) -> Tensor:
     """Zeroed int32 on the device of `like`, of shape [size] or, without a size, [], for a kernel on the current stream
-    to accumulate into. Nobody else has it or will get it."""
+    to accumulate into. Nobody else has it or will get it, but many lie in one storage: keep it no longer than it is
+    needed, and do not change it with an operator of torch, which would count as a change of all of them."""
     device = like.get_device()
     # What a graph captures has to be zeroed in each replay, and what Inductor runs once before it captures may not keep
     # memory, which comes from the graph's own. Neither is ever on the default stream.

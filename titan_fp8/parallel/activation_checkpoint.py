@@ -89,7 +89,7 @@ def apply_activation_checkpointing(
     every = 1
     if _is_per_op(section):
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
-    elif compiles(compile_config, "model") and not section.debug:
+    elif compiles(compile_config, "model") and compile_config.backend != "eager":
         options["context_fn"] = _recompute_all
     if section.mode == "selective" and not _is_per_op(section):
         every = int(section.selective_ac_option)
@@ -104,11 +104,16 @@ def check_activation_checkpointing(
     """Raise a `UserError` if `section` asks for what cannot be done with this model and this compiler.
 
     The cases: a memory budget without a compiler that keeps it, a picture of the budget where there is nothing to
-    choose or nothing to draw with, `debug` of the per-op mode, and a name in
+    choose or nothing to draw with, `debug` of the per-op mode or of a compiled model, and a name in
     `per_op_sac_force_recompute_mm_shapes_by_fqns` that matches no linear (unless it is one of the default's).
     """
     if section.mode == "memory_budget":
         _check_memory_budget(section, compile_config)
+    if section.mode in ("full", "selective") and section.debug and compiles(compile_config, "model"):
+        raise UserError(
+            "activation_checkpoint.debug records the operations of eager mode, but the model is compiled; turn one of "
+            "the two off, or take `model` out of compile.components"
+        )
     if not _is_per_op(section):
         return
     if section.debug:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -13,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from scripts.bench_casts import configurations  # noqa: E402
-from titan_fp8.kernels.float8 import kernel  # noqa: E402
+from titan_fp8.kernels.float8 import bits, kernel  # noqa: E402
 from titan_fp8.kernels.float8.bits import Tile  # noqa: E402
 
 SIZES = ["i32", "i32+", "i32+", "1"]  # tokens, features, stride_t, stride_k; + is a multiple of 16
@@ -32,8 +33,8 @@ E4M3_HARDWARE = {"E5M2": False, "EXACT_BITS": False}
 E5M2_HARDWARE = {"E5M2": True, "EXACT_BITS": False}
 
 
-def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_warps: int = 8, **constants: Any) -> str:
-    """PTX of a kernel for pointers aligned to 16 bytes and sizes as marked."""
+def source_of(function: Any, arguments: list[str], **constants: Any) -> ASTSource:
+    """A kernel for pointers aligned to 16 bytes and sizes as marked."""
     signature: dict[str, str] = {}
     values = dict(constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -45,25 +46,28 @@ def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_w
         if argument.endswith("+") or argument.startswith("*"):
             attributes[(position,)] = [["tt.divisibility", 16]]
         signature[name] = argument.rstrip("+")
-    source = ASTSource(function, signature, constexprs=values, attrs=attributes)
+    return ASTSource(function, signature, constexprs=values, attrs=attributes)
+
+
+def compile_ptx(function: Any, arguments: list[str], capability: int = 90, num_warps: int = 8, **constants: Any) -> str:
+    """PTX of a kernel; see `source_of`."""
+    source = source_of(function, arguments, **constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}).asm["ptx"]
+
+
+TILE_ARGUMENTS = ["*fp32", "*i32", "*i32", "*u8", "*fp32", "*u8", "*fp32", *TILE_SIZES]
+
+
+def tile_constants(layouts: str, tile: Tile) -> dict[str, Any]:
+    """Of the tile kernel."""
+    layout_flags = {"ROWS": "rows" in layouts, "COLUMNS": "columns" in layouts}
+    return {**layout_flags, "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band}
 
 
 def compile_tiles(x: str, layouts: str, tile: Tile, capability: int = 90, **constants: Any) -> str:
     """PTX of the tile kernel."""
-    arguments = [x, "*fp32", "*i32", "*i32", "*u8", "*fp32", "*u8", "*fp32", *TILE_SIZES]
-    return compile_ptx(
-        kernel._cast_tiles_kernel,
-        arguments,
-        capability,
-        tile.warps,
-        ROWS="rows" in layouts,
-        COLUMNS="columns" in layouts,
-        BLOCK_T=tile.tokens,
-        BLOCK_K=tile.features,
-        BAND=tile.band,
-        **constants,
-    )
+    constants |= tile_constants(layouts, tile)
+    return compile_ptx(kernel._cast_tiles_kernel, [x, *TILE_ARGUMENTS], capability, tile.warps, **constants)
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +170,17 @@ def test_every_block_of_the_sweep_compiles_for_amax() -> None:
         arguments = ["*bf16", "*fp32", "*i32", "*i32", *SIZES]
         for rows in (False, True):
             compile_ptx(kernel._column_amax_kernel, arguments, ROWS=rows, FROM_CODES=False, **E4M3_HARDWARE, **sizes)
+
+
+def test_the_integer_conversion_compiles_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose compiler takes none of the instructions of NVIDIA's GPUs, in a process that it ends on meeting one."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert bits.exact_bits.__wrapped__(0)
+    flags = {"PER_TENSOR": True, "FROM_CODES": False, "E5M2": False, "EXACT_BITS": True}
+    constants = tile_constants("rows columns", kernel.BOTH_TILE)
+    source = source_of(kernel._cast_tiles_kernel, ["*bf16", *TILE_ARGUMENTS], **flags, **constants)
+    compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options={"num_warps": 4})
+    assert "global_store" in compiled.asm["amdgcn"]
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:

@@ -202,6 +202,29 @@ def test_a_launch_for_another_device_than_the_current_one_happens_there(
     assert current == [0]
 
 
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_each_device_has_a_compiled_kernel_of_its_own(
+    kernel: Kernel, planner: Planner, by_plan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handle of one is worth nothing on another device."""
+    current = [0]
+
+    class OnCurrentDevice(torch.Tensor):
+        def get_device(self) -> int:
+            return current[0]
+
+    monkeypatch.setattr(launch, "_current_device", lambda: current[0])
+    for device in (0, 1, 0, 1):
+        current[0] = device
+        x = X.as_subclass(OnCurrentDevice)
+        if by_plan:
+            planner.launch((x,), 10, 4)
+        else:
+            launch.fast(kernel)[(1,)](x, 5, 32, BLOCK=128, num_warps=4)
+    assert len(kernel.compiled) == 2
+    assert [launched[0] for launched in kernel.launches] == kernel.compiled
+
+
 def test_in_the_interpreter_every_launch_goes_through_triton(
     kernel: Kernel, planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

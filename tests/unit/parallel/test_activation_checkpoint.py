@@ -11,6 +11,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
@@ -164,6 +165,28 @@ def test_debug_with_the_per_op_mode_is_refused(tiny_decoder: Build) -> None:
         apply_activation_checkpointing(
             tiny_decoder(1), _section(selective_ac_option="op", debug=True), compile_config=EAGER
         )
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_debug_of_a_compiled_model_is_refused(mode: str, tiny_decoder: Build) -> None:
+    section = _section(mode=mode, selective_ac_option="2", debug=True)
+    compiled = CompileSection(enable=True)
+    with pytest.raises(UserError, match=r"activation_checkpoint\.debug records .* but the model is compiled"):
+        apply_activation_checkpointing(tiny_decoder(1), section, compile_config=compiled)
+    loss_alone = CompileSection(enable=True, components=["loss"])
+    apply_activation_checkpointing(tiny_decoder(1), section, compile_config=loss_alone)
+
+
+@pytest.mark.parametrize("option", ["1", "2"])
+def test_blocks_for_the_compiler_name_what_to_recompute(option: str, tiny_decoder: Build) -> None:
+    """Which the compiler of PyTorch 2.11 needs to recompute what lies in an autograd function."""
+    model = tiny_decoder(2)
+    section = _section(mode="selective", selective_ac_option=option)
+    apply_activation_checkpointing(model, section, compile_config=CompileSection(enable=True))
+    options = inspect.getclosurevars(model.layers["1"].forward).nonlocals["options"]
+    first_pass, _ = options["context_fn"]()
+    for op in (torch.ops.aten.mm.default, *GEMM_OPS):
+        assert first_pass.policy_fn(None, op) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.parametrize("pattern", ["feed_forward.w4", "w", "layers.1.attention.wq.weight", "ers.0", "attention.w[q]"])

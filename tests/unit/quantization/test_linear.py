@@ -326,3 +326,22 @@ def test_differentiating_twice_is_an_error() -> None:
     (gradient,) = torch.autograd.grad(output, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@ALL_RECIPES
+@pytest.mark.parametrize("shape", [(16, K), (2, 8, K)], ids=str)
+def test_the_output_may_be_changed_in_place(recipe: str, shape: tuple[int, ...]) -> None:
+    """As FSDP's hooks and residual additions do; a view made inside an autograd function could not."""
+    linear, x = make(recipe), torch.randn(shape)
+    plain = run(linear, x, torch.full((*shape[:-1], N), 2.0))
+    changed = run(nn.Sequential(linear, Doubling()), x)
+    assert torch.equal(changed["output"], 2 * plain["output"])
+    assert torch.equal(changed["grad_input"], plain["grad_input"])
+    assert torch.equal(changed["grad_0.weight"], plain["grad_weight"])
+
+
+class Doubling(nn.Module):
+    """Doubles its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)

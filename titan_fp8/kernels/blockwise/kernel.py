@@ -10,8 +10,7 @@ both layouts that crosses it.
 
 Amax, division, conversion and transposed words are the helpers of `titan_fp8.kernels.float8.bits`; what is said there
 holds here, and what `titan_fp8.kernels.float8.kernel` says of 64-bit offsets, masks and tokens that are not specialized
-on. The features are whole blocks, so
-only rows are masked.
+on. The features are whole blocks.
 
 T tokens (rows), K features (columns), n rows of a shard.
 """

@@ -340,7 +340,7 @@ def _cast_rows(x: Tensor, column_amax: Tensor | None, dtype: torch.dtype) -> tup
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
     walk = None
     if column_amax is not None:
-        walk = SHORT_ROW_WALK if min(next_power_of_2(features), ROW_BLOCK_MAX) < ROW_VALUES else LONG_ROW_WALK
+        walk = SHORT_ROW_WALK if next_power_of_2(features) < ROW_VALUES else LONG_ROW_WALK
     blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP
     tensors = x, codes, scale, scale if column_amax is None else column_amax
     _launch_rows(tensors, shape, x.stride(), (x.dtype, dtype), walk, blocks)

@@ -25,14 +25,11 @@ from titan_fp8.kernels import blockwise, float8
 from titan_fp8.kernels.blockwise.kernel import _store_block_tile
 from titan_fp8.kernels.blockwise.reference import empty_scale
 from titan_fp8.kernels.float8 import E5M2, bits
-from titan_fp8.kernels.float8.bits import _quads_of_tile, _store_tile
+from titan_fp8.kernels.float8.bits import _INF_BITS, _NAN_BITS, _quads_of_tile, _store_tile
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
 """Options of every launch."""
-
-_NAN_BITS = tl.constexpr(0x7FC00000)
-_INF_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
