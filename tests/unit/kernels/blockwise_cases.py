@@ -4,20 +4,15 @@ interpreter; run by test_blockwise_interpreter.py, as `interpreter_cases.py` is 
     TRITON_INTERPRET=1 python -m tests.unit.kernels.blockwise_cases OUT.json
 """
 
-import json
-import sys
-import traceback
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from tests.unit.kernels import interpreter
 from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
 from tests.unit.kernels.test_blockwise_reference import values
 from titan_fp8.kernels.blockwise import kernel, reference
 from titan_fp8.kernels.float8 import E4M3, E5M2, bits, transpose
 from titan_fp8.kernels.float8 import reference as float8
-from titan_fp8.kernels.launch import INTERPRETED
 
 Pairs = dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
@@ -155,22 +150,5 @@ def case_transposes_with_nan_and_zeros() -> str:
     return text + compare_transposes(w, E4M3)
 
 
-CASES = {name.removeprefix("case_"): function for name, function in dict(globals()).items() if name.startswith("case_")}
-
-
-def main(out: str) -> None:
-    """Run all cases and write what differs."""
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
-    torch.set_num_threads(1)
-    shrink_blocks()
-    results = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case()
-        except Exception:
-            results[name] = traceback.format_exc()
-    Path(out).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    interpreter.main(interpreter.cases_of(dict(globals())), shrink_blocks)

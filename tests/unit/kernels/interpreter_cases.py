@@ -7,19 +7,14 @@ Triton decides at import whether it interprets, so this is a process of its own.
 Blocks are made tiny so that tiny inputs need several programs, partial blocks and several steps of each loop.
 """
 
-import json
-import sys
-import traceback
-from pathlib import Path
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tests.unit.kernels import interpreter
 from tests.unit.kernels.test_float8_reference import UNIT_AMAX, awkward_values
 from titan_fp8.kernels.float8 import E4M3, E5M2, bits, kernel, reference
-from titan_fp8.kernels.launch import INTERPRETED
 
 
 def poisoned_codes(*shape: int, device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -190,22 +185,5 @@ def case_extreme_magnitudes() -> str:
     return compare_all(x, E4M3)
 
 
-CASES = {name.removeprefix("case_"): function for name, function in dict(globals()).items() if name.startswith("case_")}
-
-
-def main(out: str) -> None:
-    """Run all cases and write what differs."""
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
-    torch.set_num_threads(1)
-    shrink_blocks()
-    results = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case()
-        except Exception:
-            results[name] = traceback.format_exc()
-    Path(out).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    interpreter.main(interpreter.cases_of(dict(globals())), shrink_blocks)

@@ -9,19 +9,15 @@ nothing of the rest.
 """
 
 import itertools
-import json
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tests.unit.kernels import interpreter
 from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
 from tests.unit.kernels.test_producers_reference import ulps_apart
 from titan_fp8.kernels.float8 import E4M3, E5M2, bits
-from titan_fp8.kernels.launch import INTERPRETED
 from titan_fp8.kernels.producers import BLOCK, ROW, TENSOR, Cast, Produced, reference
 from titan_fp8.kernels.producers import norm_kernel as norm
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu
@@ -227,22 +223,5 @@ def case_swiglu_of_zeros_and_of_large_gates() -> str:
     return "; ".join(filter(None, [*texts, compare_swiglu(grad, gate * 60, up, ROW)]))
 
 
-CASES = {name.removeprefix("case_"): function for name, function in dict(globals()).items() if name.startswith("case_")}
-
-
-def main(out: str) -> None:
-    """Run all cases and write what differs."""
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
-    torch.set_num_threads(1)
-    shrink_blocks()
-    results = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case().strip("; ")
-        except Exception:
-            results[name] = traceback.format_exc()
-    Path(out).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    interpreter.main(interpreter.cases_of(dict(globals())), shrink_blocks)

@@ -1,0 +1,46 @@
+"""Running cases in Triton's interpreter. Triton decides at import whether it interprets, so they run in a process of
+their own: `results_of` starts it, and the module of the cases calls `main`."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_fp8.kernels.launch import INTERPRETED
+
+ROOT = Path(__file__).parents[3]
+
+
+def results_of(module: str, folder: Path) -> dict[str, str]:
+    """{case: "" or what is wrong} of the cases of `tests.unit.kernels.MODULE`."""
+    out = folder / "results.json"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.unit.kernels.{module}", str(out)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert process.returncode == 0, process.stderr
+    return json.loads(out.read_text())
+
+
+def cases_of(names: dict[str, Any]) -> dict[str, Callable[[], str]]:
+    """The functions of a module that are called `case_...`, without that beginning."""
+    return {name.removeprefix("case_"): value for name, value in names.items() if name.startswith("case_")}
+
+
+def main(cases: dict[str, Callable[[], str]], shrink_blocks: Callable[[], None]) -> None:
+    """Run all cases after `shrink_blocks` and write what is wrong to the file that the command line names."""
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    shrink_blocks()
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case().strip("; ")
+        except Exception:
+            results[name] = traceback.format_exc()
+    Path(sys.argv[1]).write_text(json.dumps(results))
