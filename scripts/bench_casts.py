@@ -123,6 +123,7 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
     row_names = ("ROW_VALUES", "ROW_VALUES_PER_WARP")
     amax = [(4096, 8, 8), (4096, 4, 8), (8192, 4, 8), (8192, 8, 16), (2048, 8, 4), (4096, 16, 8)]
     columns = [(32, 128, 16, 4), (16, 256, 16, 4), (64, 128, 8, 8), (32, 128, 8, 4), (32, 256, 16, 8), (16, 512, 16, 8)]
+    columns += [(64, 128, 8, 4), (128, 128, 4, 4), (64, 256, 8, 4)]
     rows = [(4096, 1024), (8192, 1024), (4096, 2048), (4096, 512), (8192, 512)]
     walks = [RowWalk(*v) for v in itertools.product((132, 264, 396), (512, 1024, 2048), (2, 3, 4))]
     return {
@@ -132,6 +133,8 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
         "tensor both": [{"BOTH_TILE": tile} for tile in tiles],
         "rows": [dict(zip(row_names, values, strict=True)) for values in rows],
         "amax of columns": [dict(zip(column_names, values, strict=True)) for values in columns],
+        "amax of columns of codes": [dict(zip(column_names, values, strict=True)) for values in columns],
+        "columns from codes": [{"COLUMNS_TILE": tile} for tile in tiles],
         "amax of rows and columns": [dict(zip(column_names, values, strict=True)) for values in columns],
         "rows and amax of columns": [{"LONG_ROW_WALK": walk} for walk in walks],
         "rows and columns": [{"BOTH_TILE": tile} for tile in tiles],
@@ -143,7 +146,7 @@ def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
     from titan_fp8.kernels.float8 import kernel
 
     n, read = x.numel(), x.numel() * x.element_size()
-    bits = kernel.amax(x)
+    bits, (codes, scale) = kernel.amax(x), kernel.cast_rows(x, E4M3)
     row_amax, column_amax = (torch.zeros(size, dtype=torch.int32, device=x.device) for size in x.shape)
     return {
         "amax": (read, lambda: kernel.amax(x)),
@@ -152,6 +155,8 @@ def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
         "tensor both": (read + 2 * n, lambda: kernel.cast_tensor(x, bits, E4M3, rows=True, columns=True)),
         "rows": (read + n, lambda: kernel.cast_rows(x, E4M3)),
         "amax of columns": (read, lambda: kernel._column_amax(x, x, None)),
+        "amax of columns of codes": (n, lambda: kernel._column_amax(codes, scale, None)),
+        "columns from codes": (2 * n, lambda: kernel._cast_columns(codes, scale, column_amax, E4M3)),
         "amax of rows and columns": (read, lambda: kernel._column_amax(x, x, row_amax)),
         "rows and amax of columns": (read + n, lambda: kernel._cast_rows(x, column_amax, E4M3)),
         "rows and columns": (read + 2 * n, lambda: kernel._cast_both(x, row_amax, column_amax, E4M3)),
