@@ -147,6 +147,28 @@ def test_empty_input_gives_empty_codes() -> None:
     assert (codes.shape, scale.shape, codes_t.shape, scale_t.shape) == ((0, 32), (0, 1), (32, 0), (32, 1))
 
 
+def test_a_captured_graph_casts_what_is_there_when_it_is_replayed() -> None:
+    """Maxima start from zero each time, and no launch is left out of the graph."""
+    x = torch.empty(300, 512, device="cuda", dtype=torch.bfloat16)
+
+    def casts() -> tuple[Tensor | None, ...]:
+        by_tensor = float8.cast_tensor(x, float8.amax(x), E4M3, rows=True, columns=True)
+        return *by_tensor, *float8.cast_rows_and_columns(x, E4M3), *float8.cast_columns(x, E4M3)
+
+    x.copy_(1e4 * random(300, 512))
+    casts()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = casts()
+    for factor in (1e3, 1.0):
+        values = (factor * random(300, 512)).bfloat16()
+        x.copy_(values)
+        graph.replay()
+        by_tensor = reference.cast_tensor(values, reference.amax_bits(values), E4M3, rows=True, columns=True)
+        columns = reference.cast_columns(values, E4M3)
+        assert_same_bits(results, (*by_tensor, *reference.cast_rows(values, E4M3), *columns, *columns))
+
+
 @pytest.mark.slow
 def test_offsets_beyond_32_bits_are_reached() -> None:
     tokens, features = 70_000, 32_768
