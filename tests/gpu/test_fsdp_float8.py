@@ -120,7 +120,7 @@ def _kernels_of_a_cast(rank: int, world_size: int, recipe: str) -> Counter[str]:
     for parameter in model.parameters():
         parameter.data.add_(0.25)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         precompute_float8_dynamic_scale_for_fsdp(model)
         torch.cuda.synchronize()
     return Counter(event.name for event in profiler.events() if event.device_type == DeviceType.CUDA)

@@ -35,7 +35,7 @@ def activation(seed: int = 0) -> Tensor:
 
 def profiled(call: Callable[[], Tensor]) -> tuple[Tensor, Counter]:
     """The result of `call`, and how often it ran each operator."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         result = call()
     return result, Counter(event.name for event in profiler.events())
 
