@@ -1,7 +1,7 @@
 """Bandwidth of the float8 kernels and speed of the scaled products at Llama 8B shapes, beside a plain copy and bf16.
 
     python scripts/bench_casts.py                 # T = 16384 tokens
-    python scripts/bench_casts.py --sweep         # only: which block sizes are best on this GPU, in about a minute
+    python scripts/bench_casts.py --sweep         # only: which block sizes are best on this GPU, in two minutes
 
 Each figure is the median of `--repeats` timings with device events, after a warm-up, on random data larger than the
 L2 cache. GB/s counts the bytes a kernel must move: each input read once per pass, each output written once.
@@ -13,6 +13,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -111,38 +112,42 @@ def bench_products(tokens: int, timer: Timer) -> None:
 
 
 def configurations() -> dict[str, list[dict[str, Any]]]:
-    """What the sweep tries: for each cast, sets of values for constants of `kernels/float8/kernel.py`."""
+    """What the sweep tries: for each cast, sets of values for constants of `kernels/float8/kernel.py` and
+    `kernels/blockwise/kernel.py`."""
     from titan_fp8.kernels.float8.bits import Tile
-    from titan_fp8.kernels.float8.kernel import RowWalk
 
     shapes = [(64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 64, 4), (256, 64, 8), (64, 256, 4), (64, 256, 8)]
-    tiles = [Tile(*shape, band) for shape in shapes for band in (1, 4)]
+    tiles = [Tile(*shape, band) for shape in shapes for band in (1, 2, 4)]
     wide = [Tile(*shape, 1) for shape in ((64, 128, 4), (32, 256, 4), (32, 512, 8), (128, 128, 8))]
+    blocks = [Tile(128, 128, *v) for v in itertools.product((4, 8), (1, 2, 4), (None, 96, 128))]
     amax_names = ("AMAX_BLOCK", "AMAX_STEPS", "AMAX_WARPS")
     column_names = ("COLUMN_AMAX_BLOCK_T", "COLUMN_AMAX_BLOCK_K", "COLUMN_AMAX_STEPS", "COLUMN_AMAX_WARPS")
     row_names = ("ROW_VALUES", "ROW_VALUES_PER_WARP")
     amax = [(4096, 8, 8), (4096, 4, 8), (8192, 4, 8), (8192, 8, 16), (2048, 8, 4), (4096, 16, 8)]
     columns = [(32, 128, 16, 4), (16, 256, 16, 4), (64, 128, 8, 8), (32, 128, 8, 4), (32, 256, 16, 8), (16, 512, 16, 8)]
-    columns += [(64, 128, 8, 4), (128, 128, 4, 4), (64, 256, 8, 4)]
+    columns += [(64, 128, 8, 4), (128, 128, 4, 4), (64, 256, 8, 4), (64, 256, 16, 8), (32, 512, 8, 8), (128, 128, 8, 8)]
+    columns += [(64, 128, 4, 4), (64, 128, 16, 4), (64, 64, 8, 4), (64, 64, 16, 2), (128, 64, 8, 4), (128, 128, 8, 4)]
     rows = [(4096, 1024), (8192, 1024), (4096, 2048), (4096, 512), (8192, 512)]
-    walks = [RowWalk(*v) for v in itertools.product((132, 264, 396), (512, 1024, 2048), (2, 3, 4))]
+    column_amax = [dict(zip(column_names, values, strict=True)) for values in columns]
     return {
         "amax": [dict(zip(amax_names, values, strict=True)) for values in amax],
         "tensor rows": [{"ROWS_TILE": tile} for tile in wide],
         "tensor columns": [{"COLUMNS_TILE": tile} for tile in tiles],
         "tensor both": [{"BOTH_TILE": tile} for tile in tiles],
         "rows": [dict(zip(row_names, values, strict=True)) for values in rows],
-        "amax of columns": [dict(zip(column_names, values, strict=True)) for values in columns],
-        "amax of columns of codes": [dict(zip(column_names, values, strict=True)) for values in columns],
+        "amax of columns": column_amax,
+        "amax of columns of codes": column_amax,
+        "columns": [{"COLUMNS_TILE": tile} for tile in tiles],
         "columns from codes": [{"COLUMNS_TILE": tile} for tile in tiles],
-        "amax of rows and columns": [dict(zip(column_names, values, strict=True)) for values in columns],
-        "rows and amax of columns": [{"LONG_ROW_WALK": walk} for walk in walks],
+        "amax of rows and columns": column_amax,
         "rows and columns": [{"BOTH_TILE": tile} for tile in tiles],
+        "block columns": [{"COLUMNS_TILE": tile} for tile in blocks],
+        "block both": [{"BOTH_TILE": tile} for tile in blocks],
     }
 
 
 def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """(bytes moved, call) of each entry of `configurations`, one kernel each."""
+    """(bytes moved, call) of entries of `configurations`, one kernel each."""
     from titan_fp8.kernels.float8 import kernel
 
     n, read = x.numel(), x.numel() * x.element_size()
@@ -156,43 +161,49 @@ def sweep_calls(x: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
         "rows": (read + n, lambda: kernel.cast_rows(x, E4M3)),
         "amax of columns": (read, lambda: kernel._column_amax(x, x, None)),
         "amax of columns of codes": (n, lambda: kernel._column_amax(codes, scale, None)),
+        "columns": (read + n, lambda: kernel._cast_columns(x, x, column_amax, E4M3)),
         "columns from codes": (2 * n, lambda: kernel._cast_columns(codes, scale, column_amax, E4M3)),
         "amax of rows and columns": (read, lambda: kernel._column_amax(x, x, row_amax)),
-        "rows and amax of columns": (read + n, lambda: kernel._cast_rows(x, column_amax, E4M3)),
         "rows and columns": (read + 2 * n, lambda: kernel._cast_both(x, row_amax, column_amax, E4M3)),
+        "block columns": (read + n, lambda: ops.cast_block_columns(x, E4M3, False)),
+        "block both": (read + 2 * n, lambda: ops.cast_block_both(x, E4M3, False)),
     }
 
 
 @contextlib.contextmanager
-def constants(**values: Any) -> Iterator[None]:
-    """Other values for constants of the kernels' module, inside."""
-    from titan_fp8.kernels.float8 import kernel
-
-    before = {name: getattr(kernel, name) for name in values}
+def constants(module: ModuleType, values: dict[str, Any]) -> Iterator[None]:
+    """Other values for constants of a kernels' module, inside."""
+    before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(kernel, name, value)
+            setattr(module, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(kernel, name, value)
+            setattr(module, name, value)
 
 
 def sweep(tokens: int, timer: Timer) -> None:
     """Print each kernel's rate with the present constants and with the best of `configurations`."""
-    x = torch.randn(tokens, 14336, device="cuda", dtype=torch.bfloat16)
-    calls = sweep_calls(x)
-    print(f"\n{list(x.shape)} bf16")
-    for name, configs in configurations().items():
-        moved, call = calls[name]
-        rates = [(moved / timer(call) / 1e12, "as it is")]
-        for config in configs:
-            with constants(**config):
-                rates.append((moved / timer(call) / 1e12, ", ".join(f"{k} {_short(v)}" for k, v in config.items())))
-        best = sorted(rates, reverse=True)[:4]
-        print(f"  {name}: {rates[0][0]:.2f} TB/s as it is; best:")
-        for rate, text in best:
-            print(f"    {rate:.2f}  {text}")
+    for features in (14336, 4096):
+        x = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
+        print(f"\n{list(x.shape)} bf16")
+        for name, (moved, call) in sweep_calls(x).items():
+            _sweep_one(name, moved, call, timer)
+
+
+def _sweep_one(name: str, moved: int, call: Callable[[], Any], timer: Timer) -> None:
+    from titan_fp8.kernels.blockwise import kernel as blockwise_kernel
+    from titan_fp8.kernels.float8 import kernel as float8_kernel
+
+    module = blockwise_kernel if name.startswith("block") else float8_kernel
+    rates = [(moved / timer(call) / 1e12, "as it is")]
+    for config in configurations()[name]:
+        with constants(module, config):
+            rates.append((moved / timer(call) / 1e12, ", ".join(f"{k} {_short(v)}" for k, v in config.items())))
+    print(f"  {name}: {rates[0][0]:.2f} TB/s as it is; best:")
+    for rate, text in sorted(rates, reverse=True)[:5]:
+        print(f"    {rate:.2f}  {text}", flush=True)
 
 
 def _short(value: Any) -> str:

@@ -107,25 +107,34 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
     from titan_fp8.kernels.producers.swiglu_kernel import Amax
 
     shapes = [(64, 128, 4, None), (64, 128, 8, None), (128, 128, 8, 128), (64, 256, 8, 128), (32, 256, 4, None)]
-    tiles = [Tile(*shape[:3], band, shape[3]) for shape in shapes for band in (1, 4)]
-    blocks = [Tile(128, 128, warps, 4, registers) for warps, registers in ((8, None), (8, 128), (16, None), (16, 64))]
+    shapes += [(64, 64, 4, None), (64, 64, 4, 96), (32, 128, 4, None), (32, 128, 4, 96), (32, 128, 8, None)]
+    shapes += [(64, 64, 8, None), (64, 128, 8, 96), (128, 64, 8, None)]
+    tiles = [Tile(*shape[:3], band, shape[3]) for shape in shapes for band in (2, 4)]
+    blocks = [
+        Tile(128, 128, warps, 4, registers)
+        for warps, registers in ((4, None), (8, None), (8, 128), (16, None), (16, 64))
+    ]
     amaxes = [Amax(16, 128, 16, 4, 2), Amax(32, 128, 16, 4, 2), Amax(16, 256, 16, 4, 2), Amax(16, 256, 16, 8, 3)]
     walks = [
         {"ROW_VALUES_PER_WARP": values, "AMAX_PROGRAMS": programs, "AMAX_STAGES": stages}
         for values, programs, stages in itertools.product((512, 1024), (264, 528, 1056), (1, 2, 3))
     ]
     rows = [
-        {"ROW_VALUES_PER_WARP": per_warp, "ROW_VALUES": values}
-        for per_warp, values in itertools.product((512, 1024, 2048), (4096, 8192))
+        {"ROW_VALUES_PER_WARP": per_warp, "PROGRAMS": programs, "STAGES": stages}
+        for per_warp, programs, stages in itertools.product((512, 1024, 2048), (528, 1056, 2112, 16384), (1, 2, 3))
+    ]
+    swiglu_rows = [
+        {"ROW_VALUES_PER_WARP": per_warp, "ROW_REGISTERS": registers}
+        for per_warp, registers in itertools.product((1024, 2048), (None, 48, 64, 80, 96, 128))
     ]
     return {
         ("norm rows", ROW): rows,
         ("norm rows", BLOCK): rows,
         ("norm rows", TENSOR): walks,
         ("norm rows and", ROW): [*walks, *({"COLUMNS_TILE": tile} for tile in tiles)],
-        ("norm rows and", TENSOR): [{"BOTH_TILE": tile} for tile in tiles],
-        ("norm rows and", BLOCK): [{"BLOCK_TILE": tile} for tile in blocks],
-        ("swiglu rows", ROW): [{"ROW_VALUES_PER_WARP": values} for values in (512, 1024, 2048)],
+        ("norm rows and", TENSOR): [{"COLUMNS_TILE": tile} for tile in tiles],
+        ("norm rows and", BLOCK): [*rows, *({"BLOCK_TILE": tile} for tile in blocks)],
+        ("swiglu rows", ROW): swiglu_rows,
         ("swiglu rows and", TENSOR): [{"FORWARD_TILE": tile} for tile in tiles],
         ("swiglu rows and", ROW): [
             *({"FORWARD_TILE": tile} for tile in tiles),
@@ -137,7 +146,7 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
             *({"BACKWARD_AMAX": amax} for amax in amaxes),
         ],
         ("swiglu backward", ROW): [
-            *({"BACKWARD_TILE": tile} for tile in tiles),
+            *({"BACKWARD_ROW_TILE": tile} for tile in tiles),
             *({"BACKWARD_AMAX": amax} for amax in amaxes),
         ],
         ("swiglu backward", BLOCK): [{"BACKWARD_BLOCK_TILE": tile} for tile in blocks],

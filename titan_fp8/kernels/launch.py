@@ -30,6 +30,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 MAX_PLANS = 4096
 """How many launches of a kernel are kept: where every batch has another number of tokens, there is no end of them."""
+MAX_ZEROS = 2**19
+"""int32 numbers that are zeroed together, for vectors of one size: 2 MiB."""
 _INT32_MAX = 2**31 - 1
 _ALIGNMENT = 16
 _DEFAULT_STREAM = 0
@@ -206,8 +208,8 @@ def zeros(like: Tensor, size: int = 0) -> Tensor:
 
 def _many_zeros(device: torch.device, size: int) -> list[Tensor]:
     """Filled together: a launch for each would take longer than what they are for."""
-    # 16 bytes apart, as far as fresh memory is aligned.
-    count, step = (32, cdiv(size, 4) * 4) if size else (256, 4)
+    step = cdiv(size or 1, 4) * 4  # 16 bytes apart, as far as fresh memory is aligned
+    count = max(1, min(256, MAX_ZEROS // step))
     with torch.inference_mode(False):  # or nobody could save one for backward later
         filled = torch.zeros(count, step, dtype=torch.int32, device=device)
         return list((filled[:, :size] if size else filled[:, 0]).unbind())

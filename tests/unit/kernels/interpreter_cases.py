@@ -28,7 +28,6 @@ def shrink_blocks() -> None:
     kernel.COLUMN_AMAX_BLOCK_T, kernel.COLUMN_AMAX_BLOCK_K, kernel.COLUMN_AMAX_STEPS = 8, 16, 2
     kernel.ROWS_TILE = kernel.COLUMNS_TILE = kernel.BOTH_TILE = bits.Tile(16, 16, 4, 2)
     kernel.ROW_BLOCK_MAX, kernel.ROW_VALUES = 32, 64
-    kernel.SHORT_ROW_WALK = kernel.LONG_ROW_WALK = kernel.RowWalk(3, 1024, 1)
     bits.new_codes = poisoned_codes
     # Other new memory is filled with NaN.
     torch.use_deterministic_algorithms(True)

@@ -59,12 +59,13 @@ def assert_wide_and_exact(ptx: str, *, writes_codes: bool = True) -> None:
     [("tensor", True, False), ("row", True, True), ("row", False, False), ("block", False, True)],
 )
 def test_norm_of_rows_compiles(granularity: str, amax: bool, add: bool) -> None:
-    arguments = ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", *FORMS[:3], "*i32"]
+    arguments = ["*bf16", "*bf16", "*fp32", "*bf16", "*fp32", *FORMS[:3], "*i32", "*i32"]
     arguments += ["i32", "i32+", "i32", "i32+", "i32+", "fp32"]
-    flags = {"ADD": add, "EMIT": False, "GRANULARITY": granularity, "AMAX": amax, **CODES}
-    blocks = {"BLOCK_T": 1, "BLOCK_K": 4096, "STAGES": norm.AMAX_STAGES if amax else 1}
+    flags = {"ADD": add, "EMIT": False, "GRANULARITY": granularity, "CODES": not amax, "AMAX": amax, **CODES}
+    stages = norm.AMAX_STAGES if amax else norm.STAGES
+    blocks = {"BLOCK_T": 1, "BLOCK_K": 4096, "STAGES": stages}
     ptx = compile_ptx(norm._norm_rows_kernel, arguments, ROW_WARPS, **flags, **blocks)
-    assert ("cp.async" in ptx) == (amax and norm.AMAX_STAGES > 1)
+    assert ("cp.async" in ptx) == (stages > 1)
     assert "sqrt.rn.f32" in ptx
     if not amax:
         assert_wide_and_exact(ptx)
@@ -73,9 +74,10 @@ def test_norm_of_rows_compiles(granularity: str, amax: bool, add: bool) -> None:
 @pytest.mark.parametrize(
     ("granularity", "rows", "tile"),
     [
-        ("tensor", True, norm.BOTH_TILE),
+        ("tensor", True, norm.COLUMNS_TILE),
         ("row", False, norm.COLUMNS_TILE),
-        ("block", False, norm.BLOCK_TILE),
+        ("row", True, norm.COLUMNS_TILE),
+        ("block", True, norm.BLOCK_TILE),
     ],
 )
 def test_the_second_pass_of_a_norm_compiles(granularity: str, rows: bool, tile: Tile) -> None:
@@ -94,6 +96,7 @@ def blocks_of(tile: Tile) -> dict[str, int]:
         (False, "row", swiglu.FORWARD_TILE),
         (False, "block", swiglu.FORWARD_BLOCK_TILE),
         (True, "tensor", swiglu.BACKWARD_TILE),
+        (True, "row", swiglu.BACKWARD_ROW_TILE),
         (True, "block", swiglu.BACKWARD_BLOCK_TILE),
     ],
 )

@@ -5,13 +5,11 @@ whole group:
 
     _amax_kernel            one amax of a tensor
     _column_amax_kernel     amax of every column, and of every row if asked
-    _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows; if asked, the amax of
-                            every column on the way
+    _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows
     _cast_tiles_kernel      from known amax: codes in the input's layout, transposed, or both, with one scale, or with a
                             scale a row and a scale a column
 
-So rowwise codes in both layouts take two reads: one with each of the last two, or, where rows are too long for a
-program, with the second and the last. `bits.py` holds what numerics rest on.
+So rowwise codes in both layouts take two reads, with the second and the last. `bits.py` holds what numerics rest on.
 Codes are stored as bytes. Offsets are 64-bit. Every load and store is masked. T is not specialized on, so a new number
 of tokens never recompiles.
 
@@ -22,7 +20,7 @@ T tokens (rows), K features (columns), `padded` is T rounded up to a multiple of
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -45,27 +43,15 @@ from titan_fp8.kernels.float8.bits import (
 from titan_fp8.kernels.float8.reference import E4M3, E5M2, FP8_MAX, padded
 from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned, zeros
 
-
-class RowWalk(NamedTuple):
-    """How `_cast_rows_kernel` goes down the rows when it finds the amax of columns: in `programs` strips, with a warp
-    for each `values` of a row and so many rows loaded ahead as `stages` says."""
-
-    programs: int
-    values: int
-    stages: int
-
-
 # Static block sizes: a first-step search could choose differently on different ranks. `scripts/bench_casts.py --sweep`
 # times others.
-AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 8, 8
-COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS = 32, 128, 16, 4
+AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 4, 8
+COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS = 64, 128, 8, 4
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
-SHORT_ROW_WALK, LONG_ROW_WALK = RowWalk(528, 1024, 2), RowWalk(264, 1024, 3)
-"""For rows that share a program, and for those of `ROW_VALUES` or more."""
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(32, 512, 8, 1), Tile(64, 256, 8, 4), Tile(64, 256, 8, 4)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(32, 512, 8, 1), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)
 """By the layouts that are written."""
 
 
@@ -128,52 +114,36 @@ def _column_amax_kernel(
     tl.atomic_max(amax_ptr + k, tl.max(largest, axis=0), mask=k < features, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tokens", "rows_per_program"])
+@triton.jit(do_not_specialize=["tokens"])
 def _cast_rows_kernel(
-    x_ptr, codes_ptr, scale_ptr, column_amax_ptr, tokens, features, rows_per_program, stride_t, stride_k,
-    COLUMN_AMAX: tl.constexpr, E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, codes_ptr, scale_ptr, tokens, features, stride_t, stride_k,
+    E5M2: tl.constexpr, EXACT_BITS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rowwise codes and scales of `rows_per_program` whole rows, BLOCK_T at a time.
-
-    COLUMN_AMAX: integer maxima of |x| of each column into a zeroed int32 vector.
-    ONE_BLOCK: a row fits one block and is read once; COLUMN_AMAX needs that.
-    """
+    """Rowwise codes and scales of BLOCK_T whole rows. ONE_BLOCK: a row fits one block and is read once."""
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
-    column_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-    for step in tl.range(0, rows_per_program, BLOCK_T, num_stages=STAGES):
-        t = first + step + tl.arange(0, BLOCK_T)
-        rows = codes_ptr + t[:, None] * features
-        mask_t = (t < tokens)[:, None]
-        x = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
-        if ONE_BLOCK:
-            x = _load_tile(x_ptr, x_ptr, t, k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
-            largest = _abs_bits(x)
-        else:
-            largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-            for start in range(0, features, BLOCK_K):
-                part = _load_tile(
-                    x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS
-                )
-                largest = tl.maximum(largest, _abs_bits(part))
-        if COLUMN_AMAX:
-            column_largest = tl.maximum(column_largest, largest)
-        row_amax = tl.max(largest, axis=1)
-        inv_scale, scale = _scales(row_amax, E5M2, True)
-        tl.store(scale_ptr + t, scale, mask=t < tokens)
-        if ONE_BLOCK:
-            codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS)
-            tl.store(rows + k[None, :], codes, mask=mask_t & (k < features)[None, :])
-        else:
-            for start in range(0, features, BLOCK_K):
-                part = _load_tile(
-                    x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS
-                )
-                codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS)
-                tl.store(rows + (start + k)[None, :], codes, mask=mask_t & (start + k < features)[None, :])
-    if COLUMN_AMAX:
-        tl.atomic_max(column_amax_ptr + k, tl.max(column_largest, axis=0), mask=k < features, sem="relaxed")
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = codes_ptr + t[:, None] * features
+    mask_t = (t < tokens)[:, None]
+    x = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
+    if ONE_BLOCK:
+        x = _load_tile(x_ptr, x_ptr, t, k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
+        largest = _abs_bits(x)
+    else:
+        largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
+        for start in range(0, features, BLOCK_K):
+            part = _load_tile(x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
+            largest = tl.maximum(largest, _abs_bits(part))
+    inv_scale, scale = _scales(tl.max(largest, axis=1), E5M2, True)
+    tl.store(scale_ptr + t, scale, mask=t < tokens)
+    if ONE_BLOCK:
+        codes = _to_codes(x * inv_scale[:, None], E5M2, EXACT_BITS)
+        tl.store(rows + k[None, :], codes, mask=mask_t & (k < features)[None, :])
+    else:
+        for start in range(0, features, BLOCK_K):
+            part = _load_tile(x_ptr, x_ptr, t, start + k, tokens, features, stride_t, stride_k, False, E5M2, EXACT_BITS)
+            codes = _to_codes(part * inv_scale[:, None], E5M2, EXACT_BITS)
+            tl.store(rows + (start + k)[None, :], codes, mask=mask_t & (start + k < features)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -219,23 +189,19 @@ def _launch_rows(
     shape: torch.Size,
     strides: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
-    walk: RowWalk | None,
     blocks: tuple[int, int, int],
 ) -> Plan:
-    """dtypes: of x and the codes. walk: given where amax of columns is asked for. blocks: `ROW_BLOCK_MAX` and so on."""
+    """dtypes: of x and the codes. blocks: `ROW_BLOCK_MAX` and so on."""
     tokens, features = shape
-    block_max, row_values, values = blocks
+    block_max, row_values, values_per_warp = blocks
     block_k = min(next_power_of_2(features), block_max)
     block_t = max(1, row_values // block_k)
-    rows_per_program, stages = block_t, 1
-    if walk is not None:
-        rows_per_program, stages, values = block_t * cdiv(tokens, walk.programs * block_t), walk.stages, walk.values
     constants: dict[str, Any] = {
-        "COLUMN_AMAX": walk is not None, "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device),
-        "ONE_BLOCK": features <= block_k, "BLOCK_T": block_t, "BLOCK_K": block_k, "STAGES": stages,
-        "num_warps": min(16, max(4, block_k // values)),
+        "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device),
+        "ONE_BLOCK": features <= block_k, "BLOCK_T": block_t, "BLOCK_K": block_k,
+        "num_warps": min(16, max(4, block_k // values_per_warp)),
     }  # fmt: skip
-    return Plan(cdiv(tokens, rows_per_program), (tokens, features, rows_per_program, *strides), constants)
+    return Plan(cdiv(tokens, block_t), (tokens, features, *strides), constants)
 
 
 @planned(_column_amax_kernel)
@@ -307,7 +273,13 @@ def cast_tensor(
 
 def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.cast_rows`."""
-    return _cast_rows(x, None, dtype)
+    shape, device = x.shape, x.device
+    tokens, features = shape
+    codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
+    blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP
+    _launch_rows((x, codes, scale), shape, x.stride(), (x.dtype, dtype), blocks)
+    return codes, scale
 
 
 def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -316,35 +288,14 @@ def cast_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def cast_rows_and_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `titan_fp8.kernels.float8.cast_rows_and_columns`. Two reads of x: by rows, which finds the amax of columns,
-    and by columns; or, where rows are longer than a program holds, for the amax of both and for the codes of both."""
-    tokens, features = x.shape
-    if features > ROW_BLOCK_MAX:
-        row_amax = torch.zeros(tokens, dtype=torch.int32, device=x.device)  # of ever new sizes, so from no pool
-        return _cast_both(x, row_amax, _column_amax(x, x, row_amax), dtype)
-    column_amax = zeros(x, features)
-    by_rows = _cast_rows(x, column_amax, dtype)
-    return *by_rows, *_cast_columns(x, x, column_amax, dtype)
+    """See `titan_fp8.kernels.float8.cast_rows_and_columns`."""
+    row_amax = zeros(x, next_power_of_2(x.shape[0]))  # a pool for each size, and tokens come in ever new numbers
+    return _cast_both(x, row_amax, _column_amax(x, x, row_amax), dtype)
 
 
 def columns_from_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.float8.columns_from_rows`."""
     return _cast_columns(codes, scale, _column_amax(codes, scale, None), codes.dtype)
-
-
-def _cast_rows(x: Tensor, column_amax: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes and scales by rows; the zeroed `column_amax` is filled on the way."""
-    shape, device = x.shape, x.device
-    tokens, features = shape
-    codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
-    walk = None
-    if column_amax is not None:
-        walk = SHORT_ROW_WALK if next_power_of_2(features) < ROW_VALUES else LONG_ROW_WALK
-    blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP
-    tensors = x, codes, scale, scale if column_amax is None else column_amax
-    _launch_rows(tensors, shape, x.stride(), (x.dtype, dtype), walk, blocks)
-    return codes, scale
 
 
 def _column_amax(x: Tensor, code_scale: Tensor, row_amax: Tensor | None) -> Tensor:

@@ -52,12 +52,13 @@ class Amax(NamedTuple):
 # Static block sizes: a search at the first step could choose differently on different ranks.
 FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(16, 128, 16, 4, 2)
 FORWARD_ROWS_TILE, FORWARD_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
-BACKWARD_TILE = Tile(64, 128, 8, 4)
+BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(64, 128, 8, 4), Tile(64, 64, 4, 4)
 FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4), Tile(BLOCK_SIZE, BLOCK_SIZE, 16, 4)
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is computed twice."""
-ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
-"""Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
+ROW_VALUES, ROW_VALUES_PER_WARP, ROW_REGISTERS = 4096, 1024, 64
+"""Short rows are cast several at a time, up to so many values in a program; the values of a warp; and the registers of
+a thread, so that two programs fit a multiprocessor."""
 
 
 @triton.jit
@@ -289,7 +290,7 @@ def _launch_rows(gate: Tensor, up: Tensor, forms: tiles.Forms) -> None:
     fast(_swiglu_rows_kernel)[(cdiv(tokens, block_t),)](
         gate, up, output, codes, scale, tokens, features, gate.stride(0), up.stride(0),
         EMIT=forms.cast.emit, ONE_BLOCK=features <= block_k, BLOCK_T=block_t, BLOCK_K=block_k,
-        num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
+        num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)), maxnreg=ROW_REGISTERS,
         **tiles.format_flags(forms.cast, gate.device), **tiles.LAUNCH,
     )  # fmt: skip
 
@@ -321,7 +322,7 @@ def _tile(cast: Cast, *, is_backward: bool) -> Tile:
     if cast.granularity == BLOCK:
         return BACKWARD_BLOCK_TILE if is_backward else FORWARD_BLOCK_TILE
     if is_backward:
-        return BACKWARD_TILE
+        return BACKWARD_TILE if cast.granularity == TENSOR else BACKWARD_ROW_TILE
     return FORWARD_TILE if cast.columns else FORWARD_ROWS_TILE
 
 
