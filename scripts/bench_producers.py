@@ -132,8 +132,8 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
         ("norm rows", BLOCK): rows,
         ("norm rows", TENSOR): walks,
         ("norm rows and", ROW): [*walks, *({"COLUMNS_TILE": tile} for tile in tiles)],
-        ("norm rows and", TENSOR): [{"COLUMNS_TILE": tile} for tile in tiles],
-        ("norm rows and", BLOCK): [*rows, *({"BLOCK_TILE": tile} for tile in blocks)],
+        ("norm rows and", TENSOR): [{"BOTH_TILE": tile} for tile in tiles],
+        ("norm rows and", BLOCK): [{"BLOCK_TILE": tile} for tile in blocks],
         ("swiglu rows", ROW): swiglu_rows,
         ("swiglu rows and", TENSOR): [{"FORWARD_TILE": tile} for tile in tiles],
         ("swiglu rows and", ROW): [

@@ -33,7 +33,7 @@ SIZES = {TENSOR: (35, 32), ROW: (35, 32), BLOCK: (150, 256)}
 def shrink_blocks() -> None:
     """Tiny blocks and poisoned outputs."""
     tile = bits.Tile(16, 16, 4, 2)
-    norm.ROWS_TILE = norm.COLUMNS_TILE = tile
+    norm.ROWS_TILE = norm.COLUMNS_TILE = norm.BOTH_TILE = tile
     norm.ROW_VALUES, norm.AMAX_PROGRAMS, norm.PROGRAMS = 1024, 2, 3
     swiglu.FORWARD_ROWS_TILE = swiglu.FORWARD_TILE = tile
     swiglu.BACKWARD_TILE = swiglu.BACKWARD_ROW_TILE = tile

@@ -47,10 +47,13 @@ from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned, zeros
 # times others.
 AMAX_BLOCK, AMAX_STEPS, AMAX_WARPS = 4096, 4, 8
 COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS = 64, 128, 8, 4
-ROW_BLOCK_MAX = 16384
+CODES_COLUMN_AMAX_STEPS = 16
+ROW_BLOCK_MAX = 32768
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
+LONG_ROW_BLOCK, LONG_ROW_WARPS = 8192, 8
+"""Of rows that are read twice."""
 ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(32, 512, 8, 1), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)
 """By the layouts that are written."""
 
@@ -189,17 +192,21 @@ def _launch_rows(
     shape: torch.Size,
     strides: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
-    blocks: tuple[int, int, int],
+    blocks: tuple[int, int, int, int, int],
 ) -> Plan:
     """dtypes: of x and the codes. blocks: `ROW_BLOCK_MAX` and so on."""
     tokens, features = shape
-    block_max, row_values, values_per_warp = blocks
-    block_k = min(next_power_of_2(features), block_max)
+    block_max, row_values, values_per_warp, long_block, warps = blocks
+    block_k = next_power_of_2(features)
+    if block_k > block_max:
+        block_k = long_block
+    else:
+        warps = min(16, max(4, block_k // values_per_warp))
     block_t = max(1, row_values // block_k)
     constants: dict[str, Any] = {
         "E5M2": dtypes[1] == E5M2, "EXACT_BITS": bits.exact_bits(device),
         "ONE_BLOCK": features <= block_k, "BLOCK_T": block_t, "BLOCK_K": block_k,
-        "num_warps": min(16, max(4, block_k // values_per_warp)),
+        "num_warps": warps,
     }  # fmt: skip
     return Plan(cdiv(tokens, block_t), (tokens, features, *strides), constants)
 
@@ -277,7 +284,7 @@ def cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tokens, features = shape
     codes = bits.new_codes(tokens, features, dtype=dtype, device=device)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
-    blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP
+    blocks = ROW_BLOCK_MAX, ROW_VALUES, ROW_VALUES_PER_WARP, LONG_ROW_BLOCK, LONG_ROW_WARPS
     _launch_rows((x, codes, scale), shape, x.stride(), (x.dtype, dtype), blocks)
     return codes, scale
 
@@ -302,7 +309,8 @@ def _column_amax(x: Tensor, code_scale: Tensor, row_amax: Tensor | None) -> Tens
     """Integer maxima of |x| of each column; for codes, of those times `code_scale`, otherwise that is x again. The
     zeroed `row_amax` is filled on the way."""
     amax = zeros(x, x.shape[1])
-    blocks = COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, COLUMN_AMAX_STEPS, COLUMN_AMAX_WARPS
+    steps = CODES_COLUMN_AMAX_STEPS if x.element_size() == 1 else COLUMN_AMAX_STEPS
+    blocks = COLUMN_AMAX_BLOCK_T, COLUMN_AMAX_BLOCK_K, steps, COLUMN_AMAX_WARPS
     tensors = x, code_scale, amax if row_amax is None else row_amax, amax
     _launch_column_amax(tensors, x.shape, x.stride(), (x.dtype, code_scale.dtype), row_amax is not None, blocks)
     return amax

@@ -1,9 +1,8 @@
 """RMSNorm -> float8, alone or with the residual add before it, as Triton kernels.
 
-    _norm_rows_kernel     a program owns whole rows: sum, rstd, output; row codes, if these alone are asked for and a
-                          scale lies in its row (rowwise, blockwise); otherwise the amax that needs more than a tile: of
-                          the tensor, or of rows and columns
-    _norm_tiles_kernel    all other codes, in a second read of x: the output of a tile again, from rstd
+    _norm_rows_kernel     a program owns whole rows: sum, rstd, output; row codes where their scale lies in the row
+                          (rowwise, blockwise); amax of the tensor or of columns
+    _norm_tiles_kernel    everything else, in a second read of x: the output of a tile again, from rstd, and its codes
 
 The output is not kept between the two: it is two products away from x, so the second pass reads x in its place. Bytes
 moved for a tensor of `a` values in bf16, without a residual add (which adds 2a to read and 2a to write):
@@ -19,6 +18,8 @@ T tokens, K features.
 # Triton's language is not Python's; pyright takes the kernels for ordinary functions.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
+
+from typing import Any
 
 import torch
 import triton
@@ -37,29 +38,28 @@ ROW_BLOCK_MAX = 16384
 """The longest row that a program holds."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
 """Short rows are normed several at a time, up to so many values in a program; and the values of a warp."""
-PROGRAMS, STAGES = 1056, 2
-"""So many programs walk down the rows, so that the weight is loaded once for many; and the rows that each has on their
-way at a time."""
+PROGRAMS, STAGES = 2112, 3
+"""So many programs walk down the rows, so that each loads the weight once for many of them; and the rows that it has on
+their way at a time. With an add, which moves much more, a program has one row."""
 AMAX_PROGRAMS, AMAX_STAGES = 528, 3
 """The same where amax is found on the way, which ends with atomics."""
-ROWS_TILE, COLUMNS_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 8, 1), Tile(128, 128, 8, 4, 128), Tile(64, 128, 8, 4)
 BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4, 128)
-"""Tiles of the second pass: where it writes rows alone; where it writes columns; and of blocks."""
+"""Tiles of the second pass by the layouts it writes; of blocks, it writes columns."""
 
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_program"])
 def _norm_rows_kernel(
-    x_ptr, branch_ptr, weight_ptr, sum_ptr, rstd_ptr, output_ptr, rows_ptr, scale_ptr, row_amax_ptr, column_amax_ptr,
+    x_ptr, branch_ptr, weight_ptr, sum_ptr, rstd_ptr, output_ptr, rows_ptr, scale_ptr, amax_ptr,
     tokens, features, rows_per_program, stride_x, stride_branch, eps,
-    ADD: tl.constexpr, EMIT: tl.constexpr, GRANULARITY: tl.constexpr, CODES: tl.constexpr, AMAX: tl.constexpr,
+    ADD: tl.constexpr, EMIT: tl.constexpr, GRANULARITY: tl.constexpr, AMAX: tl.constexpr,
     E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Norm of `rows_per_program` rows, BLOCK_T at a time.
 
-    ADD: of x + branch, which is stored. EMIT: store the output. CODES: store row codes (GRANULARITY "row" or "block").
-    AMAX: integer maxima of |output|: for "tensor" one number, at row_amax_ptr, zeroed before; for "row" those of rows,
-    and those of columns, zeroed before.
+    ADD: of x + branch, which is stored. EMIT: store the output. GRANULARITY "row" and "block": store row codes.
+    AMAX: integer maximum of |output| into amax_ptr (zeroed): one number for "tensor", otherwise of each column.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -84,14 +84,12 @@ def _norm_rows_kernel(
         bits = _abs_bits(output)
         if AMAX:
             largest = tl.maximum(largest, bits)
-            if GRANULARITY == "row":
-                tl.store(row_amax_ptr + t, tl.max(bits, axis=1), mask=mask_t)
-        if CODES and GRANULARITY == "row":
+        if GRANULARITY == "row":
             inv_scale, scale = _scales(tl.max(bits, axis=1), E5M2, True)
             tl.store(scale_ptr + t, scale, mask=mask_t)
             codes = _to_codes(output * inv_scale[:, None], E5M2, EXACT_BITS)
             tl.store(rows_ptr + t[:, None] * features + k[None, :], codes, mask=mask)
-        if CODES and GRANULARITY == "block":
+        if GRANULARITY == "block":
             blocks: tl.constexpr = BLOCK_K // 128
             inv_scale, scale = _scales(tl.max(tl.reshape(bits, [BLOCK_T, blocks, 128]), axis=2), E5M2, POWER_OF_TWO)
             block = tl.arange(0, blocks).to(tl.int64)
@@ -103,9 +101,9 @@ def _norm_rows_kernel(
     if AMAX:
         of_columns = tl.max(largest, axis=0)
         if GRANULARITY == "tensor":
-            tl.atomic_max(row_amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
+            tl.atomic_max(amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
         else:
-            tl.atomic_max(column_amax_ptr + k, of_columns, mask=k < features, sem="relaxed")
+            tl.atomic_max(amax_ptr + k, of_columns, mask=k < features, sem="relaxed")
 
 
 @triton.jit
@@ -153,14 +151,13 @@ def rms_norm(
     total = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = tiles.new_fp32(x.shape[0], like=x)
     forms = tiles.new_forms(x, cast)
-    amaxes: list[Tensor] = []
-    if cast.granularity == TENSOR:
-        amaxes = 2 * tiles.new_amaxes(1, device=x.device)
-    elif cast.granularity == ROW and cast.columns:
-        amaxes = tiles.new_amaxes(*x.shape, device=x.device)
-    _launch_rows(x, branch, weight, eps, (total, rstd, amaxes), forms)
+    needs_amax = cast.granularity == TENSOR or (cast.granularity == ROW and cast.columns)
+    amax = rstd
+    if needs_amax:
+        (amax,) = tiles.new_amaxes(1 if cast.granularity == TENSOR else x.shape[1], device=x.device)
+    _launch_rows(x, branch, weight, eps, (total, rstd, amax), forms, needs_amax=needs_amax)
     if cast.granularity == TENSOR or cast.columns:
-        _launch_tiles(x if total is None else total, weight, rstd, amaxes, forms)
+        _launch_tiles(x if total is None else total, weight, rstd, amax, forms)
     return total, rstd, forms.result()
 
 
@@ -169,43 +166,46 @@ def _launch_rows(
     branch: Tensor | None,
     weight: Tensor,
     eps: float,
-    outputs: tuple[Tensor | None, Tensor, list[Tensor]],
+    outputs: tuple[Tensor | None, Tensor, Tensor],
     forms: tiles.Forms,
+    *,
+    needs_amax: bool,
 ) -> None:
-    """Fill `outputs`: sum, rstd, amax (none, of the tensor twice, or of rows and columns); the emitted output; and row
-    codes, if these alone are asked for and their scale lies in the row."""
+    """Fill `outputs`: sum, rstd, amax; the emitted output; and the row codes, but for one scale for the tensor."""
     tokens, features = x.shape
-    total, rstd, amaxes = outputs
+    total, rstd, amax = outputs
     cast = forms.cast
     output, rows, scale, *_ = forms.pointers(rstd)
     # Block sizes must not depend on what is asked for: rstd would be summed in another order.
     block_k = max(next_power_of_2(features), 128)
     block_t = max(1, ROW_VALUES // block_k)
-    programs, stages = (AMAX_PROGRAMS, AMAX_STAGES) if amaxes else (PROGRAMS, STAGES)
-    rows_per_program = block_t * cdiv(tokens, programs * block_t)
-    strides = x.stride(0), 0 if branch is None else branch.stride(0)
+    rows_per_program, stages = block_t, 1
+    if needs_amax or branch is None:
+        programs, stages = (AMAX_PROGRAMS, AMAX_STAGES) if needs_amax else (PROGRAMS, STAGES)
+        rows_per_program = block_t * cdiv(tokens, programs * block_t)
     fast(_norm_rows_kernel)[(cdiv(tokens, rows_per_program),)](
-        x, x if branch is None else branch, weight, x if total is None else total, rstd, output, rows, scale,
-        *(amaxes or (rstd, rstd)), tokens, features, rows_per_program, *strides, eps,
-        ADD=branch is not None, EMIT=cast.emit, GRANULARITY=cast.granularity, AMAX=bool(amaxes),
-        CODES=cast.rows and not cast.columns and cast.granularity != TENSOR,
+        x, x if branch is None else branch, weight, x if total is None else total, rstd, output, rows, scale, amax,
+        tokens, features, rows_per_program, x.stride(0), 0 if branch is None else branch.stride(0), eps,
+        ADD=branch is not None, EMIT=cast.emit, GRANULARITY=cast.granularity, AMAX=needs_amax,
         BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
         num_warps=min(16, max(4, block_k // ROW_VALUES_PER_WARP)),
         **tiles.format_flags(cast, x.device), **tiles.LAUNCH,
     )  # fmt: skip
 
 
-def _launch_tiles(x: Tensor, weight: Tensor, rstd: Tensor, amaxes: list[Tensor], forms: tiles.Forms) -> None:
-    """Fill the codes."""
+def _launch_tiles(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor, forms: tiles.Forms) -> None:
+    """Fill the codes that the rows kernel has not."""
     tokens, features = x.shape
     cast = forms.cast
-    tile = BLOCK_TILE if cast.granularity == BLOCK else COLUMNS_TILE if cast.columns else ROWS_TILE
+    rows = cast.rows and cast.granularity == TENSOR
+    both_or_rows = BOTH_TILE if cast.columns else ROWS_TILE
+    tile = both_or_rows if rows else BLOCK_TILE if cast.granularity == BLOCK else COLUMNS_TILE
+    constants: dict[str, Any] = tiles.flags(cast, x.device) | {"ROWS": rows}
     grid = (cdiv(forms.padded_tokens, tile.tokens) * cdiv(features, tile.features),)
     fast(_norm_tiles_kernel)[grid](
-        x, rstd, weight, *(amaxes or (rstd, rstd)), *forms.pointers(rstd)[1:],
-        tokens, features, forms.padded_tokens, x.stride(0),
+        x, rstd, weight, amax, amax, *forms.pointers(rstd)[1:], tokens, features, forms.padded_tokens, x.stride(0),
         BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps, maxnreg=tile.registers,
-        **tiles.flags(cast, x.device), **tiles.LAUNCH,
+        **constants, **tiles.LAUNCH,
     )  # fmt: skip
 
 

@@ -52,13 +52,13 @@ class Amax(NamedTuple):
 # Static block sizes: a search at the first step could choose differently on different ranks.
 FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(16, 128, 16, 4, 2)
 FORWARD_ROWS_TILE, FORWARD_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
-BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(64, 128, 8, 4), Tile(64, 64, 4, 4)
+BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(64, 128, 8, 4), Tile(32, 128, 4, 4)
 FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4), Tile(BLOCK_SIZE, BLOCK_SIZE, 16, 4)
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is computed twice."""
-ROW_VALUES, ROW_VALUES_PER_WARP, ROW_REGISTERS = 4096, 1024, 64
+ROW_VALUES, ROW_VALUES_PER_WARP, ROW_REGISTERS = 4096, 2048, 128
 """Short rows are cast several at a time, up to so many values in a program; the values of a warp; and the registers of
-a thread, so that two programs fit a multiprocessor."""
+a thread, so that more than one program fits a multiprocessor."""
 
 
 @triton.jit
