@@ -52,7 +52,7 @@ ROW_BLOCK_MAX = 32768
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is read twice."""
 ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 2048
 """Short rows are cast several at a time, up to so many values in a program; and the values of a warp."""
-LONG_ROW_BLOCK, LONG_ROW_WARPS = 8192, 8
+LONG_ROW_BLOCK, LONG_ROW_WARPS = 16384, 16
 """Of rows that are read twice."""
 ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(32, 512, 8, 1), Tile(64, 128, 4, 4), Tile(64, 128, 4, 4)
 """By the layouts that are written."""
