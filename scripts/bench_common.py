@@ -1,7 +1,7 @@
 """What the benchmarks of single layers share: fair timing, the peer where it is installed, tables and records.
 
-Fair means: contestants take turns on one device, each for a short block of iterations, in an order that moves on by one
-each round; the first iteration of a block is dropped. Within a block iterations follow each other without waiting, so
+Fair means: contestants take turns on one device, each for a short block of iterations, in another order each round,
+since one that draws much power slows the next one's clock; the first iteration of a block is dropped. Within a block iterations follow each other without waiting, so
 a contestant that the CPU cannot feed fast enough shows the time that the device waits for it. The time that the CPU
 needs to issue an iteration is reported beside.
 """
@@ -9,6 +9,7 @@ needs to issue an iteration is reported beside.
 import importlib.metadata
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,10 +70,9 @@ def take_turns(
             contestant.run()
     synchronize(device)
     times = {name: Times() for name in contestants}
-    names = list(contestants)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    orders = random.Random(0)
+    for _ in range(rounds):
+        for name in orders.sample(list(contestants), len(contestants)):
             _block(contestants[name], times[name], device, iterations)
     return times
 
