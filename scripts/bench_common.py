@@ -1,9 +1,9 @@
 """What the benchmarks of single layers share: fair timing, the peer where it is installed, tables and records.
 
 Fair means: contestants take turns on one device, each for a short block of iterations, in another order each round,
-since one that draws much power slows the next one's clock; the first iteration of a block is dropped. Within a block iterations follow each other without waiting, so
-a contestant that the CPU cannot feed fast enough shows the time that the device waits for it. The time that the CPU
-needs to issue an iteration is reported beside.
+since one that draws much power slows the next one's clock; the first iteration of a block is dropped. Within a block
+iterations follow each other without waiting, so a contestant that the CPU cannot feed fast enough shows the time that
+the device waits for it. The time that the CPU needs to issue an iteration is reported beside.
 """
 
 import importlib.metadata

@@ -2,7 +2,8 @@
 
 Casting costs bytes and a product saves time, so what decides is K in features, N out features and the recipe; the
 number of tokens matters little once it is large. The thresholds are data, measured with the microbenchmark
-layer norm -> linear -> sigmoid, forward and backward, and each row says where.
+layer norm -> linear -> sigmoid, forward and backward (`scripts/bench_filter.py`; its figures stand in
+`docs/benchmarks.md`), and each row says where.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ class SizeRule:
 
     Attributes:
         corners: (largest K, largest N) pairs; None means any. A linear that lies within one of them is too small.
-        measured_on: the device, and by whom.
+        measured_on: the device, and the mode of both sides.
     """
 
     corners: tuple[tuple[int | None, int | None], ...]
@@ -29,14 +30,9 @@ class SizeRule:
         return ", or ".join(f"({b})" if " and " in b and len(bounds) > 1 else b for b in bounds)
 
 
-_ROWWISE = ((None, 2048), (1024, None), (2048, 4096))
+_MEASURED = SizeRule(((512, None), (1024, 4096), (2048, 2048), (4096, 1024), (None, 512)), "H100, eager")
 
-SIZE_RULES = {
-    "tensorwise": SizeRule(((4096, 1024),), "H100, torchao"),
-    "rowwise": SizeRule(_ROWWISE, "H100, torchao"),
-    "rowwise_with_gw_hp": SizeRule(_ROWWISE, "not measured: as rowwise"),
-    "blockwise": SizeRule(_ROWWISE, "not measured: as rowwise"),
-}
+SIZE_RULES = dict.fromkeys(("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"), _MEASURED)
 """Recipe -> what is too small for it."""
 
 

@@ -108,8 +108,8 @@ def test_an_entry_whose_linears_are_all_too_small_is_accepted_as_a_whole_model_i
 
 def test_the_rule_of_size_goes_by_each_linears_own_recipe() -> None:
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(8192, 1024), nn.Linear(8192, 1024))
-    report = converter(recipe_by_fqn=["1=rowwise"], filter_fqns=["auto_filter_small_kn"]).convert(model)
+        model = nn.Sequential(nn.Linear(8192, 1040), nn.Linear(8192, 1040))
+    report = converter(recipe_by_fqn=["1=blockwise"], filter_fqns=["auto_filter_small_kn"]).convert(model)
     assert [row.reason for row in report.rows] == [None, "auto_filter_small_kn"]
 
 
