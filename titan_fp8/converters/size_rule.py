@@ -32,7 +32,7 @@ class SizeRule:
 
 _MEASURED = SizeRule(((512, None), (1024, 4096), (2048, 2048), (4096, 1024), (None, 512)), "H100, eager")
 
-SIZE_RULES = dict.fromkeys(("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"), _MEASURED)
+SIZE_RULES: dict[str, SizeRule] = dict.fromkeys(("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"), _MEASURED)
 """Recipe -> what is too small for it."""
 
 
