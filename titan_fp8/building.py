@@ -32,7 +32,7 @@ from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.compile import compile_loss
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
-from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
+from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
 from titan_fp8.runtime.determinism import set_seed, use_deterministic_algorithms
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.logging import info_once
@@ -80,7 +80,7 @@ def build_trainer(
     mesh = build_mesh(resolve_degrees(job.parallelism, dist.get_world_size()), device.type)
     seed = set_seed(job.debug, device)
     with contextlib.ExitStack() as undo:
-        lock = RunFolderLock(folder) if mesh.rank == 0 else None
+        lock = RunFolderLock(folder) if mesh.is_main else None
         if lock is not None:
             undo.callback(lock.release)
         loaders = _build_loaders(job, plan, mesh, seed)
@@ -146,19 +146,19 @@ def _start(job: JobConfig, checkpointer: Checkpointer) -> bool:
 
 
 def _build_loaders(
-    job: JobConfig, plan: ModelPlan, mesh: DataParallelMesh, seed: int
+    job: JobConfig, plan: ModelPlan, mesh: ParallelMesh, seed: int
 ) -> tuple[TrainLoader, ValidationLoader | None]:
     training, validation = job.training, job.validation
     local = training.local_batch_size
-    total = training.global_batch_size if training.global_batch_size > 0 else local * mesh.world_size
+    total = training.global_batch_size if training.global_batch_size > 0 else local * mesh.data_ranks
     train_loader = build_train_loader(
         training,
         plan.tokenizer,
         seed=seed,
         global_batch_sequences=total,
         local_batch_sequences=local,
-        dp_rank=mesh.rank,
-        dp_world_size=mesh.world_size,
+        dp_rank=mesh.data_rank,
+        dp_world_size=mesh.data_ranks,
     )
     if not validation.enable:
         return train_loader, None
@@ -168,14 +168,14 @@ def _build_loaders(
         plan.tokenizer,
         seq_len=validation.seq_len,
         local_batch_sequences=validation.local_batch_size,
-        dp_rank=mesh.rank,
-        dp_world_size=mesh.world_size,
+        dp_rank=mesh.data_rank,
+        dp_world_size=mesh.data_ranks,
     )
     return train_loader, validation_loader
 
 
 def _build_model(
-    job: JobConfig, plan: ModelPlan, mesh: DataParallelMesh, device: torch.device, folder: Path, seed: int
+    job: JobConfig, plan: ModelPlan, mesh: ParallelMesh, device: torch.device, folder: Path, seed: int
 ) -> Decoder:
     """Parallelize the planned model, give it memory and its initial weights."""
     training = job.training
@@ -200,7 +200,7 @@ def _start_record(
     plan: ModelPlan,
     capabilities: DeviceCapabilities,
     folder: Path,
-    mesh: DataParallelMesh,
+    mesh: ParallelMesh,
     device: torch.device,
     resume_step: int,
     seed: int,
@@ -219,7 +219,7 @@ def _start_record(
         f"{job.job.description}: {job.model.name} {job.model.flavor}, {count_parameters(plan.dims):,} parameters, "
         f"{capabilities.name} x {mesh.world_size}, seed {seed}, run folder {folder}"
     )
-    if mesh.rank == 0:
+    if mesh.is_main:
         reports = {"converters": [report.to_json() for report in plan.reports]}
         write_run_record(folder, config_toml=config_toml, conversion_report=reports)
         if job.job.save_config_file is not None:

@@ -25,9 +25,9 @@ from titan_fp8.observability.profiling import maybe_enable_memory_snapshot, mayb
 from titan_fp8.observability.summary import format_summary
 from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.optim.schedule import LRSchedulers
-from titan_fp8.parallel.distributed import all_reduce_sum, set_train_timeouts
+from titan_fp8.parallel.distributed import set_train_timeouts
 from titan_fp8.parallel.fsdp import set_gradient_sync
-from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.gc import GarbageCollector
 from titan_fp8.runtime.logging import info_once, logger
@@ -61,7 +61,7 @@ class Trainer:
     job: JobConfig
     folder: Path
     device: torch.device
-    mesh: DataParallelMesh
+    mesh: ParallelMesh
     model: Decoder
     converters: list[Converter]
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ class Trainer:
             del logits
             loss.backward()
             loss_sum += loss.detach()
-        loss = all_reduce_sum(loss_sum, self.mesh.group)
+        loss = self.mesh.sum_over_tokens(loss_sum)
         grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm)
         # Decided on the device: reading it here would leave the GPU idle until the optimizer's kernels are launched.
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -129,7 +129,7 @@ class Trainer:
         for converter in self.converters:
             converter.post_optimizer([self.model])
         self.lr_scheduler.step()
-        self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.world_size
+        self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
         result = StepResult(loss, grad_norm)
         if bool(nonfinite):
             self._on_nonfinite(self.state.step + 1, result)
@@ -138,7 +138,7 @@ class Trainer:
     def _label_tokens(self, batches: Iterable[Batch]) -> Tensor:
         """Labels that count in the global batch, an fp32 scalar on the device; at least 1."""
         count = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-        return all_reduce_sum(count, self.mesh.group).clamp(min=1).to(torch.float32)
+        return self.mesh.sum_over_tokens(count).clamp(min=1).to(torch.float32)
 
     def _on_nonfinite(self, step: int, result: StepResult) -> None:
         """Apply `training.nonfinite_policy`. The update of this step has been left out on the device already."""
@@ -183,7 +183,7 @@ class Trainer:
                 loss_sum = self.loss_fn(self.model(batch.tokens, batch.document_ids), batch.labels)
                 sums += torch.stack([loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]).cpu()
             self.model.train()
-            loss_sum, tokens = all_reduce_sum(sums, self.mesh.group).tolist()
+            loss_sum, tokens = self.mesh.sum_over_tokens(sums).tolist()
             self.metrics.log_validation(step, loss_sum / max(tokens, 1), int(tokens))
 
     def _save(self, step: int) -> None:

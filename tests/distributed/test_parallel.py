@@ -24,7 +24,7 @@ from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.fsdp import set_gradient_sync
-from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
+from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear
@@ -116,7 +116,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def spread(case: Case, **float8: Any) -> tuple[Decoder, DataParallelMesh]:
+def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
     """The model of `case` with its initial weights, on the mesh of all ranks; `float8` are keys of a `Float8Config`."""
     if case.compile_backend is not None:
         torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
@@ -148,7 +148,7 @@ def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
     def before_part(is_last: bool) -> None:
         set_gradient_sync(model, mesh, is_last_microbatch=is_last)
 
-    trained = _train(case, model, mesh.rank, mesh.world_size, case.microbatches, before_part)
+    trained = _train(case, model, mesh.data_rank, mesh.data_ranks, case.microbatches, before_part)
     return trained if rank == 0 else None
 
 

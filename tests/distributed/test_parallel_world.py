@@ -35,8 +35,8 @@ def _start_as_torchrun_does(rank: int, world_size: int, folder: str) -> dict[str
     set_train_timeouts(comm, mesh)
     result = {
         "backend": dist.get_backend(),
-        "ranks": (dist.get_rank(), mesh.rank, mesh.world_size),
-        "sum": all_reduce_sum(torch.tensor([rank + 1.0, float("nan")]), mesh.group).tolist()[0],
+        "ranks": (mesh.rank, mesh.data_rank, mesh.data_ranks),
+        "sum": mesh.sum_over_tokens(torch.tensor([rank + 1.0, float("nan")])).tolist()[0],
         "any": (any_rank(rank == 1), any_rank(False)),
         "timeouts": {group._get_backend(CPU).options._timeout for group in mesh.groups},
     }
@@ -57,7 +57,7 @@ def _start_alone(rank: int, world_size: int, folder: str) -> tuple[int, float, b
 def _mesh_places(rank: int, world_size: int) -> tuple[int, int, list[int], list[int], tuple[int, ...]]:
     mesh = build_mesh(MeshDegrees(data_parallel_replicate=2, data_parallel_shard=2), "cpu")
     axes = [dist.get_process_group_ranks(mesh.device_mesh.get_group(name)) for name in ("dp_replicate", "dp_shard")]
-    return mesh.rank, mesh.world_size, *axes, mesh.fsdp_mesh.shape
+    return mesh.data_rank, mesh.data_ranks, *axes, mesh.fsdp_mesh.shape
 
 
 def _draw_a_seed(rank: int, world_size: int) -> tuple[int, float]:

@@ -80,8 +80,7 @@ def test_causal_attention_equals_the_formula(
         pytest.skip(f"{backend} does not run in {dtype} here")
     torch.compiler.reset()
     inputs = _qkv(seq_len, heads, kv_heads, head_dim, dtype)
-    tokens = torch.zeros(2, seq_len, dtype=torch.long, device=CUDA)
-    actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, tokens, None))
+    actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, seq_len, CUDA, None))
     assert actual.dtype == dtype
     _assert_equals_formula(inputs, actual, torch.ones(seq_len, seq_len, dtype=torch.bool, device=CUDA).tril())
 
@@ -92,7 +91,7 @@ def test_masked_attention_equals_the_formula(backend: str, dtype: torch.dtype) -
     torch.compiler.reset()
     inputs = _qkv(1000, 8, 2, 64, dtype)
     ids = torch.stack([torch.arange(1000) // 130, torch.arange(1000) // 999]).int().to(CUDA)
-    actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, ids, ids))
+    actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, ids.shape[1], ids.device, ids))
     allowed = (ids[:, None, :, None] == ids[:, None, None, :]) & torch.ones(1000, 1000, device=CUDA).tril().bool()
     _assert_equals_formula(inputs, actual, allowed)
 

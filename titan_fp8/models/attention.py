@@ -39,10 +39,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
-        # -1: the number of heads held here, which is fewer than the model's where wq, wk and wv are sharded by rows.
-        q = apply_rope(self.wq(x).unflatten(-1, (-1, self.head_dim)), rope)  # [B, S, H, D]
-        k = apply_rope(self.wk(x).unflatten(-1, (-1, self.head_dim)), rope)  # [B, S, G, D]
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
-        attended = causal_attention(*heads_first, backend=self.backend, mask=mask)
+        # The heads held here may be fewer than the model's, and the tokens may come as one row of B * S.
+        q, k, v = (self._heads(linear(x), rope) for linear in (self.wq, self.wk, self.wv))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)  # [B, S, H, D] and [B, S, G, D]
+        attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(attended.transpose(1, 2).flatten(-2))  # [B, S, H * D]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Causal attention of q `[B, H, S, D]` over k and v `[B, G, S, D]`: `[B, H, S, D]`. A model that is spread
+        along S has another function here."""
+        return causal_attention(q, k, v, backend=self.backend, mask=mask)
+
+    def _heads(self, projected: Tensor, rope: RopeTables) -> Tensor:
+        return projected.view(-1, rope.seq_len, projected.shape[-1] // self.head_dim, self.head_dim)

@@ -163,22 +163,22 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Ma
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
 
 
-def attention_mask(backend: Backend, tokens: Tensor, document_ids: Tensor | None) -> Mask:
+def attention_mask(backend: Backend, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
     """The mask that `causal_attention` needs for a batch, made once and used by every layer.
 
     Args:
         backend: a resolved backend.
-        tokens: `[B, S]`, for shape and device.
+        seq_len: S.
+        device: where the mask will be.
         document_ids: `[B, S]` integers, equal within a document, or None for one document a row. A token sees the
             tokens before it and itself, in its own document only.
     """
-    seq_len = tokens.shape[1]
     if backend == "flex":
-        return _flex_mask(document_ids, seq_len, tokens.device)
+        return _flex_mask(document_ids, seq_len, device)
     if document_ids is None:
         return None
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # [B, 1, S, S]
-    return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=tokens.device).tril()
+    return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
 
 
 def _flex_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:

@@ -102,17 +102,19 @@ class Decoder(nn.Module):
         )
         self.attention_backend: Backend = resolve_backend(attention_backend, task)
 
-        self.tok_embeddings = nn.Embedding(dims.vocab_size, dims.dim)
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding(dims.vocab_size, dims.dim)
         self.rope = RotaryEmbedding(dims.head_dim, seq_len, dims.rope_theta, dims.rope_scaling)
         self.layers = nn.ModuleDict(
             {str(layer): TransformerBlock(dims, layer, self.attention_backend) for layer in range(dims.n_layers)}
         )
-        self.norm = RMSNorm(dims.dim, dims.norm_eps)
-        self.output = Linear(dims.dim, dims.vocab_size, bias=False)
+        self.norm: nn.Module = RMSNorm(dims.dim, dims.norm_eps)
+        self.output: nn.Module | None = Linear(dims.dim, dims.vocab_size, bias=False)
         self._tie()
 
     def _tie(self) -> None:
         if self.dims.tied_embeddings:
+            assert self.output is not None
+            assert self.tok_embeddings is not None
             self.output.weight = self.tok_embeddings.weight
 
     def _apply(self, fn, recurse: bool = True):
@@ -128,24 +130,41 @@ class Decoder(nn.Module):
             return {"tok_embeddings.weight": head}
         return {"tok_embeddings.weight": Normal(1.0), "output.weight": head}
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        seq_len: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token at every position.
 
+        A part of a model, whose embedding or head is None, takes or gives the residual stream `[B, S, dim]` there.
+
         Args:
-            tokens: `[B, S]` int64 in `0 .. V-1`.
+            x: tokens `[B, S]`, int64 in `0 .. V-1`.
             document_ids: `[B, S]` integers; a token sees only tokens with its own number, before it or itself. Only
                 for a model built with `document_masking=True`. None: every row is one document.
+            seq_len: the longest position + 1; None: S.
+            positions: `[S]`, the positions of the tokens in their sequence; None: 0 to S - 1.
 
         Returns:
             `[B, S, V]` in the compute dtype.
         """
         if document_ids is not None and not self.document_masking:
             raise ValueError("document_ids given to a model that was built with document_masking=False")
-        x = self.tok_embeddings(tokens)
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
-        rope = self.rope(tokens.shape[1], tokens.device)
-        mask = attention_mask(self.attention_backend, tokens, document_ids)
+        seq_len = x.shape[1] if seq_len is None else seq_len
+        rope = self.rope(seq_len, x.device, positions)
+        mask = self.mask(rope.seq_len, x.device, document_ids)
+        if self.tok_embeddings is not None:
+            x = self.tok_embeddings(x)
+            if self.compute_dtype is not None:
+                x = x.to(self.compute_dtype)
         for layer in self.layers.values():
             x = layer(x, rope, mask)
-        return self.output(self.norm(x))
+        return x if self.output is None else self.output(self.norm(x))
+
+    def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
+        """What a token may see, for `Attention.attend`. A model that is spread along S has another function here."""
+        return attention_mask(self.attention_backend, seq_len, device, document_ids)

@@ -33,6 +33,11 @@ class RopeTables:
         self.cos = cos
         self.sin = sin
 
+    @property
+    def seq_len(self) -> int:
+        """S."""
+        return self.cos.shape[0]
+
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Angle per position of each pair of features, float64 `[head_dim / 2]` on the CPU."""
@@ -105,12 +110,15 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, max_positions={self.max_positions}, theta={self.theta}, {self.scaling}"
 
-    def forward(self, seq_len: int, device: torch.device) -> RopeTables:
-        """The tables of the first `seq_len` positions on `device` (parameters may live elsewhere, e.g. offloaded)."""
+    def forward(self, seq_len: int, device: torch.device, positions: Tensor | None = None) -> RopeTables:
+        """The tables of the first `seq_len` positions, or of those in `positions [S]`, each below `seq_len`, on
+        `device` (parameters may live elsewhere, e.g. offloaded)."""
         if seq_len > self.max_positions:
             raise ValueError(
                 f"a sequence of {seq_len} tokens is longer than the model's {self.max_positions} positions"
             )
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        if positions is not None:
+            return RopeTables(self.cos[positions], self.sin[positions])
         return RopeTables(self.cos[:seq_len], self.sin[:seq_len])

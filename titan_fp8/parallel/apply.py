@@ -20,14 +20,14 @@ from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload
-from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.runtime.errors import UserError
 
 
 def parallelize(
     model: Decoder,
     *,
-    mesh: DataParallelMesh,
+    mesh: ParallelMesh,
     parallelism: ParallelismSection,
     activation_checkpoint: ActivationCheckpointSection,
     compile_config: CompileSection,

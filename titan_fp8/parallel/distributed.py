@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.runtime.config import CommSection
 from titan_fp8.runtime.errors import UserError
 
@@ -70,7 +70,7 @@ def init_distributed(comm: CommSection, device: torch.device, dump_folder: str |
         dist.init_process_group(BACKENDS[device.type], store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def set_train_timeouts(comm: CommSection, mesh: DataParallelMesh) -> None:
+def set_train_timeouts(comm: CommSection, mesh: ParallelMesh) -> None:
     """Shorten the timeout of every process group from start-up's to training's.
 
     Called after the first step, when compilation and the set-up of communicators are over. All ranks meet first: a rank

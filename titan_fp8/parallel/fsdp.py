@@ -36,7 +36,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.config import ParallelismSection
-from titan_fp8.parallel.mesh import DataParallelMesh
+from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.errors import UserError
 
@@ -44,7 +44,7 @@ from titan_fp8.runtime.errors import UserError
 def apply_fsdp(
     model: Decoder,
     *,
-    mesh: DataParallelMesh,
+    mesh: ParallelMesh,
     parallelism: ParallelismSection,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
@@ -96,7 +96,7 @@ def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
         )
 
 
-def set_gradient_sync(model: nn.Module, mesh: DataParallelMesh, *, is_last_microbatch: bool) -> None:
+def set_gradient_sync(model: nn.Module, mesh: ParallelMesh, *, is_last_microbatch: bool) -> None:
     """Call before each microbatch: copies of the model sum their gradients once a step, after the last microbatch.
 
     Sums over shards happen in every microbatch, since a rank has no room for gradients of what it does not keep. Until
@@ -109,9 +109,11 @@ def set_gradient_sync(model: nn.Module, mesh: DataParallelMesh, *, is_last_micro
 def _units(model: Decoder) -> list[list[nn.Module]]:
     """The modules gathered together, in the order in which they run; what is in no unit belongs to the root."""
     layers: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
-    if model.output.weight is model.tok_embeddings.weight:
+    embedding, output = model.tok_embeddings, model.output
+    if embedding is not None and output is not None and output.weight is embedding.weight:
         return layers
-    return [[model.tok_embeddings], *layers, [model.norm, model.output]]
+    first: list[list[nn.Module]] = [] if embedding is None else [[embedding]]
+    return first + layers + ([] if output is None else [[model.norm, output]])
 
 
 def _own_modules(module: nn.Module) -> list[nn.Module]:

@@ -1,82 +1,125 @@
 """The grid of ranks: one named axis per kind of parallelism.
 
-A rank's place on the axis `dp_shard` says which part of the parameters it keeps, its place on `dp_replicate` which
-copy of them. Both axes exist at every size, also at length 1, so code asks for an axis by name and need not know
-which are in use:
+    pp             layers: which pipeline stages a rank runs
+    dp_replicate   copies of the parameters; their gradients are summed
+    dp_shard       shards of the parameters; every rank of both sees different data
+    cp             parts of each sequence; parameters are sharded over these ranks too
+    tp             parts of each matrix product, innermost: its ranks exchange most and should share a host
+
+A rank's place on an axis is its number there. All five axes exist at every size, also at length 1, so code asks for an
+axis by name and need not know which are in use:
 
     dp_replicate  dp_shard
          1            8       FSDP: one copy, eight shards
          2            4       HSDP: two copies of four shards each; gradients are also summed between the copies
          8            1       DDP: eight whole copies
 
-Every rank of the two axes sees different data, so for batches, losses and gradients they are one axis of length 8.
+Ranks of one tp or pp axis see the same data. Over what is left, batches, losses and gradients are divided:
+
+    data     dp_replicate x dp_shard            which sequences a rank reads
+    tokens   dp_replicate x dp_shard x cp       which tokens a rank computes the loss of
+    shards   dp_shard x cp                      which shard of the parameters FSDP gives it
 """
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_fp8.parallel.degrees import MeshDegrees
 
-DP_REPLICATE = "dp_replicate"
-DP_SHARD = "dp_shard"
+PP, DP_REPLICATE, DP_SHARD, CP, TP = AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+SHARDS = "dp_shard_cp"
+TOKENS = "dp_cp"
 
 
 @dataclass(frozen=True)
-class DataParallelMesh:
+class ParallelMesh:
     """The mesh of a job, seen from this rank.
 
     Attributes:
         degrees: lengths of the axes.
-        device_mesh: the whole grid, axes `dp_replicate` and `dp_shard`.
+        device_mesh: the whole grid.
+        shards: its axes `dp_shard` and `cp` as one, of the name `dp_shard_cp`.
+        tokens: its axes `dp_replicate`, `dp_shard` and `cp` as one.
     """
 
     degrees: MeshDegrees
     device_mesh: DeviceMesh
+    shards: DeviceMesh
+    tokens: DeviceMesh
+
+    def place(self, axis: str) -> int:
+        """This rank's number on an axis."""
+        return self.device_mesh[axis].get_local_rank()
 
     @property
-    def rank(self) -> int:
-        """This rank's number among those that see different data: the part of the batch it reads."""
-        replicate, shard = self.device_mesh[DP_REPLICATE], self.device_mesh[DP_SHARD]
-        return replicate.get_local_rank() * shard.size() + shard.get_local_rank()
+    def data_rank(self) -> int:
+        """This rank's number among those that read different data: the part of the batch it reads."""
+        return self.place(DP_REPLICATE) * self.degrees.data_parallel_shard + self.place(DP_SHARD)
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks that see different data."""
+    def data_ranks(self) -> int:
+        """Number of ranks that read different data."""
         return self.degrees.data_parallel
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The ranks that see different data: over these a loss or a count of tokens is summed."""
-        world = dist.group.WORLD
-        assert world is not None
-        assert self.degrees.data_parallel == dist.get_world_size(), "every axis is a data-parallel one"
-        return world
+    def rank(self) -> int:
+        """This rank's number among all."""
+        return dist.get_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of all ranks."""
+        return self.degrees.world_size
+
+    def sum_over_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over the ranks that have different tokens and over pipeline stages, on every rank, as a
+        new tensor: of a loss or a count that each such rank has a part of, and the stages that have none as zero."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM, self.tokens.get_group())
+        if self.degrees.pipeline > 1:
+            dist.all_reduce(total, dist.ReduceOp.SUM, self.device_mesh.get_group(PP))
+        return total
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
-        """What `fully_shard` takes: [dp_shard], or [dp_replicate, dp_shard] where the parameters have copies."""
+        """What `fully_shard` takes: the shards, or [dp_replicate, shards] where the parameters have copies."""
+        shards = DP_SHARD if self.degrees.context == 1 else SHARDS
         if self.degrees.data_parallel_replicate == 1:
-            return self.device_mesh[DP_SHARD]
-        return self.device_mesh[DP_REPLICATE, DP_SHARD]
+            return self.device_mesh[shards]
+        return self.device_mesh[DP_REPLICATE, shards]
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
         """Every process group of the mesh that this rank belongs to, the world's included."""
-        return [self.group, self.device_mesh.get_group(DP_REPLICATE), self.device_mesh.get_group(DP_SHARD)]
+        world = dist.group.WORLD
+        assert world is not None
+        axes = [self.device_mesh.get_group(axis) for axis in AXES]
+        return [world, *axes, self.shards.get_group(), self.tokens.get_group()]
 
 
-def build_mesh(degrees: MeshDegrees, device_type: str) -> DataParallelMesh:
+def build_mesh(degrees: MeshDegrees, device_type: str) -> ParallelMesh:
     """The mesh of these degrees over all ranks; the process group must be initialized.
 
     Args:
         degrees: their product is the world size.
         device_type: "cpu" or "cuda".
     """
-    device_mesh = init_device_mesh(
-        device_type,
-        (degrees.data_parallel_replicate, degrees.data_parallel_shard),
-        mesh_dim_names=(DP_REPLICATE, DP_SHARD),
+    lengths = (
+        degrees.pipeline,
+        degrees.data_parallel_replicate,
+        degrees.data_parallel_shard,
+        degrees.context,
+        degrees.tensor,
     )
-    return DataParallelMesh(degrees, device_mesh)
+    device_mesh = init_device_mesh(device_type, lengths, mesh_dim_names=AXES)
+    shards = device_mesh[DP_SHARD, CP]._flatten(SHARDS)
+    tokens = device_mesh[DP_REPLICATE, DP_SHARD, CP]._flatten(TOKENS)
+    return ParallelMesh(degrees, device_mesh, shards, tokens)

@@ -105,10 +105,10 @@ def test_grouped_causal_attention_equals_the_formula(backend: str, kv_heads: int
 
 def test_document_mask_is_causal_within_a_document_and_empty_across() -> None:
     ids = torch.tensor([[0, 0, 1, 1]])
-    mask = attention_mask("math", ids, ids)
+    mask = attention_mask("math", ids.shape[1], ids.device, ids)
     expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
     assert torch.equal(mask, expected[None, None])
-    assert attention_mask("math", ids, None) is None
+    assert attention_mask("math", ids.shape[1], ids.device, None) is None
 
 
 @pytest.mark.parametrize("backend", ["math", "flash"])

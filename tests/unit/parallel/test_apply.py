@@ -15,7 +15,7 @@ from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSectio
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.distributed import destroy, init_distributed
 from titan_fp8.parallel.fsdp import set_gradient_sync
-from titan_fp8.parallel.mesh import DataParallelMesh, build_mesh
+from titan_fp8.parallel.mesh import AXES, ParallelMesh, build_mesh
 from titan_fp8.runtime.config import CommSection
 from titan_fp8.runtime.errors import UserError
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataParallelMesh]:
+def mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ParallelMesh]:
     """A world of one."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
@@ -38,7 +38,7 @@ def _meta_decoder(tied: bool = False) -> Decoder:
         return Decoder(dims)
 
 
-def _parallelize(model: Decoder, mesh: DataParallelMesh, cpu_offload: bool = False) -> Decoder:
+def _parallelize(model: Decoder, mesh: ParallelMesh, cpu_offload: bool = False) -> Decoder:
     return parallelize(
         model,
         mesh=mesh,
@@ -50,7 +50,7 @@ def _parallelize(model: Decoder, mesh: DataParallelMesh, cpu_offload: bool = Fal
     )
 
 
-def test_one_rank_is_not_wrapped(mesh: DataParallelMesh) -> None:
+def test_one_rank_is_not_wrapped(mesh: ParallelMesh) -> None:
     model = _meta_decoder()
     assert _parallelize(model, mesh) is model
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
@@ -59,12 +59,12 @@ def test_one_rank_is_not_wrapped(mesh: DataParallelMesh) -> None:
     set_gradient_sync(model, mesh, is_last_microbatch=False)  # nothing to synchronize, nothing to refuse
 
 
-def test_the_mesh_of_one_rank_has_the_axes_of_every_mesh(mesh: DataParallelMesh) -> None:
-    assert mesh.device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
-    assert (mesh.rank, mesh.world_size) == (0, 1)
+def test_the_mesh_of_one_rank_has_the_axes_of_every_mesh(mesh: ParallelMesh) -> None:
+    assert mesh.device_mesh.mesh_dim_names == AXES
+    assert (mesh.data_rank, mesh.data_ranks, mesh.world_size) == (0, 1, 1)
 
 
-def test_cpu_offload_on_a_cpu_is_refused(mesh: DataParallelMesh) -> None:
+def test_cpu_offload_on_a_cpu_is_refused(mesh: ParallelMesh) -> None:
     with pytest.raises(UserError, match=r"training\.enable_cpu_offload moves .* already are; turn it off"):
         _parallelize(_meta_decoder(), mesh, cpu_offload=True)
 
