@@ -136,7 +136,10 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
         "tensor both": [{"BOTH_TILE": tile} for tile in tiles],
         "rows": [dict(zip(row_names, values, strict=True)) for values in rows],
         "amax of columns": column_amax,
-        "amax of columns of codes": column_amax,
+        "amax of columns of codes": [
+            {("CODES_" if name == "COLUMN_AMAX_STEPS" else "") + name: value for name, value in config.items()}
+            for config in column_amax
+        ],
         "columns": [{"COLUMNS_TILE": tile} for tile in tiles],
         "columns from codes": [{"COLUMNS_TILE": tile} for tile in tiles],
         "amax of rows and columns": column_amax,

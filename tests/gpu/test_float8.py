@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 NATIVE = pytest.mark.skipif(not detect_device().has_fp8_tensor_cores, reason="needs FP8 tensor cores")
 ALL_RECIPES = pytest.mark.parametrize("recipe", RECIPES)
-SHAPES = [(1, 16), (33, 48), (17, 63), (1000, 512), (300, 4096), (40, 14336), (20, 20480), (5, 40960)]
+SHAPES = [(1, 16), (33, 48), (17, 63), (1000, 512), (300, 4096), (40, 14336), (20, 20480), (5, 40960), (2100, 272)]
 
 
 @pytest.fixture(autouse=True)

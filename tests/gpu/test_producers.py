@@ -62,6 +62,12 @@ def test_other_dtypes(dtype: torch.dtype, granularity: str) -> None:
 
 
 @GRANULARITY
+def test_rows_too_long_to_be_loaded_ahead(granularity: str) -> None:
+    grad, gate, up = inputs(40, 14336, dtype=torch.float32)
+    assert_norms(gate, up, 1 + grad[0] / 8, granularity, wide=True)
+
+
+@GRANULARITY
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38, 0.0])
 def test_special_values(bad: float, granularity: str) -> None:
     grad, gate, up = inputs(150, 512)

@@ -22,7 +22,7 @@ class SizeRule:
     measured_on: str
 
     def in_words(self) -> str:
-        """`N <= 2048, or K <= 1024, or (K <= 2048 and N <= 4096)`."""
+        """Like `K <= 512, or (K <= 1024 and N <= 4096)`."""
         bounds = [
             " and ".join(f"{name} <= {size}" for name, size in (("K", k), ("N", n)) if size is not None)
             for k, n in self.corners

@@ -31,7 +31,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_PLANS = 4096
 """How many launches of a kernel are kept: where every batch has another number of tokens, there is no end of them."""
 MAX_ZEROS = 2**19
-"""int32 numbers that are zeroed together, for vectors of one size: 2 MiB."""
+"""int32 numbers that are zeroed together, for vectors of one size: 2 MiB, or one vector if that is larger."""
 _INT32_MAX = 2**31 - 1
 _ALIGNMENT = 16
 _DEFAULT_STREAM = 0

@@ -1,5 +1,6 @@
 """The rule of size: what was measured, and the table of the documentation."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -21,28 +22,21 @@ def measured_gains(recipe: str) -> dict[tuple[int, int], float]:
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_what_was_measured_to_gain_nothing_is_too_small_and_nothing_else(recipe: str) -> None:
+def test_the_corners_are_those_of_what_was_measured_to_gain_nothing(recipe: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(DOC.parents[1] / "scripts")
+    bench_filter = importlib.import_module("bench_filter")
     gains = measured_gains(recipe)
     assert len(gains) == 36
-    assert {size for size in gains if is_too_small(recipe, *size)} == {
-        size for size, gain in gains.items() if gain < 1 + MARGIN
-    }
+    assert sorted(map(str, SIZE_RULES[recipe].corners)) == sorted(map(str, bench_filter.corners(gains, MARGIN)))
 
 
-@pytest.mark.parametrize(
-    ("k", "n", "small"),
-    [
-        (512, 100_000, True),
-        (100_000, 512, True),
-        (528, 4112, False),
-        (4096, 1024, True),
-        (4112, 1024, False),
-        (4096, 1040, False),
-        (8192, 4100, True),
-    ],
-)
-def test_thresholds_belong_to_what_is_too_small(k: int, n: int, small: bool) -> None:
-    assert is_too_small("tensorwise", k, n) == small
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_thresholds_belong_to_what_is_too_small(recipe: str) -> None:
+    for k, n in SIZE_RULES[recipe].corners:
+        large = 100_000
+        assert is_too_small(recipe, k or large, n or large)
+        assert k is None or not is_too_small(recipe, k + 16, large if n is None else max(n, 8192))
+        assert n is None or not is_too_small(recipe, large if k is None else max(k, 8192), n + 16)
 
 
 def test_dimensions_that_a_recipe_cannot_take_are_too_small_for_it() -> None:
@@ -57,8 +51,8 @@ def test_the_rule_of_size_knows_every_recipe() -> None:
 @pytest.mark.parametrize(
     ("corners", "words"),
     [
-        (((4096, 1024),), "K <= 4096 and N <= 1024"),
-        (((None, 2048), (1024, None), (2048, 4096)), "N <= 2048, or K <= 1024, or (K <= 2048 and N <= 4096)"),
+        (((64, 32),), "K <= 64 and N <= 32"),
+        (((None, 8), (16, None), (64, 32)), "N <= 8, or K <= 16, or (K <= 64 and N <= 32)"),
     ],
 )
 def test_a_rule_reads_as_the_documentation_has_it(corners: tuple, words: str) -> None:

@@ -27,6 +27,7 @@ def shrink_blocks() -> None:
     kernel.AMAX_BLOCK, kernel.AMAX_STEPS = 64, 2
     kernel.COLUMN_AMAX_BLOCK_T, kernel.COLUMN_AMAX_BLOCK_K, kernel.COLUMN_AMAX_STEPS = 8, 16, 2
     kernel.ROWS_TILE = kernel.COLUMNS_TILE = kernel.BOTH_TILE = bits.Tile(16, 16, 4, 2)
+    kernel.CODES_COLUMN_AMAX_STEPS = 2
     kernel.ROW_BLOCK_MAX, kernel.ROW_VALUES, kernel.LONG_ROW_BLOCK = 32, 64, 16
     bits.new_codes = poisoned_codes
     # Other new memory is filled with NaN.

@@ -253,10 +253,13 @@ def pooled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("pooled")
-@pytest.mark.parametrize("size", [0, 1, 24, 30])
-def test_zeros_are_zero_and_nobody_gets_one_twice(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(0, 600), (1, 600), (24, 600), (30, 600), (launch.MAX_ZEROS // 4, 6), (launch.MAX_ZEROS + 1, 2)],
+)
+def test_zeros_are_zero_and_nobody_gets_one_twice(size: int, count: int) -> None:
     taken = []
-    for _ in range(600):
+    for _ in range(count):
         tensor = launch.zeros(X, size)
         assert tensor.shape == ((size,) if size else ())
         assert (tensor == 0).all()

@@ -27,7 +27,9 @@ def _fresh_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_ptx(function: Any, arguments: list[str], num_warps: int, **constants: Any) -> str:
+def compile_ptx(
+    function: Any, arguments: list[str], num_warps: int, maxnreg: int | None = None, **constants: Any
+) -> str:
     """PTX of a kernel for pointers aligned to 16 bytes and for sizes that + marks as multiples of 16."""
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -39,7 +41,7 @@ def compile_ptx(function: Any, arguments: list[str], num_warps: int, **constants
         signature[name] = argument.rstrip("+")
     assert not list(remaining)
     source = ASTSource(function, signature, constexprs=dict(constants), attrs=attributes)
-    options = {"num_warps": num_warps, **LAUNCH}
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, **LAUNCH}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
@@ -119,4 +121,6 @@ def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
 def test_swiglu_of_whole_rows_compiles() -> None:
     arguments = ["*bf16"] * 3 + ["*u8", "*fp32", "i32", "i32+", "i32+", "i32+"]
     flags = {"EMIT": False, "ONE_BLOCK": True, "BLOCK_T": 1, "BLOCK_K": 16384, **CODES}
-    assert_wide_and_exact(compile_ptx(swiglu._swiglu_rows_kernel, arguments, 8, **flags))
+    warps = 16384 // swiglu.ROW_VALUES_PER_WARP
+    ptx = compile_ptx(swiglu._swiglu_rows_kernel, arguments, warps, swiglu.ROW_REGISTERS, **flags)
+    assert_wide_and_exact(ptx)

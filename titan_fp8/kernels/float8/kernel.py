@@ -5,7 +5,8 @@ whole group:
 
     _amax_kernel            one amax of a tensor
     _column_amax_kernel     amax of every column, and of every row if asked
-    _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows
+    _cast_rows_kernel       rowwise codes in one read of memory, since a program owns whole rows, as long as it can hold
+                            them
     _cast_tiles_kernel      from known amax: codes in the input's layout, transposed, or both, with one scale, or with a
                             scale a row and a scale a column
 

@@ -40,9 +40,12 @@ ROW_VALUES, ROW_VALUES_PER_WARP = 4096, 1024
 """Short rows are normed several at a time, up to so many values in a program; and the values of a warp."""
 PROGRAMS, STAGES = 2112, 3
 """So many programs walk down the rows, so that each loads the weight once for many of them; and the rows that it has on
-their way at a time. With an add, which moves much more, a program has one row."""
+their way at a time. With an add, which moves much more, a program takes one block of rows unless it finds amax."""
 AMAX_PROGRAMS, AMAX_STAGES = 528, 3
 """The same where amax is found on the way, which ends with atomics."""
+AHEAD_BYTES = 65536
+"""What waits in shared memory at most; the smallest GPUs that have FP8 give a program 99 KiB of it. Longer rows are not
+loaded ahead."""
 ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 8, 1), Tile(128, 128, 8, 4, 128), Tile(64, 128, 8, 4)
 BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4, 128)
 """Tiles of the second pass by the layouts it writes; of blocks, it writes columns."""
@@ -176,13 +179,16 @@ def _launch_rows(
     total, rstd, amax = outputs
     cast = forms.cast
     output, rows, scale, *_ = forms.pointers(rstd)
-    # Block sizes must not depend on what is asked for: rstd would be summed in another order.
+    # Neither block sizes nor warps may depend on what is asked for: rstd would be summed in another order. How many
+    # rows a program takes, and how many ahead, may.
     block_k = max(next_power_of_2(features), 128)
     block_t = max(1, ROW_VALUES // block_k)
     rows_per_program, stages = block_t, 1
     if needs_amax or branch is None:
         programs, stages = (AMAX_PROGRAMS, AMAX_STAGES) if needs_amax else (PROGRAMS, STAGES)
         rows_per_program = block_t * cdiv(tokens, programs * block_t)
+        loaded = block_t * block_k * x.element_size() * (1 if branch is None else 2)
+        stages = stages if (stages - 1) * loaded <= AHEAD_BYTES else 1
     fast(_norm_rows_kernel)[(cdiv(tokens, rows_per_program),)](
         x, x if branch is None else branch, weight, x if total is None else total, rstd, output, rows, scale, amax,
         tokens, features, rows_per_program, x.stride(0), 0 if branch is None else branch.stride(0), eps,
