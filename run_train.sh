@@ -8,6 +8,7 @@
 # NGPU            processes on this machine                      (all GPUs; 1 without a GPU)
 # LOG_RANK        ranks whose log is shown, e.g. 0,1             (0)
 # NNODES, NODE_RANK, RDZV_ENDPOINT    more machines: how many, which one this is, host:port of the first (1, 0, localhost:0)
+# RDZV_ID         name of the run, the same on all machines      (none)
 set -euo pipefail
 repo=$(cd "$(dirname "$0")" && pwd)
 . "$repo/scripts/setup.sh" ""  # without an argument it would see this script's first
@@ -59,5 +60,6 @@ fi
 # torchrun puts a pipe between the trainer and the terminal.
 if [ -t 2 ]; then export FORCE_COLOR=${FORCE_COLOR-1}; fi
 exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-  --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+  --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-none}" \
+  --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
   -m titan_fp8.train --job.config_file "$CONFIG_FILE" "$@"

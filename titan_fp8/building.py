@@ -9,10 +9,12 @@ parameters, and the metrics need to know the step that a checkpoint resumes from
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titan_fp8.checkpoint.checkpointer import Checkpointer
 from titan_fp8.data.loader import TrainLoader, build_train_loader
@@ -30,9 +32,11 @@ from titan_fp8.optim.optimizers import build_optimizer
 from titan_fp8.optim.schedule import build_lr_scheduler
 from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.compile import compile_loss
+from titan_fp8.parallel.context import context_parallel
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
+from titan_fp8.parallel.tensor import vocab_parallel_loss
 from titan_fp8.runtime.determinism import set_seed, use_deterministic_algorithms
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.logging import info_once
@@ -113,9 +117,10 @@ def build_trainer(
         folder=folder,
         device=device,
         mesh=mesh,
+        context=context_parallel(mesh, job.parallelism),
         model=model,
         converters=plan.converters,
-        loss_fn=compile_loss(cross_entropy_sum, job.compile),
+        loss_fn=compile_loss(_loss(job, mesh), job.compile),
         optimizers=optimizers,
         lr_scheduler=lr_scheduler,
         loader=loaders[0],
@@ -124,6 +129,12 @@ def build_trainer(
         state=state,
         metrics=metrics,
     )
+
+
+def _loss(job: JobConfig, mesh: ParallelMesh) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of the logits as the model leaves them."""
+    divided = mesh.degrees.tensor > 1 and not job.parallelism.disable_loss_parallel
+    return vocab_parallel_loss(mesh) if divided else cross_entropy_sum
 
 
 def _start(job: JobConfig, checkpointer: Checkpointer) -> bool:

@@ -17,6 +17,7 @@ from titan_fp8.config.section import Problem
 from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
+from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
 from titan_fp8.parallel.degrees import MeshDegrees, resolve_degrees
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
@@ -144,6 +145,62 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
         )
 
 
+def tensor_parallelism_divides(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Every rank of tensor parallelism gets whole heads, and equal parts of all else."""
+    degrees, dims = _degrees(job, world_size), _dims(job)
+    parallelism = job.parallelism
+    if degrees is None:
+        return
+    key, ranks = "parallelism.tensor_parallel_degree", degrees.tensor
+    if ranks == 1:
+        if parallelism.disable_loss_parallel:
+            yield Problem("parallelism.disable_loss_parallel", f"no logits are divided; raise {key}, or leave it out")
+        return
+    sizes = {}
+    if dims is not None:
+        sizes = {
+            "the model's attention heads": dims.n_heads,
+            "its key and value heads": dims.kv_heads,
+            "its feed-forward's hidden features": dims.ffn_hidden_dim,
+            "its vocabulary": dims.vocab_size,
+        }
+    for what, size in sizes.items():
+        if size % ranks:
+            yield Problem(key, f"{ranks} ranks do not divide {what}, {size}; {_divisors(size, ranks)}")
+    for section in (job.training, job.validation) if job.validation.enable else (job.training,):
+        tokens = section.local_batch_size * section.seq_len // degrees.context
+        name = "validation" if section is job.validation else "training"
+        if tokens % ranks:
+            yield Problem(
+                key,
+                f"{ranks} ranks do not divide the {tokens} tokens that share a batch ({name}.local_batch_size x "
+                f"{name}.seq_len / context_parallel_degree); "
+                f"make {name}.seq_len a multiple of {ranks}",
+            )
+
+
+def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Context parallelism cuts every sequence into equal parts, and its options mean something."""
+    degrees, parallelism = _degrees(job, world_size), job.parallelism
+    balancer = parallelism.context_parallel_load_balancer
+    unknown = check_load_balancer(balancer)
+    if unknown is not None:
+        yield Problem("parallelism.context_parallel_load_balancer", unknown, is_sentence=True)
+    if degrees is None or degrees.context == 1 or unknown is not None:
+        return
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for key, seq_len in lengths.items():
+        problem = check_sequence(seq_len, degrees.context, balancer, key)
+        if problem is not None:
+            yield Problem(key, problem, is_sentence=True)
+    method = parallelism.context_parallel_rotate_method
+    problem = check_rotate_method(method, job.model.attention_backend, job.training.document_masking)
+    if problem is not None:
+        yield Problem("parallelism.context_parallel_rotate_method", problem, is_sentence=True)
+
+
 def data_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """The data sources are known and have what they need."""
     specs: list[DatasetSpec] = []
@@ -217,6 +274,8 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     model_exists,
     converters_exist,
     sharded_features_have_shards,
+    tensor_parallelism_divides,
+    sequences_are_spread,
     data_exist,
     validation_ends,
     files_exist,
@@ -236,6 +295,20 @@ def _degrees(job: "JobConfig", world_size: int) -> MeshDegrees | None:
         return resolve_degrees(job.parallelism, world_size)
     except UserError:
         return None
+
+
+def _dims(job: "JobConfig") -> ModelDims | None:
+    """The model's dimensions, or None where `model_exists` has something to say."""
+    try:
+        return resolve_dims(job.model.name, job.model.flavor, job.model.overrides.given())
+    except (UserError, KeyError):
+        return None
+
+
+def _divisors(size: int, below: int) -> str:
+    """`use 4 or 2`: the next degrees that work."""
+    fitting = [degree for degree in range(below, 0, -1) if size % degree == 0][:2]
+    return f"use {' or '.join(map(str, fitting))}"
 
 
 def _domain_problems(section: str, action: Callable[[], object]) -> Iterator[Problem]:

@@ -122,7 +122,12 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
 def _placement(job: JobConfig) -> Placement:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     degrees = resolve_degrees(job.parallelism, ranks)
-    return Placement(ranks, degrees.data_parallel_shard, offloaded=job.training.enable_cpu_offload)
+    return Placement(
+        ranks,
+        degrees.data_parallel_shard * degrees.context,
+        offloaded=job.training.enable_cpu_offload,
+        tensor=degrees.tensor,
+    )
 
 
 def run_fingerprint(job: JobConfig, dims: ModelDims, reports: Sequence[ConversionReport | None]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ however it is cut into microbatches and spread over processes.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ from titan_fp8.observability.profiling import maybe_enable_memory_snapshot, mayb
 from titan_fp8.observability.summary import format_summary
 from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.optim.schedule import LRSchedulers
-from titan_fp8.parallel.distributed import set_train_timeouts
+from titan_fp8.parallel.context import ContextParallel
+from titan_fp8.parallel.distributed import any_rank, set_train_timeouts
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.gc import GarbageCollector
 from titan_fp8.runtime.logging import info_once, logger
+from titan_fp8.runtime.preemption import StopSignals, leave
 from titan_fp8.train_state import TrainState
 
 
@@ -62,6 +65,7 @@ class Trainer:
     folder: Path
     device: torch.device
     mesh: ParallelMesh
+    context: ContextParallel | None
     model: Decoder
     converters: list[Converter]
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -78,12 +82,17 @@ class Trainer:
 
         Raises:
             UserError: a non-finite step under the policy "stop", or something outside that fails (disk, data).
+            Preempted: a signal asked the run to stop; a checkpoint was saved if the run saves any.
         """
         training = self.job.training
         first_step, last_step = self.state.step + 1, training.steps
         tokens_logged = self.state.tokens_seen
         self.model.train()
-        with self._hooks() as after_step, closing(GarbageCollector(training.gc_freq, training.gc_debug)) as garbage:
+        with (
+            self._hooks() as after_step,
+            closing(GarbageCollector(training.gc_freq, training.gc_debug)) as garbage,
+            closing(StopSignals()) as stop_signals,
+        ):
             for step in range(first_step, last_step + 1):
                 garbage.run(step)
                 result = self._train_step()
@@ -93,6 +102,8 @@ class Trainer:
                     tokens_logged = self.state.tokens_seen
                 after_step()
                 self._validate(step)
+                if step < last_step and any_rank(stop_signals.received):
+                    self._stop_early(step)
                 self._save(step)
                 if step == first_step:
                     set_train_timeouts(self.job.comm, self.mesh)
@@ -108,15 +119,13 @@ class Trainer:
                     stack.callback(part.close)
 
     def _train_step(self) -> StepResult:
-        batches = [batch.to(self.device, non_blocking=True) for batch in self.loader.next_step()]
+        batches = [self._on_device(batch) for batch in self.loader.next_step()]
         label_tokens = self._label_tokens(batches)
         self.optimizers.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             set_gradient_sync(self.model, self.mesh, is_last_microbatch=number == len(batches))
-            logits = self.model(batch.tokens, batch.document_ids)
-            loss = self.loss_fn(logits, batch.labels) / label_tokens
-            del logits
+            loss = self._loss_sum(batch) / label_tokens
             loss.backward()
             loss_sum += loss.detach()
         loss = self.mesh.sum_over_tokens(loss_sum)
@@ -134,6 +143,20 @@ class Trainer:
         if bool(nonfinite):
             self._on_nonfinite(self.state.step + 1, result)
         return result
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """A batch where it is computed, with those labels whose loss this rank computes."""
+        batch = batch.to(self.device, non_blocking=True)
+        return batch if self.context is None else replace(batch, labels=self.context.shard(batch.labels))
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        """The fp32 sum of the cross-entropy of a batch's labels."""
+        if self.context is None:
+            return self.loss_fn(self.model(batch.tokens, batch.document_ids), batch.labels)
+        seq_len, tokens = batch.tokens.shape[1], self.context.shard(batch.tokens)
+        positions = self.context.positions(seq_len, self.device)
+        logits = self.model(tokens, batch.document_ids, seq_len=seq_len, positions=positions)
+        return self.loss_fn(logits, batch.labels)
 
     def _label_tokens(self, batches: Iterable[Batch]) -> Tensor:
         """Labels that count in the global batch, an fp32 scalar on the device; at least 1."""
@@ -179,8 +202,8 @@ class Trainer:
             self.model.eval()
             sums = torch.zeros(2, dtype=torch.float64)
             for batch in self.validation:
-                batch = batch.to(self.device, non_blocking=True)
-                loss_sum = self.loss_fn(self.model(batch.tokens, batch.document_ids), batch.labels)
+                batch = self._on_device(batch)
+                loss_sum = self._loss_sum(batch)
                 sums += torch.stack([loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]).cpu()
             self.model.train()
             loss_sum, tokens = self.mesh.sum_over_tokens(sums).tolist()
@@ -193,6 +216,21 @@ class Trainer:
             self.metrics.flush()
             with self.metrics.untimed():
                 self.checkpointer.save(step, last_step=is_last)
+
+    def _stop_early(self, step: int) -> NoReturn:
+        """Save after this step, whether or not it is time to, and end the run."""
+        saving = self.checkpointer
+        saving.config = saving.config.model_copy(update={"interval": 1})
+        saved = saving.is_due(step)
+        self._save(step)
+        saving.close()
+        self.metrics.flush()
+        done = f"asked to stop by a signal: ended after step {step} of {self.job.training.steps}"
+        if saved:
+            info_once(f"{done}, which is saved; the same command goes on from there")
+        elif self.mesh.is_main:
+            logger.warning("%s; nothing is saved, because checkpoint.enable is off or checkpoint.load_only on", done)
+        leave(saved=saved)
 
     @contextmanager
     def _hooks(self) -> Iterator[Callable[[], None]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,9 +21,11 @@ from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
+from titan_fp8.parallel.context import ContextParallel, context_parallel
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
+from titan_fp8.parallel.tensor import vocab_parallel_loss
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear
@@ -40,6 +41,9 @@ class Case:
 
     replicate: int = 1
     shard: int = 1
+    tensor: int = 1
+    context: int = 1
+    loss_parallel: bool = True
     vocab_size: int = 67  # no multiple of 2 or 4: uneven shards
     tied_embeddings: bool = False
     compute_dtype: torch.dtype = torch.float32
@@ -56,6 +60,11 @@ class Case:
 
     @property
     def ranks(self) -> int:
+        return self.data_parts * self.tensor * self.context
+
+    @property
+    def data_parts(self) -> int:
+        """Ranks that see different data."""
         return self.replicate * self.shard
 
 
@@ -86,9 +95,16 @@ def _build(case: Case, **float8: Any) -> Decoder:
     return model
 
 
-def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before_part: BeforePart) -> Trained:
-    """Three steps, on rows `rank` of `ranks` of each global batch, in `parts` microbatches."""
+def _train(
+    case: Case, model: Decoder, parts: int, mesh: ParallelMesh | None, before_part: BeforePart = lambda is_last: None
+) -> Trained:
+    """Three steps, on this rank's rows of each global batch, in `parts` microbatches."""
+    rank, ranks = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
+    loss_fn = cross_entropy_sum
+    if mesh is not None and case.tensor > 1 and case.loss_parallel:
+        loss_fn = vocab_parallel_loss(mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    context = None if mesh is None else context_parallel(mesh, ParallelismSection())
     generator = torch.Generator().manual_seed(1)
     result = Trained([], [], {})
     for _ in range(STEPS):
@@ -96,11 +112,11 @@ def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before
         step_loss = torch.zeros((), device=case.device_type)
         for part, rows in enumerate(batch.chunk(ranks)[rank].chunk(parts)):
             before_part(part == parts - 1)
-            loss = cross_entropy_sum(model(rows[:, :-1]), rows[:, 1:]) / (ROWS * SEQ_LEN)
+            loss = loss_fn(*_logits_and_labels(model, context, rows)) / (ROWS * SEQ_LEN)
             loss.backward()
             step_loss += loss.detach()
-        if ranks > 1:
-            dist.all_reduce(step_loss)
+        if mesh is not None:
+            step_loss = mesh.sum_over_tokens(step_loss)
         result.losses.append(step_loss.item())
         result.grads.append({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
@@ -109,6 +125,14 @@ def _train(case: Case, model: Decoder, rank: int, ranks: int, parts: int, before
         optimizer.zero_grad()
     result.weights = {name: _whole(p) for name, p in model.state_dict().items()}
     return result
+
+
+def _logits_and_labels(model: Decoder, context: ContextParallel | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, labels = rows[:, :-1], rows[:, 1:]
+    if context is None:
+        return model(tokens), labels
+    positions = context.positions(SEQ_LEN, tokens.device)
+    return model(context.shard(tokens), seq_len=SEQ_LEN, positions=positions), context.shard(labels)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -122,12 +146,20 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
     model = _build(case, **float8)
     mesh = build_mesh(
-        MeshDegrees(data_parallel_replicate=case.replicate, data_parallel_shard=case.shard), case.device_type
+        MeshDegrees(
+            data_parallel_replicate=case.replicate,
+            data_parallel_shard=case.shard,
+            tensor=case.tensor,
+            context=case.context,
+        ),
+        case.device_type,
     )
     parallelize(
         model,
         mesh=mesh,
-        parallelism=ParallelismSection(fsdp_reshard_after_forward=case.reshard),
+        parallelism=ParallelismSection(
+            fsdp_reshard_after_forward=case.reshard, disable_loss_parallel=not case.loss_parallel
+        ),
         activation_checkpoint=ActivationCheckpointSection(**case.activation_checkpoint),
         compile_config=CompileSection(enable=case.compile_backend is not None, backend=case.compile_backend or "eager"),
         param_dtype=case.compute_dtype,
@@ -148,7 +180,7 @@ def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
     def before_part(is_last: bool) -> None:
         set_gradient_sync(model, mesh, is_last_microbatch=is_last)
 
-    trained = _train(case, model, mesh.data_rank, mesh.data_ranks, case.microbatches, before_part)
+    trained = _train(case, model, case.microbatches, mesh, before_part)
     return trained if rank == 0 else None
 
 
@@ -158,7 +190,7 @@ def train_alone(case: Case) -> Trained:
     model = _build(case)
     materialize(model, torch.device(case.device_type))
     initialize(model, seed=7, device=torch.device(case.device_type))
-    return _train(case, model, 0, 1, case.ranks * case.microbatches, lambda is_last: None)
+    return _train(case, model, case.data_parts * case.microbatches, None)
 
 
 def assert_same(actual: Trained, expected: Trained, tolerance: float) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from titan_fp8.converters.config import Float8LinearSection
+from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.converters.protocol import ConversionError, Placement
@@ -92,9 +93,10 @@ def convert_linears(
     Raises:
         ConversionError: with every violation; the model is then unchanged.
     """
-    choices, wrong = choose(model, request)
+    whole = Placement() if placement is None else placement
+    choices, wrong = choose(model, request, whole)
     modes, kernels, cannot = _check_device(request, choices, device)
-    violations = [*problems, *wrong, *_check_model(model, choices, request), *cannot]
+    violations = [*problems, *wrong, *_check_model(model, choices, request, whole), *cannot]
     if violations:
         raise ConversionError(violations)
     weights = _plan_weights(model, choices, request, placement)
@@ -109,16 +111,18 @@ def convert_linears(
         )
         for recipe, (emulate, _) in modes.items()
     }
-    rows = _rows(model, choices)
+    rows = _rows(model, choices, whole)
     _replace(model, {fqn: configs[choice.recipe] for fqn, choice in choices.items() if choice.reason is None})
     _prepare_weights(model, weights, cache=request.cache_weights)
-    fused = fuse_producers(model)
+    spread = whole.tensor > 1
+    fused = fuse_producers(model, tensor_parallel=spread)
     return ConversionReport(
         converter=NAME,
         modes={_label(recipe): mode for recipe, (_, mode) in modes.items()},
         kernels=kernels,
         weights=weights.value,
         fused=fused,
+        exchanges=exchanges(model) if spread else {},
         rows=rows,
     )
 
@@ -151,7 +155,9 @@ def _label(recipe: Float8Recipe) -> str:
     return f"{recipe.name} with power-of-two scales" if rounded else recipe.name
 
 
-def _check_model(model: nn.Module, choices: Mapping[str, Choice], request: Float8Request) -> list[str]:
+def _check_model(
+    model: nn.Module, choices: Mapping[str, Choice], request: Float8Request, placement: Placement
+) -> list[str]:
     """Why the chosen linears cannot be converted, one message each."""
     setting = f"{request.prefix}filter_fqns"
     problems: list[str] = []
@@ -167,7 +173,9 @@ def _check_model(model: nn.Module, choices: Mapping[str, Choice], request: Float
     for fqn, choice in choices.items():
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
-        obstacle = _obstacle(linear, choice.recipe) if choice.reason is None else None
+        obstacle = (
+            _obstacle(linear, choice.recipe, *placement.local_dims(fqn, linear)) if choice.reason is None else None
+        )
         if obstacle:
             problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")
     for users in _divided_weights(model, choices) if request.enable_fsdp_float8_all_gather else []:
@@ -187,8 +195,8 @@ def _other_remedy(linear: nn.Linear, recipe: Float8Recipe, request: Float8Reques
     return f", or give it another recipe in {request.prefix}recipe_by_fqn" if is_size else ""
 
 
-def _obstacle(linear: nn.Linear, recipe: Float8Recipe) -> str | None:
-    """Why this linear cannot be converted, or None."""
+def _obstacle(linear: nn.Linear, recipe: Float8Recipe, n: int, k: int) -> str | None:
+    """Why this linear, of which a rank multiplies `[n, k]`, cannot be converted, or None."""
     kind = type(linear)
     if isinstance(linear, Float8Linear):
         return f"it is converted to float8 already ({linear.config.recipe.name})"
@@ -205,7 +213,7 @@ def _obstacle(linear: nn.Linear, recipe: Float8Recipe) -> str | None:
         return "its forward was replaced on the instance, which conversion would not change; convert before wrapping it"
     if linear.weight.dtype not in _WEIGHT_DTYPES:
         return f"its weight is {linear.weight.dtype}, and float8 casts take float32, bfloat16 or float16"
-    return check_dims(linear.in_features, linear.out_features, recipe)
+    return check_dims(k, n, recipe)
 
 
 def _divided_weights(model: nn.Module, choices: Mapping[str, Choice]) -> list[list[tuple[str, str]]]:
@@ -256,18 +264,19 @@ def _prepare_weights(model: nn.Module, weights: _Weights, *, cache: bool) -> Non
         cache_weights(model, linears)
 
 
-def _rows(model: nn.Module, choices: Mapping[str, Choice]) -> list[ReportRow]:
-    shapes = {}
+def _rows(model: nn.Module, choices: Mapping[str, Choice], placement: Placement) -> list[ReportRow]:
+    shapes, local = {}, {}
     for fqn in choices:
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
         shapes[fqn] = linear.out_features, linear.in_features
+        local[fqn] = placement.local_dims(fqn, linear)
     total = sum(n * k for n, k in shapes.values())
     return [
         ReportRow(
             fqn,
             (n, k),
-            (n, k),
+            local[fqn],
             recipe=_label(choices[fqn].recipe) if choices[fqn].reason is None else None,
             reason=choices[fqn].reason,
             flop_share=n * k / max(total, 1),

@@ -25,17 +25,19 @@ from titan_fp8.models.norm import RMSNorm
 from titan_fp8.quantization.gated import gated_hidden
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.norm import add_rms_norm, rms_norm
-from titan_fp8.quantization.recipes import Float8Recipe
+from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def fuse_producers(model: nn.Module) -> list[str]:
+def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[str]:
     """Replace in place the norms and feed-forwards of `model`'s blocks that can write float8.
 
     Args:
         model: a decoder, or what contains one, after conversion and before it is sharded or compiled.
+        tensor_parallel: products will be split over ranks. Then norms stay, since what they write is cast as it is
+            gathered, and feed-forwards whose scale all ranks must agree on.
 
     Returns:
         The names of the modules that were replaced; none in a model without our `TransformerBlock`s.
@@ -43,17 +45,23 @@ def fuse_producers(model: nn.Module) -> list[str]:
     fused = []
     for fqn, block in model.named_modules():
         if isinstance(block, TransformerBlock):
-            for name, new in _fused_parts(block).items():
+            for name, new in _fused_parts(block, tensor_parallel).items():
                 setattr(block, name, new)
                 fused.append(f"{fqn}.{name}" if fqn else name)
     return fused
 
 
-def _fused_parts(block: TransformerBlock) -> dict[str, nn.Module]:
+def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn.Module]:
     """Name -> what to put there."""
     parts: dict[str, nn.Module] = {}
-    if type(block.feed_forward) is FeedForward and _can_gate(block.feed_forward):
-        parts["feed_forward"] = _converted(block.feed_forward, Float8FeedForward)
+    feed_forward = block.feed_forward
+    if type(feed_forward) is FeedForward and _can_gate(feed_forward):
+        assert isinstance(feed_forward.w2, Float8Linear)
+        one_scale = feed_forward.w2.config.recipe.granularity is Granularity.TENSOR
+        if not (tensor_parallel and one_scale):
+            parts["feed_forward"] = _converted(feed_forward, Float8FeedForward)
+    if tensor_parallel:
+        return parts
     readers = {
         "attention_norm": Readers(block.attention, ("wq", "wk", "wv")),
         "ffn_norm": Readers(parts.get("feed_forward", block.feed_forward), ("w1", "w3")),

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from titan_fp8.converters.report import ConversionReport
+from titan_fp8.models.splits import local_dims
 from titan_fp8.runtime.errors import UserError
 
 
@@ -31,16 +32,32 @@ class Placement:
         ranks: processes of the job.
         shards: ranks over which one copy of the parameters is sharded.
         offloaded: parameters stay in host memory and come to the device unit by unit.
+        tensor: ranks over which each matrix product of our decoder is split.
     """
 
     ranks: int = 1
     shards: int = 1
     offloaded: bool = False
+    tensor: int = 1
 
     @property
     def is_managed(self) -> bool:
         """Whether FSDP takes the parameters over; otherwise they stay where they are, the same tensors for ever."""
         return self.ranks > 1 or self.offloaded
+
+    def local_dims(self, fqn: str, linear: nn.Linear) -> tuple[int, int]:
+        """(N, K) of what one rank multiplies of the linear called `fqn`.
+
+        Raises:
+            UserError: the ranks do not divide it.
+        """
+        dims = linear.out_features, linear.in_features
+        if self.tensor == 1:
+            return dims
+        try:
+            return local_dims(fqn, *dims, self.tensor)
+        except ValueError as error:
+            raise UserError(f"parallelism.tensor_parallel_degree = {self.tensor}: {error}") from None
 
 
 ONE_PROCESS = Placement()

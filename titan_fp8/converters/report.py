@@ -41,6 +41,8 @@ class ConversionReport:
         kernels: what casts: "triton" or "torch".
         weights: what becomes of the weights: how often they are cast, and what FSDP gathers.
         fused: names of the modules that write float8 themselves for the linears that read them (`fusion.py`).
+        exchanges: under tensor parallelism, what ranks exchange -> how it travels: "float8 codes", or "high precision"
+            and why.
         rows: one row a linear layer, in the model's order.
     """
 
@@ -49,6 +51,7 @@ class ConversionReport:
     kernels: str = "torch"
     weights: str = ""
     fused: list[str] = field(default_factory=list)
+    exchanges: Mapping[str, str] = field(default_factory=dict)
     rows: list[ReportRow] = field(default_factory=list)
 
     @property
@@ -85,9 +88,12 @@ class ConversionReport:
         left = "".join(f"; {count} left alone ({reason})" for reason, count in reasons.items())
         weights = f"; weights {self.weights}" if self.weights and self.converted else ""
         fused = f"; {len(self.fused)} modules before them write float8" if self.fused else ""
+        ways = Counter(self.exchanges.values())
+        travels = ", ".join(f"{count} as {way}" for way, count in ways.most_common())
+        exchanges = f"; between ranks travel {travels}" if travels else ""
         return (
             f"{self.converter}: {recipes}{', together' if mixed else ''} in {len(self.converted)} of {len(self.rows)} "
-            f"linears, {100 * self.flop_share:.1f} % of their FLOPs{left}{weights}{fused}"
+            f"linears, {100 * self.flop_share:.1f} % of their FLOPs{left}{weights}{fused}{exchanges}"
         )
 
     def __str__(self) -> str:
@@ -112,6 +118,7 @@ class ConversionReport:
             "kernels": self.kernels,
             "weights": self.weights,
             "fused": self.fused,
+            "exchanges": dict(self.exchanges),
             "linears": len(self.rows),
             "converted": len(self.converted),
             "flop_share": self.flop_share,

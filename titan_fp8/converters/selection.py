@@ -17,6 +17,7 @@ from torch import nn
 
 from titan_fp8.converters.blocks import kept_blocks
 from titan_fp8.converters.filters import AUTO_FILTER, check_patterns, check_recipe_patterns, first_match
+from titan_fp8.converters.protocol import ONE_PROCESS, Placement
 from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.size_rule import is_too_small
 from titan_fp8.quantization.recipes import Float8Recipe
@@ -40,12 +41,15 @@ class Choice:
     reason: str | None
 
 
-def choose(model: nn.Module, request: Float8Request) -> tuple[dict[str, Choice], list[str]]:
+def choose(
+    model: nn.Module, request: Float8Request, placement: Placement = ONE_PROCESS
+) -> tuple[dict[str, Choice], list[str]]:
     """The choice for each linear of `model` by name, a module with two names twice; and what is wrong with the request.
 
     Args:
         model: any model.
         request: its types and recipe names are right.
+        placement: what a rank multiplies of each linear counts for the rule of size.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear) and fqn}
@@ -62,13 +66,15 @@ def choose(model: nn.Module, request: Float8Request) -> tuple[dict[str, Choice],
         kept = kept_blocks(model, request.keep_first_blocks_hp, request.keep_last_blocks_hp)
     except UserError as error:
         problems.append(f"{_blocks_setting(request)}: {error}; name what is to stay as it is in {setting}")
-    choices = {fqn: _choose(fqn, linear, request, kept) for fqn, linear in linears.items()}
+    choices = {fqn: _choose(fqn, linear, request, kept, placement) for fqn, linear in linears.items()}
     problems += _ineffective_entries(choices, table, setting=table_setting)
     problems += _divided_modules(linears, choices)
     return choices, problems
 
 
-def _choose(fqn: str, linear: nn.Linear, request: Float8Request, kept: Mapping[str, str]) -> Choice:
+def _choose(
+    fqn: str, linear: nn.Linear, request: Float8Request, kept: Mapping[str, str], placement: Placement
+) -> Choice:
     table = dict(request.recipe_by_fqn)
     entry = first_match(table, fqn)
     recipe = request.recipe(request.recipe_name if entry is None else table[entry])
@@ -81,10 +87,9 @@ def _choose(fqn: str, linear: nn.Linear, request: Float8Request, kept: Mapping[s
         reason = kept[block]
     elif matches(ROUTER, fqn) and not (entry and matches(ROUTER, entry)):
         reason = "router of a mixture of experts"
-    elif AUTO_FILTER in request.filter_fqns and is_too_small(
-        recipe.name, linear.in_features, linear.out_features, recipe.dim_multiple
-    ):
-        reason = AUTO_FILTER
+    elif AUTO_FILTER in request.filter_fqns:
+        n, k = placement.local_dims(fqn, linear)
+        reason = AUTO_FILTER if is_too_small(recipe.name, k, n, recipe.dim_multiple) else None
     return Choice(recipe, reason)
 
 

@@ -1,5 +1,6 @@
 """RMSNorm (arXiv 1910.07467): divide by the root mean square over the features, then scale each feature."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,11 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.scale(x.dtype), self.eps)
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """What normed features are multiplied by, `[dim]`. Norms of a sequence that is spread have another one."""
+        return self.weight.to(dtype)
 
     def add_and_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """`(x + branch, norm of it)`, all `[..., dim]` of one dtype."""

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
+from titan_fp8.parallel.context_attention import attention_op
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.patterns import matches
@@ -50,6 +51,7 @@ _ALWAYS_KEPT = frozenset(
         flex_attention,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
         torch.ops._c10d_functional.all_to_all_single.default,
+        attention_op,
         amax,  # one number, which takes a read of the whole tensor
     }
 )

@@ -1,6 +1,7 @@
 """The inner order: what is done to a converted model before it gets its weights.
 
-    activation checkpointing (per block) -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
+    tensor and sequence parallelism -> context parallelism -> activation checkpointing (per block)
+        -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
 
 Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
 of it. Recomputation sits inside the compiled region, so that the compiler sees it and may keep or fuse what it likes.
@@ -19,8 +20,10 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing, check_activation_checkpointing
 from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
+from titan_fp8.parallel.context import apply_context_parallel, context_parallel
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload
 from titan_fp8.parallel.mesh import ParallelMesh
+from titan_fp8.parallel.tensor import apply_tensor_parallel
 from titan_fp8.runtime.errors import UserError
 
 
@@ -52,6 +55,10 @@ def parallelize(
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
     """
+    apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
+    context = context_parallel(mesh, parallelism)
+    if context is not None:
+        apply_context_parallel(model, context)
     apply_activation_checkpointing(model, activation_checkpoint, compile_config=compile_config, dump_folder=dump_folder)
     apply_compile(model, compile_config)
     if mesh.world_size > 1 or cpu_offload:

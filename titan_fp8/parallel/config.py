@@ -24,11 +24,11 @@ class ParallelismSection(Section):
     """Whether a block's gathered parameters are freed after its forward pass and gathered again for the backward pass:
     `always`, `never`, or `default` (always, without pipeline parallelism)."""
 
-    tensor_parallel_degree: CountOrAuto = not_supported_yet(1, unit="ranks")
-    """Ranks over which each matrix product is split."""
+    tensor_parallel_degree: CountOrAuto = key(1, unit="ranks")
+    """Ranks over which each matrix product is split, and between products the tokens (sequence parallel)."""
 
-    disable_loss_parallel: bool = not_supported_yet(False)
-    """Gather the logits before the loss instead of computing it on their shards."""
+    disable_loss_parallel: bool = False
+    """With tensor parallelism: gather the logits before the loss instead of computing it on their shards."""
 
     enable_async_tensor_parallel: bool = not_supported_yet(False)
     """Overlap the communication of tensor parallelism with its matrix products."""
@@ -60,14 +60,16 @@ class ParallelismSection(Section):
     pipeline_parallel_expert_parallel_overlap: bool = not_supported_yet(True)
     """Overlap the communication of expert parallelism with another microbatch's computation."""
 
-    context_parallel_degree: CountOrAuto = not_supported_yet(1, unit="ranks")
+    context_parallel_degree: CountOrAuto = key(1, unit="ranks")
     """Ranks over which each sequence is split."""
 
-    context_parallel_load_balancer: str | None = not_supported_yet("headtail")
-    """How a sequence's parts are dealt out to ranks."""
+    context_parallel_load_balancer: str | None = "headtail"
+    """How a sequence's parts are dealt out to ranks: `headtail` gives each a part of the head and one of the tail,
+    which evens out the cost of causal attention; unset, each gets one piece."""
 
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = not_supported_yet("allgather")
-    """How keys and values travel between the ranks of one sequence."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel between the ranks of one sequence: `allgather` collects all at once, `alltoall` passes
+    one rank's at a time around, in less memory."""
 
     expert_parallel_degree: int = not_supported_yet(1, ge=1, unit="ranks")
     """Ranks over which the experts of a layer are dealt out."""

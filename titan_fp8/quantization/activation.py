@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.runtime.collectives import Axis
 
 _ATTRIBUTE = "_titan_fp8_codes"
 """Where a tensor carries its codes."""
@@ -48,7 +49,9 @@ class _Kept(NamedTuple):
     columns: Codes | None
 
 
-def quantize_activation(x: Tensor, owner: Tensor, recipe: Float8Recipe, *, columns: bool) -> tuple[Codes, Codes | None]:
+def quantize_activation(
+    x: Tensor, owner: Tensor, recipe: Float8Recipe, *, columns: bool, axis: Axis | None = None
+) -> tuple[Codes, Codes | None]:
     """The codes of x `[..., K]` by rows and, if asked, by columns; cast only if no other linear has.
 
     Args:
@@ -56,27 +59,30 @@ def quantize_activation(x: Tensor, owner: Tensor, recipe: Float8Recipe, *, colum
         owner: the tensor that x was made from and that the linears share; it carries the codes.
         recipe: decides formats and scales.
         columns: whether the weight's gradient will be asked for.
+        axis: ranks that hold other features of the same tensor.
     """
     if torch.compiler.is_compiling():
-        return _cast(x, recipe, columns)
+        return _cast(x, recipe, columns, axis)
     later = columns and is_recomputed_later()
     needs_columns = columns and not later
     # A leaf belongs to somebody outside, who may write to it behind autograd's back (`.data`).
     if owner.is_leaf or owner.is_inference():
-        rows, made = _cast(x, recipe, needs_columns)
+        rows, made = _cast(x, recipe, needs_columns, axis)
     else:
-        key = (recipe.granularity, recipe.input_dtype, recipe.power_of_two_scales, x.dtype)
+        key = (recipe.granularity, recipe.input_dtype, recipe.power_of_two_scales, x.dtype, axis)
         kept: _Kept | None = getattr(owner, _ATTRIBUTE, None)
         usable = kept is not None and kept.key == key and kept.version == owner._version
         if kept is None or not usable or (needs_columns and kept.columns is None):
-            kept = _Kept(key, owner._version, *_cast(x, recipe, needs_columns))
+            kept = _Kept(key, owner._version, *_cast(x, recipe, needs_columns, axis))
             setattr(owner, _ATTRIBUTE, kept)
         rows, made = kept.rows, kept.columns
     return rows, columns_placeholder(as_matrix(x), recipe) if later else made if columns else None
 
 
-def _cast(x: Tensor, recipe: Float8Recipe, columns: bool) -> tuple[Codes, Codes | None]:
-    rows, made = cast_activation(as_matrix(x.detach()), recipe, recipe.input_dtype, rows=True, columns=columns)
+def _cast(x: Tensor, recipe: Float8Recipe, columns: bool, axis: Axis | None) -> tuple[Codes, Codes | None]:
+    rows, made = cast_activation(
+        as_matrix(x.detach()), recipe, recipe.input_dtype, rows=True, columns=columns, axis=axis
+    )
     assert rows is not None
     return rows, made
 

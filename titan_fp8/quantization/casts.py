@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titan_fp8.quantization import ops
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.runtime.collectives import Axis, all_reduce
 
 
 class Codes(NamedTuple):
@@ -33,21 +34,32 @@ def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def reduced_amax(x: Tensor, axis: Axis | None) -> Tensor:
+    """`ops.amax` of x and of what the other ranks of the axis hold of the same tensor."""
+    amax = ops.amax(x)
+    return amax if axis is None else all_reduce(amax, axis, "max")
+
+
 def cast_activation(
-    x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool
+    x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool, axis: Axis | None = None
 ) -> tuple[Codes | None, Codes | None]:
-    """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other."""
+    """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other.
+
+    axis: ranks that hold other parts of the same tensor, which has one scale where a tensor has one.
+    """
     match recipe.granularity:
         case Granularity.TENSOR:
-            return _cast_tensor(x, dtype, rows, columns)
+            return _cast_tensor(x, dtype, rows, columns, axis)
         case Granularity.ROW:
             return _cast_rows(x, dtype, rows, columns)
         case Granularity.BLOCK:
             return _cast_blocks(x, dtype, recipe.power_of_two_scales, rows, columns)
 
 
-def _cast_tensor(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Codes | None, Codes | None]:
-    amax = ops.amax(x)
+def _cast_tensor(
+    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, axis: Axis | None
+) -> tuple[Codes | None, Codes | None]:
+    amax = reduced_amax(x, axis)
     if rows and columns:
         codes, codes_t, scale = ops.cast_tensor_both(x, amax, dtype)
         return Codes(codes, scale), Codes(codes_t, scale)
@@ -76,12 +88,13 @@ def _cast_blocks(
     return None, Codes(*ops.cast_block_columns(x, dtype, power_of_two))
 
 
-def cast_weight(weight: Tensor, recipe: Float8Recipe) -> Codes:
-    """The weight `[N, K]` by rows, for `output`: the one quantization of it, from which all else is derived."""
+def cast_weight(weight: Tensor, recipe: Float8Recipe, axis: Axis | None = None) -> Codes:
+    """The weight `[N, K]` by rows, for `output`: the one quantization of it, from which all else is derived. axis: as
+    in `cast_activation`."""
     dtype = recipe.weight_dtype
     match recipe.granularity:
         case Granularity.TENSOR:
-            return Codes(*ops.cast_tensor(weight, ops.amax(weight), dtype))
+            return Codes(*ops.cast_tensor(weight, reduced_amax(weight, axis), dtype))
         case Granularity.ROW:
             return Codes(*ops.cast_rows(weight, dtype))
         case Granularity.BLOCK:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -76,10 +77,11 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
         if not isinstance(parameter, DTensor):
             state.mark_stale()
             continue
-        weight, rows = parameter.to_local(), parameter.shape[0]
+        weight = parameter.to_local()
         assert isinstance(weight, ShardableFloat8Weight)
         if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
-            groups.setdefault(_shard_axis(parameter), []).append((weight, rows))
+            shards, rows = _shards_of(parameter, state)
+            groups.setdefault(shards, []).append((weight, rows))
     for axis, stale in groups.items():
         weights, sizes = zip(*stale, strict=True)
         refresh(weights, sizes, axis, ahead=True)
@@ -116,13 +118,17 @@ def _wrapped_parameters(model: nn.Module) -> list[tuple[Tensor, Float8WeightStat
     return list(found.values())
 
 
-def _shard_axis(parameter: DTensor) -> ShardAxis:
-    """The axis of its mesh over which FSDP shards `parameter`."""
-    mesh = parameter.device_mesh
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_shard():
-            return ShardAxis(mesh.get_group(axis), mesh.get_local_rank(axis), mesh.size(axis))
-    return ShardAxis(None, 0, 1)
+def _shards_of(parameter: DTensor, state: Float8WeightState) -> tuple[ShardAxis, int]:
+    """The axis of its mesh over which FSDP shards `parameter`, or this rank's part of it; and that part's rows."""
+    mesh, shards, rows = parameter.device_mesh, ShardAxis(None, 0, 1), parameter.shape[0]
+    for number, placement in enumerate(parameter.placements):
+        group = mesh.get_group(number)
+        # Not by the group itself: PyTorch takes meshes of the same ranks for one, and may hand out an earlier one's.
+        if state.axis is not None and tuple(dist.get_process_group_ranks(group)) == state.axis.ranks:
+            rows //= state.axis.size if placement.is_shard(0) else 1
+        elif not placement.is_replicate():
+            shards = ShardAxis(group, mesh.get_local_rank(number), mesh.size(number))
+    return shards, rows
 
 
 @torch.no_grad()

@@ -28,8 +28,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.quantization import ops
-from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation, cast_weight, product, weight_columns
+from titan_fp8.quantization.casts import Codes, as_matrix, cast_weight, product, weight_columns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.quantization.tensor_parallel import Split, TensorParallel, cast_gradient
+from titan_fp8.runtime.collectives import Axis, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Float8Config:
         grad_weight_dtype: type in which the weight's gradient leaves its product.
         recompute_weight_in_backward: keep no codes of the weight between forward and backward: cast it again, or
             derive its columns again from cached or gathered row codes.
+        parallel: the linear's part in a product that several ranks compute; see `tensor_parallel.py`.
     """
 
     recipe: Float8Recipe
@@ -50,11 +53,22 @@ class Float8Config:
     fast_accum_in_backward: bool = False
     grad_weight_dtype: torch.dtype = torch.bfloat16
     recompute_weight_in_backward: bool = False
+    parallel: TensorParallel | None = None
 
     @property
     def blockwise(self) -> bool:
         """Whether scales belong to blocks of the summed dimension."""
         return self.recipe.granularity is Granularity.BLOCK
+
+    @property
+    def sums_over_ranks(self) -> Axis | None:
+        """The ranks whose outputs are summed and scattered along the tokens."""
+        return self.parallel.axis if self.parallel is not None and self.parallel.split is Split.ROW else None
+
+    @property
+    def weight_axis(self) -> Axis | None:
+        """The ranks that hold other parts of the same weight."""
+        return None if self.parallel is None else self.parallel.axis
 
     def gradient_product(self, a: Codes, b: Codes, out_dtype: torch.dtype) -> Tensor:
         """`a [M, K] @ b [N, K].T` as the two gradient products compute it."""
@@ -117,7 +131,7 @@ class Float8LinearFunction(torch.autograd.Function):
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensor:
-        """The output `[..., N]` in x's dtype.
+        """The output `[..., N]` in x's dtype; row parallel `[1, T / t, N]`, this rank's tokens of the sum.
 
         Args:
             x: `[..., K]`; its values are used only where `grad_weight` is not a float8 product.
@@ -157,11 +171,15 @@ class Float8LinearFunction(torch.autograd.Function):
         ctx.needs_grads = needs_grad_input, needs_grad_weight
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if x.dim() == 2:
+        shape = [*x.shape[:-1], output.shape[1]]
+        if config.sums_over_ranks is not None:
+            output = reduce_scatter(output, config.sums_over_ranks)
+            shape = [1, *output.shape]
+        if len(shape) == 2:
             return output
         # Not a view for autograd: FSDP hooks the outputs of the modules it wraps, and a view would lose the hook when
         # it is changed in place.
-        return torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
+        return torch.ops.aten._unsafe_view.default(output, shape)
 
     @staticmethod
     @differentiable_once
@@ -172,15 +190,13 @@ class Float8LinearFunction(torch.autograd.Function):
         config: Float8Config = ctx.config
         recipe = config.recipe
         needs_grad_input, needs_grad_weight = ctx.needs_grads
-        grad_output = as_matrix(grad_output)
-        grad_input = grad_weight = grad_bias = g_rows = g_columns = None
+        grad_input = grad_weight = grad_bias = None
         columns = needs_grad_weight and recipe.grad_weight_in_float8
-        if needs_grad_input or columns:
-            g_rows, g_columns = cast_activation(
-                grad_output, recipe, recipe.grad_output_dtype, rows=needs_grad_input, columns=columns
-            )
+        grad_output, g_rows, g_columns = cast_gradient(
+            as_matrix(grad_output), recipe, config.parallel, rows=needs_grad_input, columns=columns
+        )
         if g_rows is not None:
-            w_columns = columns_of_weight(weight, w_codes, w_scale, recipe, has_columns=ctx.has_columns)
+            w_columns = columns_of_weight(weight, w_codes, w_scale, config, has_columns=ctx.has_columns)
             grad_input = config.gradient_product(g_rows, w_columns, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
@@ -197,11 +213,12 @@ class Float8LinearFunction(torch.autograd.Function):
 
 
 def columns_of_weight(
-    weight: Tensor | None, codes: Tensor | None, scale: Tensor | None, recipe: Float8Recipe, *, has_columns: bool
+    weight: Tensor | None, codes: Tensor | None, scale: Tensor | None, config: Float8Config, *, has_columns: bool
 ) -> Codes:
     """The weight by columns `[K, N]` in backward, from what forward saved: the parameter, or codes and scale."""
+    recipe = config.recipe
     if weight is not None:
-        return weight_columns(cast_weight(weight, recipe), recipe)
+        return weight_columns(cast_weight(weight, recipe, config.weight_axis), recipe)
     assert codes is not None
     assert scale is not None
     return Codes(codes, scale) if has_columns else weight_columns(Codes(codes, scale), recipe)

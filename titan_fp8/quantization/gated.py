@@ -59,8 +59,8 @@ def gated_hidden(
     operands = [linear.weight_operand() for linear in (w1, w3)]
     outputs = _GatedHidden.apply(
         value,
-        w1.weight,
-        w3.weight,
+        w1.local_weight(),
+        w3.local_weight(),
         *both_layouts(x_rows, x_columns),
         *both_layouts(operands[0].rows, operands[0].columns),
         *both_layouts(operands[1].rows, operands[1].columns),
@@ -160,7 +160,7 @@ class _GatedHidden(torch.autograd.Function):
             rows, columns = grads[0].rows, grads.pop(0).columns
             if rows is not None:
                 weight, codes, scale = weights[3 * number : 3 * number + 3]
-                w_columns = columns_of_weight(weight, codes, scale, recipe, has_columns=ctx.has_columns[number])
+                w_columns = columns_of_weight(weight, codes, scale, config, has_columns=ctx.has_columns[number])
                 part = config.gradient_product(rows, w_columns, ctx.input_dtype)
                 grad_x = part if grad_x is None else grad_x + part
             if columns is not None and needs_grad_weights[number]:

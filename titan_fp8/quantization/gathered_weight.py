@@ -67,7 +67,8 @@ class GatheredFloat8Weight(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight = args[0]
-        if func in _SAME or (func is _aten.as_strided.default and _is_same_geometry(weight, *args[1:])):
+        same_shape = func is _aten.view.default and list(args[1]) == list(weight.shape)
+        if func in _SAME or same_shape or (func is _aten.as_strided.default and _is_same_geometry(weight, *args[1:])):
             return GatheredFloat8Weight(weight.codes, weight.scale, weight.recipe, weight.dtype)
         if func in _PLAIN:
             stand_in = weight.codes.new_empty((), dtype=weight.dtype).expand(weight.shape)

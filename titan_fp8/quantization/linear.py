@@ -11,6 +11,7 @@ Where its weight's codes come from, in this order:
     the parameter       cast in every forward pass
 """
 
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -23,6 +24,7 @@ from titan_fp8.quantization.function import Float8Config, Float8LinearFunction, 
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.sharded_weight import Float8WeightState
+from titan_fp8.quantization.tensor_parallel import gathers_codes, local_tensor
 from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.errors import UserError
 
@@ -34,6 +36,14 @@ def check_dims(in_features: int, out_features: int, recipe: Float8Recipe) -> str
         if size % multiple or size == 0:
             return f"{name}={size} is not a multiple of {multiple}, which {recipe.name} needs"
     return None
+
+
+def shared_codes_recipe(linears: Iterable[nn.Module]) -> Float8Recipe | None:
+    """The recipe of linears that read one tensor, if all are float8 and what they read can travel between ranks as
+    codes; None where numbers must."""
+    recipes = {linear.config.recipe if isinstance(linear, Float8Linear) else None for linear in linears}
+    recipe = recipes.pop() if len(recipes) == 1 else None
+    return recipe if recipe is not None and gathers_codes(recipe) else None
 
 
 class Float8Linear(nn.Linear):
@@ -75,7 +85,7 @@ class Float8Linear(nn.Linear):
         """`[..., K]` -> `[..., N]`."""
         value, rows, columns = self.quantize_input(input)
         operand = self.weight_operand()
-        weight, config, grad = self.weight, self.config, torch.is_grad_enabled()
+        weight, config, grad = self.local_weight(), self.config, torch.is_grad_enabled()
         return Float8LinearFunction.apply(
             value,
             weight,
@@ -92,8 +102,10 @@ class Float8Linear(nn.Linear):
         """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if the weight's gradient needs
         them."""
         value = input if isinstance(input, Tensor) else input.value
-        if value.shape[-1] != self.in_features:
-            raise ValueError(f"float8 linear with in_features={self.in_features} got input {list(value.shape)}")
+        axis = self.config.sums_over_ranks
+        in_features = self.in_features if axis is None else self.in_features // axis.size
+        if value.shape[-1] != in_features:
+            raise ValueError(f"float8 linear with in_features={in_features} got input {list(value.shape)}")
         recipe = self.config.recipe
         columns = torch.is_grad_enabled() and self.weight.requires_grad and recipe.grad_weight_in_float8
         if isinstance(input, QuantizedActivation):
@@ -102,18 +114,22 @@ class Float8Linear(nn.Linear):
             return value, input.rows, input.columns if columns else None
         if torch.is_autocast_enabled(value.device.type):
             value = value.to(torch.get_autocast_dtype(value.device.type))
-        return value, *quantize_activation(value, input, recipe, columns=columns)
+        return value, *quantize_activation(value, input, recipe, columns=columns, axis=axis)
+
+    def local_weight(self) -> Tensor:
+        """What this rank multiplies: the weight `[N, K]`, or under tensor parallelism its part of it."""
+        return local_tensor(self.weight)
 
     def weight_operand(self) -> WeightOperand:
         """The weight's codes for this forward pass."""
-        weight = self.weight
+        weight = self.local_weight()
         if isinstance(weight, GatheredFloat8Weight):
             return WeightOperand(Codes(weight.codes, weight.scale), is_transient=False)
         if self.fsdp_weight_state is not None:
             check_gathered(weight)
         cache = self.weight_cache
         if cache is None:
-            return WeightOperand(cast_weight(weight.detach(), self.config.recipe))
+            return WeightOperand(cast_weight(weight.detach(), self.config.recipe, self.config.weight_axis))
         if not torch.compiler.is_compiling():
             cache.refresh(weight)  # compiled code relies on the hook of the model, which runs before it
         assert cache.rows is not None

@@ -31,6 +31,7 @@ from torch import Tensor
 from titan_fp8.kernels import blockwise, float8
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.runtime.collectives import Axis, all_reduce
 
 _SLOT_MULTIPLE = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
 
@@ -52,17 +53,22 @@ class Shard:
         recipe: how the weight is cast.
         rows: N.
         first_row: the row of the weight that the shard begins with.
+        axis: ranks that hold other parts of the weight that the shard is of, whose one scale, if it has one for all,
+            is that of the parts together.
     """
 
     tensor: Tensor
     recipe: Float8Recipe
     rows: int
     first_row: int
+    axis: Axis | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, recipe: Float8Recipe, rows: int, axis: ShardAxis) -> "Shard":
-        """The shard `tensor [n, K]` of a weight of `rows` rows that is sharded over `axis`."""
-        return cls(tensor, recipe, rows, min(axis.rank * chunk_rows(rows, axis.ranks), rows))
+    def of(
+        cls, tensor: Tensor, recipe: Float8Recipe, rows: int, shards: ShardAxis, axis: Axis | None = None
+    ) -> "Shard":
+        """The shard `tensor [n, K]` of a weight of `rows` rows that is sharded over `shards`."""
+        return cls(tensor, recipe, rows, min(shards.rank * chunk_rows(rows, shards.ranks), rows), axis)
 
     @property
     def statistics_size(self) -> int:
@@ -113,7 +119,20 @@ def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> lis
         torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateImportUsage]
     if group is not None:
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=group)
+    _reduce_over_parts(shards, statistics)
     return [_finish(*each) for each in zip(shards, measured, statistics, strict=True)]
+
+
+def _reduce_over_parts(shards: Sequence[Shard], statistics: Sequence[Tensor]) -> None:
+    """Where tensor parallelism has divided a weight that has one scale: its largest value over all parts, one
+    all-reduce an axis. Other scales belong to rows or tiles, which lie in one part."""
+    of_tensors: dict[Axis, list[Tensor]] = {}
+    for shard, values in zip(shards, statistics, strict=True):
+        if shard.axis is not None and shard.recipe.granularity is Granularity.TENSOR:
+            of_tensors.setdefault(shard.axis, []).append(values)
+    for axis, values in of_tensors.items():
+        reduced = all_reduce(torch.cat(values), axis, "max")
+        torch._foreach_copy_(values, list(reduced.split(1)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _measure(shard: Shard) -> _Measured:

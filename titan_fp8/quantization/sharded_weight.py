@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
@@ -33,6 +34,7 @@ from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_rows
+from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
 
 _aten = torch.ops.aten
@@ -74,11 +76,14 @@ class Float8WeightState:
         codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends.
         scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
             used older codes is an error of autograd.
+        axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
+            rank's part.
     """
 
     def __init__(self, recipe: Float8Recipe, *, caches: bool) -> None:
         self.recipe = recipe
         self.caches = caches
+        self.axis: Axis | None = None
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
         self._made_from: tuple[object, weakref.ref[Tensor], int] | None = None
@@ -218,6 +223,7 @@ class ShardableFloat8Weight(torch.Tensor):
         `param_dtype`. FSDP frees and refills their memory, so `out`, if there is one, holds them already."""
         (data,), (scale, rows) = outputs, metadata
         if out is not None:
+            out = out._local_tensor if isinstance(out, DTensor) else out  # under tensor parallelism
             assert isinstance(out, GatheredFloat8Weight)
             assert out.codes.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
             out.scale = scale
@@ -237,7 +243,8 @@ def refresh(weights: Sequence[ShardableFloat8Weight], rows: Sequence[int], axis:
         ahead: the codes serve every gather until a write is seen, also where nothing is cached.
     """
     shards = [
-        Shard.of(weight.tensor, weight.state.recipe, count, axis) for weight, count in zip(weights, rows, strict=True)
+        Shard.of(weight.tensor, weight.state.recipe, count, axis, weight.state.axis)
+        for weight, count in zip(weights, rows, strict=True)
     ]
     cast = cast_shards(shards, axis.group if axis.ranks > 1 else None)
     unchanged = [weight.state.is_fresh(weight) for weight in weights]

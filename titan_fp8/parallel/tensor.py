@@ -1,0 +1,255 @@
+"""Tensor and sequence parallelism: every block's weights divided over the ranks of the `tp` axis.
+
+    tok_embeddings     rows of the table (tokens of the vocabulary); partial lookups are summed and scattered
+    attention_norm     each rank norms its T / t tokens
+    wq, wk, wv         by output features, so each rank has some of the heads; their input is gathered once
+    wo                 by input features; the ranks' outputs are summed and scattered
+    ffn_norm, w1, w3, w2                likewise
+    norm, output       each rank has the logits of some of the vocabulary, of all tokens
+
+Between exchanges, every rank holds T / t whole tokens: the residual stream has the shape [1, T / t, dim], T = B x S,
+the tokens of all sequences in one row. How a module exchanges follows from what it is, not from what the job converts:
+the input of linears that are all float8 of one recipe travels as codes (`quantization/tensor_parallel.py`), and where
+one of them stays in high precision the numbers travel.
+
+Parameters become DTensors on the `tp` axis, so FSDP can shard them further, and checkpoints know what they are. What
+modules compute with are the plain tensors inside. Norms have whole weights on every rank and see some of the tokens
+each; their gradients are summed over the axis.
+
+T tokens, t ranks of the axis. Source: arXiv 1909.08053, 2205.05198.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.linear import Linear
+from titan_fp8.models.norm import RMSNorm
+from titan_fp8.models.splits import COLUMN, READERS, ROW
+from titan_fp8.parallel.mesh import TP, ParallelMesh
+from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
+from titan_fp8.quantization.tensor_parallel import (
+    GatherTokens,
+    ScatterSum,
+    Split,
+    TensorParallel,
+    gather_quantized,
+    local_tensor,
+)
+from titan_fp8.runtime.collectives import Axis, all_gather, all_reduce
+
+
+def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: bool) -> None:
+    """Divide `model` over the `tp` axis of `mesh`, in place; nothing happens where its length is 1.
+
+    Args:
+        model: converted, not yet compiled or sharded, on any device, the meta device included. Its dimensions divide
+            (`job_rules.py`).
+        mesh: from `build_mesh`.
+        loss_parallel: leave the logits divided by the vocabulary; otherwise they are gathered.
+    """
+    if mesh.degrees.tensor == 1:
+        return
+    tp_mesh = mesh.device_mesh[TP]
+    axis = Axis.of(tp_mesh.get_group())
+    divided: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear):
+            split = _split_of(last)
+            _divide(module, tp_mesh, Shard(0 if split is Split.COLUMN else 1), divided)
+            _make_parallel_linear(module, split, axis)
+        elif isinstance(module, nn.Embedding):
+            _divide(module, tp_mesh, Shard(0), divided)
+            _become(module, VocabParallelEmbedding, axis=axis, compute_dtype=model.compute_dtype)
+        elif isinstance(module, RMSNorm):
+            _divide(module, tp_mesh, Replicate(), divided)
+            _become(module, SequenceParallelRMSNorm, axis=axis)
+        else:
+            assert not module._parameters, f"{name} has parameters, and no rule says how to divide them"
+    for block in model.layers.values():
+        for name, readers in READERS.items():
+            _gather_input(getattr(block, name), readers, axis)
+    if model.output is not None:
+        _gather_input(model.output, (), axis)
+        if not loss_parallel:
+            _gather_output(model.output, axis)
+
+
+def _split_of(name: str) -> Split:
+    if name in COLUMN:
+        return Split.COLUMN
+    assert name in ROW, f"no rule says how to divide {name}"
+    return Split.ROW
+
+
+def _divide(module: nn.Module, mesh: DeviceMesh, placement: Placement, divided: dict[int, nn.Parameter]) -> None:
+    """Make DTensors of a module's parameters, of which each rank keeps its part; what is shared stays shared."""
+    for name, parameter in list(module._parameters.items()):
+        if parameter is None:
+            continue
+        assert name == "weight", f"{type(module).__name__} has a {name}, and no rule says how to divide it"
+        if id(parameter) not in divided:
+            divided[id(parameter)] = _part_of(parameter, mesh, placement)
+        module._parameters[name] = divided[id(parameter)]
+
+
+def _part_of(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    local = parameter.detach()
+    if isinstance(placement, Shard):
+        length = local.shape[placement.dim] // mesh.size()
+        local = local.narrow(placement.dim, mesh.get_local_rank() * length, length).contiguous()
+    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+    dtensor = DTensor.from_local(local, mesh, [placement], run_check=False, **whole)
+    return nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+
+
+def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
+    """Give a module the class of its parallel kind, so that whoever holds it finds it changed."""
+    module.__class__ = kind
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _make_parallel_linear(linear: nn.Linear, split: Split, axis: Axis) -> None:
+    if isinstance(linear, Float8Linear):
+        linear.config = replace(linear.config, parallel=TensorParallel(split, axis))
+        if linear.fsdp_weight_state is not None:
+            linear.fsdp_weight_state.axis = axis
+        return
+    assert type(linear) is Linear, f"no rule says how to divide a {type(linear).__name__}"
+    _become(linear, ColumnParallelLinear if split is Split.COLUMN else RowParallelLinear, axis=axis)
+
+
+class ColumnParallelLinear(Linear):
+    """Some of the output features: `[..., K]` -> `[..., N / t]`."""
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, local_tensor(self.weight).to(input.dtype))
+
+
+class RowParallelLinear(Linear):
+    """From some of the input features `[..., T, K / t]` to this rank's tokens of the sum, `[1, T / t, N]`."""
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ScatterSum.apply(F.linear(input, local_tensor(self.weight).to(input.dtype)), self.axis)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Rows of the table: token codes `[B, S]` of all tokens -> this rank's tokens `[1, T / t, dim]`."""
+
+    axis: Axis
+    compute_dtype: torch.dtype | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = local_tensor(self.weight)
+        index = input - self.axis.rank * table.shape[0]
+        elsewhere = (index < 0) | (index >= table.shape[0])
+        found = F.embedding(index.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0)
+        # All but one of the summands are zero, so nothing is rounded twice.
+        return ScatterSum.apply(found if self.compute_dtype is None else found.to(self.compute_dtype), self.axis)
+
+
+class SequenceParallelRMSNorm(RMSNorm):
+    """RMSNorm of some of the tokens, whose weight's gradient is that of all."""
+
+    axis: Axis
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        return _SumGradient.apply(local_tensor(self.weight), self.axis).to(dtype)
+
+
+class _SumGradient(torch.autograd.Function):
+    """A tensor that all ranks have; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.axis), None
+
+
+def _gather_input(module: nn.Module, readers: tuple[str, ...], axis: Axis) -> None:
+    """Let `module` see all tokens, of which its caller has some. readers: the names of its linears that read them;
+    none: it is the linear itself."""
+    inner = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        linears = [getattr(module, name) for name in readers] or [module]
+        recipe = shared_codes_recipe(linears)
+        if recipe is None:
+            return inner(GatherTokens.apply(x, axis), *args, **kwargs)
+        columns = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+        return inner(gather_quantized(x, recipe, axis, columns=columns), *args, **kwargs)
+
+    module.forward = forward
+
+
+def _gather_output(module: nn.Module, axis: Axis) -> None:
+    inner = module.forward
+    module.forward = lambda x: _GatherFeatures.apply(inner(x), axis)
+
+
+class _GatherFeatures(torch.autograd.Function):
+    """All features `[..., N]` of all ranks, each of which then computes the same with them; N / t of them come in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        parts = all_gather(x.unsqueeze(0), axis)  # [t, ..., N / t]
+        return parts.movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.axis.size, dim=-1)[ctx.axis.rank], None
+
+
+def vocab_parallel_loss(mesh: ParallelMesh) -> Callable[[Tensor, Tensor], Tensor]:
+    """`models.loss.cross_entropy_sum` of logits that are divided by the vocabulary over the `tp` axis."""
+    axis = Axis.of(mesh.device_mesh.get_group(TP))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return VocabParallelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), axis)
+
+    return loss
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of all tokens, each rank having some of the vocabulary's logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
+        """logits `[T, V / t]`, any floating dtype; labels `[T]`, -100 where a token does not count: fp32 `[]`."""
+        values = logits.float()
+        largest = all_reduce(values.amax(-1), axis, "max").unsqueeze(-1)
+        exponentials = (values - largest).exp()
+        normalizer = all_reduce(exponentials.sum(-1), axis)
+        index = labels - axis.rank * values.shape[-1]
+        mine = (index >= 0) & (index < values.shape[-1])
+        index = index.masked_fill(~mine, 0).unsqueeze(-1)
+        chosen = (values - largest).gather(-1, index).squeeze(-1).masked_fill(~mine, 0.0)
+        chosen = all_reduce(chosen, axis)
+        counts = labels >= 0
+        ctx.save_for_backward(logits, largest, normalizer.unsqueeze(-1), index, mine, counts)
+        return (normalizer.log() - chosen).masked_fill(~counts, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, largest, normalizer, index, mine, counts = ctx.saved_tensors
+        probabilities = (logits.float() - largest).exp_().div_(normalizer)
+        result = probabilities.scatter_add_(-1, index, -mine.unsqueeze(-1).float())
+        return result.mul_((grad * counts).unsqueeze(-1)).to(logits.dtype), None, None
