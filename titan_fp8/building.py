@@ -35,7 +35,8 @@ from titan_fp8.parallel.compile import compile_loss
 from titan_fp8.parallel.context import context_parallel
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
-from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
+from titan_fp8.parallel.mesh import PP, ParallelMesh, build_mesh
+from titan_fp8.parallel.pipeline import Pipeline, split_model
 from titan_fp8.parallel.tensor import vocab_parallel_loss
 from titan_fp8.runtime.determinism import set_seed, use_deterministic_algorithms
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
@@ -91,14 +92,14 @@ def build_trainer(
         for loader in loaders:
             if loader is not None:
                 undo.callback(loader.close)
-        model = _build_model(job, plan, mesh, device, folder, seed)
-        optimizers = build_optimizer([model], job.optimizer)
+        parts = _build_parts(job, plan, mesh, device, folder, seed)
+        optimizers = build_optimizer(parts, job.optimizer, mesh.stages)
         lr_scheduler = build_lr_scheduler(optimizers, job.lr_scheduler, job.training.steps)
         state = TrainState()
         checkpointer = Checkpointer(
             job.checkpoint,
             folder,
-            model_parts=[model],
+            model_parts=parts,
             optimizers=optimizers,
             lr_schedulers=lr_scheduler,
             train_state=state,
@@ -112,15 +113,17 @@ def build_trainer(
         # A resumed run goes on under its checkpoint's seed, so that is the one to write down.
         metrics = _start_record(job, plan, capabilities, folder, mesh, device, state.step, loaders[0].seed, lock)
         undo.pop_all()
+    loss_fn = compile_loss(_loss(job, mesh), job.compile)
     return Trainer(
         job=job,
         folder=folder,
         device=device,
         mesh=mesh,
         context=context_parallel(mesh, job.parallelism),
-        model=model,
+        parts=parts,
+        pipeline=_build_pipeline(job, plan, mesh, device, parts, loss_fn),
         converters=plan.converters,
-        loss_fn=compile_loss(_loss(job, mesh), job.compile),
+        loss_fn=loss_fn,
         optimizers=optimizers,
         lr_scheduler=lr_scheduler,
         loader=loaders[0],
@@ -185,13 +188,24 @@ def _build_loaders(
     return train_loader, validation_loader
 
 
-def _build_model(
+def _build_parts(
     job: JobConfig, plan: ModelPlan, mesh: ParallelMesh, device: torch.device, folder: Path, seed: int
-) -> Decoder:
-    """Parallelize the planned model, give it memory and its initial weights."""
+) -> list[Decoder]:
+    """The planned model, or the stages of it that this rank runs: parallelized, with memory and initial weights."""
+    parts = [plan.model]
+    if plan.pipeline is not None:
+        parts = split_model(plan.model, plan.pipeline.stages, plan.pipeline.stages_of(mesh.place(PP)))
+    for part in parts:
+        _build_part(job, part, mesh, device, folder, seed)
+    return parts
+
+
+def _build_part(
+    job: JobConfig, part: Decoder, mesh: ParallelMesh, device: torch.device, folder: Path, seed: int
+) -> None:
     training = job.training
     parallelize(
-        plan.model,
+        part,
         mesh=mesh,
         parallelism=job.parallelism,
         activation_checkpoint=job.activation_checkpoint,
@@ -201,9 +215,31 @@ def _build_model(
         cpu_offload=training.enable_cpu_offload,
         dump_folder=folder,
     )
-    materialize(plan.model, device, cpu_offload=training.enable_cpu_offload)
-    initialize(plan.model, seed, device=device)
-    return plan.model
+    materialize(part, device, cpu_offload=training.enable_cpu_offload)
+    initialize(part, seed, device=device)
+
+
+def _build_pipeline(
+    job: JobConfig,
+    plan: ModelPlan,
+    mesh: ParallelMesh,
+    device: torch.device,
+    parts: list[Decoder],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+) -> Pipeline | None:
+    if plan.pipeline is None:
+        return None
+    tensor, dim = mesh.degrees.tensor, plan.dims.dim
+    return Pipeline(
+        parts,
+        plan.pipeline,
+        group=mesh.device_mesh.get_group(PP),
+        device=device,
+        batch_sequences=job.training.local_batch_size,
+        seq_len=job.training.seq_len // mesh.degrees.context,
+        loss_fn=loss_fn,
+        stream_shape=None if tensor == 1 else lambda b, s: (1, b * s // tensor, dim),
+    )
 
 
 def _start_record(

@@ -19,6 +19,7 @@ from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_s
 from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
 from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
 from titan_fp8.parallel.degrees import MeshDegrees, resolve_degrees
+from titan_fp8.parallel.pipeline_split import check_pipeline
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
 
@@ -201,6 +202,29 @@ def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]
         yield Problem("parallelism.context_parallel_rotate_method", problem, is_sentence=True)
 
 
+def pipeline_is_complete(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Every stage of a pipeline has layers, and every microbatch sequences."""
+    degrees, dims, parallelism = _degrees(job, world_size), _dims(job), job.parallelism
+    if degrees is None or dims is None or degrees.pipeline == 1:
+        return
+    problems = check_pipeline(
+        parallelism,
+        degree=degrees.pipeline,
+        n_layers=dims.n_layers,
+        tied_embeddings=dims.tied_embeddings,
+        local_batch_size=job.training.local_batch_size,
+    )
+    for problem in problems:
+        named = _BEGINS_WITH_KEY.match(problem)
+        yield Problem(named.group(1) if named else "parallelism", problem, is_sentence=named is not None)
+    if job.optimizer.early_step_in_backward:
+        yield Problem(
+            "optimizer.early_step_in_backward",
+            "a pipeline's microbatches add to one gradient; leave it out, or set "
+            "parallelism.pipeline_parallel_degree = 1",
+        )
+
+
 def data_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """The data sources are known and have what they need."""
     specs: list[DatasetSpec] = []
@@ -276,6 +300,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     sharded_features_have_shards,
     tensor_parallelism_divides,
     sequences_are_spread,
+    pipeline_is_complete,
     data_exist,
     validation_ends,
     files_exist,

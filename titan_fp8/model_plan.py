@@ -30,6 +30,7 @@ from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
 from titan_fp8.observability.run_folder import check_run_folder
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.parallel.degrees import resolve_degrees
+from titan_fp8.parallel.pipeline_split import PipelinePlan, plan_pipeline
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
@@ -50,6 +51,7 @@ class ModelPlan:
         converters: the converters, in the order of `model.converters`; their `post_optimizer` runs after each step.
         reports: one report a converter.
         flops_per_token: model FLOPs of forward and backward for one token of a training sequence.
+        pipeline: how the model is cut into stages; None: it is not.
     """
 
     dims: ModelDims
@@ -58,6 +60,7 @@ class ModelPlan:
     converters: list[Converter]
     reports: list[ConversionReport]
     flops_per_token: float
+    pipeline: PipelinePlan | None = None
 
 
 class _Collector:
@@ -116,6 +119,20 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         converters=converters,
         reports=[report for report in reports if report is not None],
         flops_per_token=flops_per_token(dims, job.training.seq_len),
+        pipeline=_pipeline(job, dims),
+    )
+
+
+def _pipeline(job: JobConfig, dims: ModelDims) -> PipelinePlan | None:
+    degree = resolve_degrees(job.parallelism, int(os.environ.get("WORLD_SIZE", "1"))).pipeline
+    if degree == 1:
+        return None
+    return plan_pipeline(
+        job.parallelism,
+        degree=degree,
+        n_layers=dims.n_layers,
+        tied_embeddings=dims.tied_embeddings,
+        local_batch_size=job.training.local_batch_size,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from titan_fp8.parallel.context import ContextParallel
 from titan_fp8.parallel.distributed import any_rank, set_train_timeouts
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import ParallelMesh
+from titan_fp8.parallel.pipeline import Pipeline
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.gc import GarbageCollector
 from titan_fp8.runtime.logging import info_once, logger
@@ -66,7 +67,8 @@ class Trainer:
     device: torch.device
     mesh: ParallelMesh
     context: ContextParallel | None
-    model: Decoder
+    parts: list[Decoder]
+    pipeline: Pipeline | None
     converters: list[Converter]
     loss_fn: Callable[[Tensor, Tensor], Tensor]
     optimizers: OptimizersContainer
@@ -87,7 +89,7 @@ class Trainer:
         training = self.job.training
         first_step, last_step = self.state.step + 1, training.steps
         tokens_logged = self.state.tokens_seen
-        self.model.train()
+        self._set_training(True)
         with (
             self._hooks() as after_step,
             closing(GarbageCollector(training.gc_freq, training.gc_debug)) as garbage,
@@ -124,11 +126,8 @@ class Trainer:
         self.optimizers.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
-            set_gradient_sync(self.model, self.mesh, is_last_microbatch=number == len(batches))
-            loss = self._loss_sum(batch) / label_tokens
-            loss.backward()
-            loss_sum += loss.detach()
-        loss = self.mesh.sum_over_tokens(loss_sum)
+            loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
+        loss = self.mesh.sum_of_losses(loss_sum)
         grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm)
         # Decided on the device: reading it here would leave the GPU idle until the optimizer's kernels are launched.
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -136,7 +135,7 @@ class Trainer:
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step(skip=None if self.optimizers.steps_in_backward else nonfinite)
         for converter in self.converters:
-            converter.post_optimizer([self.model])
+            converter.post_optimizer(self.parts)
         self.lr_scheduler.step()
         self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
         result = StepResult(loss, grad_norm)
@@ -149,14 +148,36 @@ class Trainer:
         batch = batch.to(self.device, non_blocking=True)
         return batch if self.context is None else replace(batch, labels=self.context.shard(batch.labels))
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _forward_backward(self, batch: Batch, label_tokens: Tensor, *, is_last: bool) -> Tensor:
+        """The loss of a batch, divided by `label_tokens`; its gradients are added to those that there are."""
+        tokens, where = self._inputs(batch)
+        if self.pipeline is not None:
+            return self.pipeline.step(tokens, batch.labels, batch.document_ids, label_tokens=label_tokens, **where)
+        (model,) = self.parts
+        set_gradient_sync(model, self.mesh, is_last_microbatch=is_last)
+        loss = self.loss_fn(model(tokens, batch.document_ids, **where), batch.labels) / label_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _evaluate(self, batch: Batch) -> Tensor:
         """The fp32 sum of the cross-entropy of a batch's labels."""
+        tokens, where = self._inputs(batch)
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(tokens, batch.labels, batch.document_ids, **where)
+        (model,) = self.parts
+        return self.loss_fn(model(tokens, batch.document_ids, **where), batch.labels)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens that this rank computes, and where in their sequences they are."""
         if self.context is None:
-            return self.loss_fn(self.model(batch.tokens, batch.document_ids), batch.labels)
-        seq_len, tokens = batch.tokens.shape[1], self.context.shard(batch.tokens)
+            return batch.tokens, {}
+        seq_len = batch.tokens.shape[1]
         positions = self.context.positions(seq_len, self.device)
-        logits = self.model(tokens, batch.document_ids, seq_len=seq_len, positions=positions)
-        return self.loss_fn(logits, batch.labels)
+        return self.context.shard(batch.tokens), {"seq_len": seq_len, "positions": positions}
+
+    def _set_training(self, mode: bool) -> None:
+        for part in self.parts:
+            part.train(mode)
 
     def _label_tokens(self, batches: Iterable[Batch]) -> Tensor:
         """Labels that count in the global batch, an fp32 scalar on the device; at least 1."""
@@ -199,15 +220,16 @@ class Trainer:
         if self.validation is None or (step % self.job.validation.freq and step != self.job.training.steps):
             return
         with self.metrics.untimed():
-            self.model.eval()
+            self._set_training(False)
             sums = torch.zeros(2, dtype=torch.float64)
             for batch in self.validation:
                 batch = self._on_device(batch)
-                loss_sum = self._loss_sum(batch)
+                loss_sum = self._evaluate(batch)
                 sums += torch.stack([loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]).cpu()
-            self.model.train()
-            loss_sum, tokens = self.mesh.sum_over_tokens(sums).tolist()
-            self.metrics.log_validation(step, loss_sum / max(tokens, 1), int(tokens))
+            self._set_training(True)
+            tokens = int(self.mesh.sum_over_tokens(sums[1]))
+            loss_sum = self.mesh.sum_of_losses(sums[0]).item()
+            self.metrics.log_validation(step, loss_sum / max(tokens, 1), tokens)
 
     def _save(self, step: int) -> None:
         is_last = step == self.job.training.steps

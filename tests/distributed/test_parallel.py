@@ -116,7 +116,7 @@ def _train(
             loss.backward()
             step_loss += loss.detach()
         if mesh is not None:
-            step_loss = mesh.sum_over_tokens(step_loss)
+            step_loss = mesh.sum_of_losses(step_loss)
         result.losses.append(step_loss.item())
         result.grads.append({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()

@@ -46,7 +46,7 @@ esac
 """
 
 
-def _wait_for(what: Callable[[], bool], *children: subprocess.Popen, timeout_s: float = 90) -> None:
+def _wait_for(what: Callable[[], bool], *children: subprocess.Popen, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
         assert all(child.poll() is None for child in children), "a process ended early"
@@ -118,7 +118,7 @@ class _Agents:
         _wait_for(lambda: _steps(self.folder) >= step, *self.agents)
 
     def end(self) -> list[Result]:
-        codes = [agent.wait(timeout=90) for agent in self.agents]
+        codes = [agent.wait(timeout=120) for agent in self.agents]
         return [Result(code, log.read_text(), self.folder) for code, log in zip(codes, self.logs, strict=True)]
 
 
@@ -135,6 +135,7 @@ def start_agents(tmp_path: Path) -> Iterator[Callable[..., _Agents]]:
         _stop(*[agent for agent in pair.agents if agent.poll() is None])
 
 
+@pytest.mark.timeout(300)
 def test_two_agents_compute_what_one_with_two_processes_does(run_shell, start_agents) -> None:
     results = start_agents(*EXACT).end()
     assert [result.code for result in results] == [0, 0], results[0].output + results[1].output
@@ -146,6 +147,7 @@ def test_two_agents_compute_what_one_with_two_processes_does(run_shell, start_ag
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", ["USR1 to one trainer", "TERM to the agents"])
 def test_a_signal_to_one_node_stops_all_at_one_step_and_the_run_goes_on(run_here, start_agents, case: str) -> None:
     agents = start_agents(*EXACT, *SAVING, *ENDLESS)
@@ -275,7 +277,7 @@ class _Slurm:
 
     def run(self, *arguments: str, **variables: str | None) -> tuple[int, str]:
         child = self.start(*arguments, **variables)
-        output, _ = child.communicate(timeout=90)
+        output, _ = child.communicate(timeout=120)
         return child.returncode, output
 
     @property
@@ -409,6 +411,7 @@ def test_a_trainer_that_is_still_starting_hears_of_it_once_it_listens(slurm: _Sl
     assert node.returncode == PREEMPTED
 
 
+@pytest.mark.timeout(300)
 def test_the_job_saves_is_requeued_and_goes_on(slurm: _Slurm, run_here, tmp_path: Path) -> None:
     (tmp_path / "defaults.toml").touch()
     folder = tmp_path / "run"
@@ -417,7 +420,7 @@ def test_the_job_saves_is_requeued_and_goes_on(slurm: _Slurm, run_here, tmp_path
     child = slurm.start(*options, *ENDLESS, **variables)
     _wait_for(lambda: _steps(folder) >= 2, child)
     child.send_signal(signal.SIGUSR1)
-    output, _ = child.communicate(timeout=90)
+    output, _ = child.communicate(timeout=120)
     assert child.returncode == 0, output
     assert slurm.requeued
     stopped = _steps(folder)

@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 FLOAT8 = "quantize.linear.float8"
 KEYS = all_keys(JobConfig)
 NOT_SUPPORTED_YET = re.compile(
-    # What may answer "not supported yet": pipeline and expert parallelism, and whole features.
-    r"parallelism\.(pipeline_|expert_|module_fqns_per_model_part|enable_async_tensor_parallel).*"
+    # What may answer "not supported yet": expert parallelism, and whole features.
+    r"parallelism\.(pipeline_parallel_expert|expert_|enable_async_tensor_parallel).*"
     r"|quantize\.linear\.mx\..*|quantize\.grouped_mm\..*"
     r"|checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
     r"|fault_tolerance\..*|memory_estimation\..*|experimental\..*|comm\.mode"

@@ -130,7 +130,8 @@ class Checkpointer:
         if not self.config.enable:
             return 0
         exclusions = tensors.Exclusions(tuple(self.config.exclude_from_loading))
-        exclusions.check(tensors.every_name(self._model_parts))
+        names = self._ranks.all_gather(tensors.every_name(self._model_parts))  # ranks may have parts of the model
+        exclusions.check(name for ours in names for name in ours)
         if not self.config.load_only:  # found out now, and not after the first `interval` steps
             self._ranks.on_rank_0(f"making {self.folder}", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         chosen = self._ranks.on_rank_0(f"reading {self.folder}", self._choose)
@@ -163,9 +164,13 @@ class Checkpointer:
         if optimizer:
             wanted |= tensors.without(tensors.optimizer_tensors(self._optimizers), exclusions)
 
+        shapes: dict[str, tuple[int, ...]] = {}
+        for theirs in self._ranks.all_gather({name: tuple(value.shape) for name, value in wanted.items()}):
+            shapes |= theirs
+
         def check() -> None:
             saved = tensor_files.read_metadata(chosen.path)
-            faults = tensors.misfits(saved, wanted, exclusions, model=model, optimizer=optimizer)
+            faults = tensors.misfits(saved, shapes, exclusions, model=model, optimizer=optimizer)
             if faults:
                 raise CheckpointError(
                     f"{chosen.path} does not fit this model; tensors\n{faults}\nuse the model it was written with, or "

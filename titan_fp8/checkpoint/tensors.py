@@ -107,12 +107,14 @@ def export(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.detach().to(dtype) if t.is_floating_point() else t.detach() for name, t in tensors.items()}
 
 
-def misfits(saved: Metadata, wanted: dict[str, Tensor], exclusions: Exclusions, *, model: bool, optimizer: bool) -> str:
+def misfits(
+    saved: Metadata, wanted: dict[str, tuple[int, ...]], exclusions: Exclusions, *, model: bool, optimizer: bool
+) -> str:
     """What keeps the tensors of a checkpoint from being loaded into `wanted`, all at once; empty when nothing does.
 
     Args:
         saved: the checkpoint's metadata.
-        wanted: the tensors to fill, by their names in the checkpoint.
+        wanted: shapes of the tensors to fill, by their names in the checkpoint.
         model: the model is loaded, so every tensor of a model in the checkpoint must have a place.
         optimizer: the same for the optimizer.
     """
@@ -121,10 +123,10 @@ def misfits(saved: Metadata, wanted: dict[str, Tensor], exclusions: Exclusions, 
     placed |= {name for name in shapes if model and not _is_other(name)}
     missing = sorted(wanted.keys() - shapes.keys())
     unexpected = sorted(n for n in placed - wanted.keys() if not exclusions.parameter(_parameter_of(n)))
-    reshaped = sorted(name for name in wanted.keys() & shapes.keys() if tuple(wanted[name].shape) != shapes[name])
+    reshaped = sorted(name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name])
     lines = _listed("not in the checkpoint", missing)
     lines += _listed("in the checkpoint, but not in this model", unexpected)
-    pairs = [f"{n}: {list(shapes[n])} in the checkpoint, {list(wanted[n].shape)} here" for n in reshaped]
+    pairs = [f"{n}: {list(shapes[n])} in the checkpoint, {list(wanted[n])} here" for n in reshaped]
     lines += _listed("of another shape", pairs)
     return "\n".join(lines)
 

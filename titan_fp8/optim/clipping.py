@@ -30,7 +30,13 @@ _Layout = tuple[DeviceMesh, tuple[int, ...]] | None  # None: whole on every rank
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, *, foreach: bool | None = None) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float,
+    *,
+    foreach: bool | None = None,
+    stages: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scale the gradients of `parameters` in place so that their common 2-norm is at most `max_norm`.
 
     The same as `torch.nn.utils.clip_grad_norm_` of the whole gradients in one process: the factor is
@@ -40,6 +46,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, *, f
         parameters: plain tensors and DTensors, mixed; those without a gradient are left out.
         max_norm: at least 0. 0 measures the norm and leaves the gradients alone.
         foreach: torch's batched kernels; None lets torch choose (they are used for what they support).
+        stages: ranks that have other parameters of the same model, those of other pipeline stages.
 
     Returns:
         The norm before clipping: a plain fp32 tensor `[]`, the same on every rank, inf or NaN where a gradient is.
@@ -55,7 +62,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, *, f
     for grad in grads:
         groups.setdefault(_layout(grad), []).append(_local(grad))
     squares = [_square_sum(layout, local, foreach) for layout, local in groups.items()]
-    norm = _root_of_sum(squares)
+    norm = _root_of_sum(squares, stages)
     if max_norm > 0 and groups:
         factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
         for locals_ in groups.values():
@@ -78,7 +85,8 @@ class GradNorm:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """The norm of what was added since the last call, as `clip_grad_norm_` returns it, by all ranks together."""
+        """The norm of what was added since the last call, as `clip_grad_norm_` returns it, by all ranks together. Not
+        for a pipeline, whose stages have other parameters."""
         squares = [_over_ranks(layout, square) for layout, square in self._squares.items()]
         self._squares = {}
         return _root_of_sum(squares)
@@ -118,10 +126,13 @@ def _over_ranks(layout: _Layout, square: Tensor) -> Tensor:
     return square
 
 
-def _root_of_sum(squares: list[Tensor]) -> Tensor:
-    if not squares:
+def _root_of_sum(squares: list[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
+    if not squares and stages is None:
         return torch.zeros(())
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum() if squares else torch.zeros(())
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    return total.sqrt()
 
 
 def _norms(tensors: list[Tensor], foreach: bool | None) -> list[Tensor]:

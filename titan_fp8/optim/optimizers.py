@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -48,6 +49,7 @@ class OptimizersContainer:
         optimizers: for each part, its optimizers.
         steps_in_backward: the norm of the gradients, if the parameters are updated during backward, by hooks that add
             to it; `step()` then only runs the post-step hooks.
+        stages: ranks that have the other parts of the model.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class OptimizersContainer:
         optimizers: Sequence[Sequence[Adam]],
         *,
         steps_in_backward: GradNorm | None = None,
+        stages: dist.ProcessGroup | None = None,
     ) -> None:
         self.model_parts = list(model_parts)
+        self._stages = stages
         self._norm_in_backward = steps_in_backward
         self._by_part = [list(part) for part in optimizers]
         self._post_step_hooks: list[Callable[[], None]] = []
@@ -83,7 +87,8 @@ class OptimizersContainer:
         """
         if self._norm_in_backward is not None:
             return self._norm_in_backward.take()
-        return clip_grad_norm_([p for part in self.model_parts for p in part.parameters()], max_norm)
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        return clip_grad_norm_(parameters, max_norm, stages=self._stages)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -190,10 +195,13 @@ def _create_missing_state(optimizer: Adam) -> None:
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def build_optimizer(model_parts: Sequence[nn.Module], config: OptimizerSection) -> OptimizersContainer:
+def build_optimizer(
+    model_parts: Sequence[nn.Module], config: OptimizerSection, stages: dist.ProcessGroup | None = None
+) -> OptimizersContainer:
     """The optimizer of `[optimizer]` over all parameters of `model_parts` that require a gradient.
 
-    Call it when the parameters are final: after conversion, after sharding.
+    Call it when the parameters are final: after conversion, after sharding. `stages` are the ranks that have the other
+    parts of the model, if it is in parts.
 
     Raises:
         UserError: nothing to optimize; `early_step_in_backward` with DistributedDataParallel.
@@ -202,7 +210,9 @@ def build_optimizer(model_parts: Sequence[nn.Module], config: OptimizerSection) 
     if not any(trainable):
         raise UserError("the model has no parameter that requires a gradient: there is nothing to optimize")
     if not config.early_step_in_backward:
-        return OptimizersContainer(model_parts, [[_build_one(p, config)] if p else [] for p in trainable])
+        return OptimizersContainer(
+            model_parts, [[_build_one(p, config)] if p else [] for p in trainable], stages=stages
+        )
     if any(isinstance(part, DistributedDataParallel) for part in model_parts):
         raise UserError(
             "optimizer.early_step_in_backward does not work with DistributedDataParallel, which reduces gradients "

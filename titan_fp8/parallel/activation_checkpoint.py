@@ -95,8 +95,8 @@ def apply_activation_checkpointing(
         options["context_fn"] = _recompute_all
     if section.mode == "selective" and not _is_per_op(section):
         every = int(section.selective_ac_option)
-    for number, block in enumerate(model.layers.values(), start=1):
-        if number % every == 0:
+    for name, block in model.layers.items():
+        if (int(name) + 1) % every == 0:  # the number in the whole model, of which this may be a part
             block.forward = _checkpointed(block.forward, options)
 
 

@@ -33,28 +33,29 @@ class ParallelismSection(Section):
     enable_async_tensor_parallel: bool = not_supported_yet(False)
     """Overlap the communication of tensor parallelism with its matrix products."""
 
-    pipeline_parallel_degree: CountOrAuto = not_supported_yet(1, unit="stages")
+    pipeline_parallel_degree: CountOrAuto = key(1, unit="stages")
     """Ranks over which the layers are split."""
 
-    module_fqns_per_model_part: list[list[str]] | None = not_supported_yet(None)
-    """Names of the modules in each pipeline stage."""
+    module_fqns_per_model_part: list[list[str]] | None = None
+    """Names of the modules in each pipeline stage, in the model's order. Unset means an even split."""
 
-    pipeline_parallel_first_stage_less_layers: int = not_supported_yet(1, ge=0, unit="layers")
+    pipeline_parallel_first_stage_less_layers: int = key(1, ge=0, unit="layers")
     """Layers that the first stage holds less, as it also holds the embedding."""
 
-    pipeline_parallel_last_stage_less_layers: int = not_supported_yet(1, ge=0, unit="layers")
+    pipeline_parallel_last_stage_less_layers: int = key(1, ge=0, unit="layers")
     """Layers that the last stage holds less, as it also holds the output projection."""
 
-    pipeline_parallel_layers_per_stage: int | None = not_supported_yet(None, ge=1, unit="layers")
+    pipeline_parallel_layers_per_stage: int | None = key(None, ge=1, unit="layers")
     """Layers of one pipeline stage. Unset means one or two stages a rank, as the schedule wants."""
 
-    pipeline_parallel_schedule: str = not_supported_yet("1F1B")
-    """Pipeline schedule."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Pipeline schedule: `1F1B`, `GPipe`, `Interleaved1F1B`, `LoopedBFS`, `InterleavedZeroBubble`, `ZBVZeroBubble` or
+    `DualPipeV`."""
 
-    pipeline_parallel_schedule_csv: str | None = not_supported_yet("")
-    """File with a custom pipeline schedule."""
+    pipeline_parallel_schedule_csv: str | None = ""
+    """File with a custom pipeline schedule, in place of one by name: for each rank a line of actions."""
 
-    pipeline_parallel_microbatch_size: int = not_supported_yet(1, ge=1, unit="sequences")
+    pipeline_parallel_microbatch_size: int = key(1, ge=1, unit="sequences")
     """Sequences in one pipeline microbatch."""
 
     pipeline_parallel_expert_parallel_overlap: bool = not_supported_yet(True)

@@ -72,7 +72,7 @@ def apply_fsdp(
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
-            reshard_after_forward=_reshards(parallelism, is_last=number >= len(units) - 1),
+            reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= len(units) - 1),
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=None if reads_master else param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
             ),
@@ -97,7 +97,8 @@ def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
 
 
 def set_gradient_sync(model: nn.Module, mesh: ParallelMesh, *, is_last_microbatch: bool) -> None:
-    """Call before each microbatch: copies of the model sum their gradients once a step, after the last microbatch.
+    """Call before each microbatch, but for those of a pipeline, which does this by itself: copies of the model sum
+    their gradients once a step, after the last microbatch.
 
     Sums over shards happen in every microbatch, since a rank has no room for gradients of what it does not keep. Until
     the last microbatch has been through `backward`, `.grad` of a model with copies is incomplete or None.
@@ -130,13 +131,14 @@ def _reads_master(module: nn.Module, param_dtype: torch.dtype) -> bool:
     return module.fsdp_weight_state is None or module.bias is not None or wide_gradient
 
 
-def _reshards(parallelism: ParallelismSection, *, is_last: bool) -> bool:
+def _reshards(parallelism: ParallelismSection, in_pipeline: bool, *, is_last: bool) -> bool:
     """Whether a unit is freed after its forward pass.
 
     By default all but the last are: the backward pass begins with the last unit, which would be gathered again at once.
+    In a pipeline none is, since the next microbatch needs it.
     """
     if parallelism.fsdp_reshard_after_forward == "default":
-        return not is_last
+        return not is_last and not in_pipeline
     return parallelism.fsdp_reshard_after_forward == "always"
 
 

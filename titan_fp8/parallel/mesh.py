@@ -80,13 +80,23 @@ class ParallelMesh:
         return self.degrees.world_size
 
     def sum_over_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over the ranks that have different tokens and over pipeline stages, on every rank, as a
-        new tensor: of a loss or a count that each such rank has a part of, and the stages that have none as zero."""
+        """The sum of `tensor` over the ranks that have different tokens, as a new tensor: of a count that each has a
+        part of."""
         total = tensor.detach().clone()
         dist.all_reduce(total, dist.ReduceOp.SUM, self.tokens.get_group())
-        if self.degrees.pipeline > 1:
-            dist.all_reduce(total, dist.ReduceOp.SUM, self.device_mesh.get_group(PP))
         return total
+
+    def sum_of_losses(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`sum_over_tokens` of what the last pipeline stage has and the others have as zero, on every rank."""
+        total = self.sum_over_tokens(tensor)
+        if self.stages is not None:
+            dist.all_reduce(total, dist.ReduceOp.SUM, self.stages)
+        return total
+
+    @property
+    def stages(self) -> dist.ProcessGroup | None:
+        """The ranks that run the other stages of the same pipeline, and this one; None without a pipeline."""
+        return self.device_mesh.get_group(PP) if self.degrees.pipeline > 1 else None
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:

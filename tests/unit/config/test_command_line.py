@@ -101,8 +101,7 @@ def test_a_broken_list_is_an_error(read, value):
     ],
 )
 def test_lists_of_lists(read, options):
-    error = read(*options).error
-    assert error.endswith('module_fqns_per_model_part = [["a", "b"], ["c"]]: not supported yet; leave it unset')
+    assert read(*options).accepted.parallelism.module_fqns_per_model_part == [["a", "b"], ["c"]]
 
 
 def test_dashes_may_stand_for_underscores(read):

@@ -102,7 +102,9 @@ def test_a_value_typed_as_an_option_is_the_value_that_toml_has(key, data):
     sources = Sources()
     enter_options(options, KEYS, all_sections(JobConfig), sources)
     given = sources.cli[key.path].value
-    if isinstance(value, list):
+    if isinstance(value, list) and "list[list" in str(key.annotation):
+        assert sources.violations or all(isinstance(each, list) for each in given)
+    elif isinstance(value, list):
         # Words that begin with a bracket are lists in TOML's form, and elements lose white space.
         assert sources.violations or given == [word.strip() for word in value] or any(w.startswith("[") for w in value)
     else:
