@@ -115,6 +115,11 @@ class _GatheredValue(torch.autograd.Function):
         return reduce_scatter(as_matrix(grad), ctx.axis).view(ctx.shape), None
 
 
+def _as_one_row(x: Tensor) -> Tensor:
+    """`[T, K]` as `[1, T, K]`, not a view for autograd: FSDP hooks the outputs of modules."""
+    return torch.ops.aten._unsafe_view.default(x, [1, *x.shape])
+
+
 class GatherTokens(torch.autograd.Function):
     """The ranks' tokens one after the other; in backward each gets the sum of the gradients of its own."""
 
@@ -122,7 +127,7 @@ class GatherTokens(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         """`[..., T / t, K]` -> `[1, T, K]`."""
         ctx.axis, ctx.shape = axis, x.shape
-        return all_gather(as_matrix(x), axis).unsqueeze(0)
+        return _as_one_row(all_gather(as_matrix(x), axis))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -136,7 +141,7 @@ class ScatterSum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         """`[..., T, N]` -> `[1, T / t, N]`, T the product of the leading dimensions."""
         ctx.axis, ctx.shape = axis, x.shape
-        return reduce_scatter(as_matrix(x), axis).unsqueeze(0)
+        return _as_one_row(reduce_scatter(as_matrix(x), axis))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

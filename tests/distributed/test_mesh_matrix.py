@@ -1,0 +1,248 @@
+"""Every kind of parallelism and their products, through the trainer: ten steps equal one process, by loss and gradient.
+
+A step has four sequences, each a microbatch of its own, so that dynamic scales belong to the same values on every
+mesh: one process accumulates over four, two data-parallel ranks over two each, a pipeline cuts its batch into them.
+Weights, data and order are the trainer's own. fp32 activations; float8 emulated.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.harness import run_distributed
+from titan_fp8.building import build_trainer
+from titan_fp8.job_config import load_job_config
+from titan_fp8.model_plan import plan_model
+from titan_fp8.runtime.device import detect_device
+
+STEPS, SEQUENCES = 10, 4
+MODEL = "dim=256 n_layers=2 n_heads=4 n_kv_heads=4 ffn_dim=256 vocab_size=320"
+COMMON = {
+    "model.flavor": "debugmodel",
+    "training.dataset": "synthetic",
+    "training.seq_len": "32",
+    "training.steps": str(2 * STEPS),
+    "training.global_batch_size": str(SEQUENCES),
+    "training.mixed_precision_param": "float32",
+    "optimizer.lr": "1e-3",
+    "lr_scheduler.warmup_steps": "2",
+    "activation_checkpoint.mode": "none",
+    "debug.seed": "0",
+    **{f"model.overrides.{key}": value for key, value in (each.split("=") for each in MODEL.split())},
+}
+FLOAT8 = "quantize.linear.float8"
+KEYS = {
+    "pp": "parallelism.pipeline_parallel_degree",
+    "rep": "parallelism.data_parallel_replicate_degree",
+    "fsdp": "parallelism.data_parallel_shard_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A line of the matrix: `pp2 tp2` and further options."""
+
+    axes: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {axis.rstrip("0123456789"): int(axis.lstrip("abcdefghijklmnopqrstuvwxyz")) for axis in self.axes.split()}
+
+    @property
+    def ranks(self) -> int:
+        product = 1
+        for degree in self.degrees.values():
+            product *= degree
+        return product
+
+    def arguments(self) -> list[str]:
+        degrees = self.degrees
+        data = degrees.get("rep", 1) * degrees.get("fsdp", 1)
+        keys = {KEYS[axis]: str(degree) for axis, degree in degrees.items()}
+        keys.setdefault(KEYS["fsdp"], "1")
+        keys["training.local_batch_size"] = str(SEQUENCES // data if "pp" in degrees else 1)
+        return [f"--{key}={value}" for key, value in {**COMMON, **keys, **dict(self.options)}.items()]
+
+
+def converted(recipe: str | None) -> dict[str, str]:
+    """The options of a recipe; None converts nothing."""
+    if recipe is None:
+        return {}
+    name = f"{FLOAT8}.recipe_name"
+    return {"model.converters": FLOAT8, name: recipe, f"{FLOAT8}.filter_fqns": "output", f"{FLOAT8}.emulate": "true"}
+
+
+@dataclass
+class Run:
+    """Ten steps: the losses, and the gradients and weights of the last by name, whole."""
+
+    losses: list[float]
+    norms: list[float]
+    grads: dict[str, Tensor]
+
+
+def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: int = STEPS) -> Run:
+    """What the trainer does in this process, in a process group that is there."""
+    os.environ.setdefault("WORLD_SIZE", str(world_size))
+    job, _ = load_job_config([*arguments, f"--job.dump_folder={folder}"])
+    device = detect_device()
+    trainer = build_trainer(job, plan_model(job, device), torch.device("cpu"), device, Path(folder))
+    assert trainer is not None
+    run = Run([], [], {})
+    try:
+        trainer._set_training(True)
+        for step in range(trainer.state.step + 1, steps + 1):
+            if step == steps:
+                _record_gradients(trainer, run)
+            result = trainer._train_step()
+            trainer.state.step = step
+            run.losses.append(result.loss.item())
+            run.norms.append(result.grad_norm.item())
+            if trainer.checkpointer.is_due(step):
+                trainer.checkpointer.save(step)
+    finally:
+        trainer.close()
+    return run
+
+
+def _record_gradients(trainer: Any, run: Run) -> None:
+    clip = trainer.optimizers.clip_grad_norm
+
+    def recording(max_norm: float) -> Tensor:
+        for part in trainer.parts:
+            run.grads |= {name: _whole(p.grad) for name, p in part.named_parameters() if p.grad is not None}
+        return clip(max_norm)
+
+    trainer.optimizers.clip_grad_norm = recording
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run_on(mesh: Mesh, folder: Path) -> Run:
+    """All ranks' gradients together; losses and norms are the same on all."""
+    runs = run_distributed(train, mesh.ranks, mesh.arguments(), str(folder), timeout_s=240.0)
+    assert all(run.losses == runs[0].losses and run.norms == runs[0].norms for run in runs)
+    whole = runs[0]
+    for run in runs:
+        whole.grads |= run.grads
+    return whole
+
+
+@cache
+def alone(recipe: str | None) -> Run:
+    folder = Path(tempfile.mkdtemp(prefix="titan_fp8_alone_"))
+    try:
+        return run_on(Mesh("fsdp1", tuple(converted(recipe).items())), folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def assert_same(actual: Run, expected: Run, loss_tolerance: float, grad_tolerance: float) -> None:
+    """Within relative tolerances, step by step and name by name."""
+    assert actual.losses == pytest.approx(expected.losses, rel=loss_tolerance)
+    assert actual.norms == pytest.approx(expected.norms, rel=10 * loss_tolerance + grad_tolerance)
+    assert actual.grads.keys() == expected.grads.keys()
+    for name, grad in expected.grads.items():
+        error = (actual.grads[name] - grad).norm() / grad.norm()
+        assert error <= grad_tolerance, f"{name}: relative error {error:.2e}"
+
+
+HIGH_PRECISION = (2e-6, 1e-4)
+FLOAT8_CODES = (1e-3, 5e-2)
+"""After ten steps weights differ in their last bits, and so does a code now and then."""
+LOCAL_SCALES = (2e-3, 0.2)
+"""Context parallelism: the tokens of each rank have scales of their own."""
+
+PLAIN = [
+    Mesh("fsdp2"),
+    Mesh("tp2"),
+    Mesh("cp2"),
+    Mesh("pp2"),
+    Mesh("rep2 fsdp2"),
+    Mesh("fsdp2 tp2"),
+    Mesh("cp2 tp2", (("parallelism.context_parallel_rotate_method", "alltoall"),)),
+    Mesh("pp2 tp2"),
+    Mesh("pp2 fsdp2"),
+    Mesh("pp2 cp2"),
+    Mesh("fsdp2 cp2", (("activation_checkpoint.mode", "full"),)),
+]
+CODES = [
+    Mesh("tp2"),
+    Mesh("pp2"),
+    Mesh("fsdp2 tp2", ((f"{FLOAT8}.enable_fsdp_float8_all_gather", "true"),)),
+    Mesh("pp2 tp2"),
+    Mesh("rep2 fsdp2", ((f"{FLOAT8}.enable_fsdp_float8_all_gather", "true"),)),
+]
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
+WIDE = [
+    Mesh("pp2 fsdp2 tp2"),
+    Mesh("rep2 fsdp2 tp2"),
+    Mesh("fsdp2 cp2 tp2"),
+    Mesh("pp2 cp2 tp2"),
+    Mesh("pp2 rep2 fsdp2"),
+    Mesh("fsdp4 tp2"),
+    Mesh("tp4 fsdp2"),
+]
+
+
+@pytest.mark.parametrize("mesh", PLAIN, ids=lambda mesh: mesh.axes.replace(" ", "_"))
+def test_high_precision(mesh: Mesh, tmp_path: Path) -> None:
+    assert_same(run_on(mesh, tmp_path), alone(None), *HIGH_PRECISION)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("mesh", CODES, ids=lambda mesh: mesh.axes.replace(" ", "_"))
+def test_float8(mesh: Mesh, recipe: str, tmp_path: Path) -> None:
+    mesh = Mesh(mesh.axes, (*converted(recipe).items(), *mesh.options))
+    assert_same(run_on(mesh, tmp_path), alone(recipe), *FLOAT8_CODES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
+    mesh = Mesh("cp2 tp2", tuple(converted(recipe).items()))
+    assert_same(run_on(mesh, tmp_path), alone(recipe), *LOCAL_SCALES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "blockwise"])
+@pytest.mark.parametrize("mesh", WIDE, ids=lambda mesh: mesh.axes.replace(" ", "_"))
+def test_eight_ranks(mesh: Mesh, recipe: str | None, tmp_path: Path) -> None:
+    mesh = Mesh(mesh.axes, tuple(converted(recipe).items()))
+    tolerances = HIGH_PRECISION if recipe is None else LOCAL_SCALES if "cp" in mesh.axes else FLOAT8_CODES
+    assert_same(run_on(mesh, tmp_path), alone(recipe), *tolerances)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Mesh("fsdp4"), Mesh("pp2 tp2")),
+        (Mesh("pp2 tp2"), Mesh("fsdp2 cp2")),
+        (Mesh("fsdp2 tp2"), Mesh("fsdp1")),
+    ],
+    ids=lambda mesh: mesh.axes.replace(" ", "_"),
+)
+def test_a_checkpoint_is_resumed_on_another_mesh(before: Mesh, after: Mesh, tmp_path: Path) -> None:
+    half = STEPS // 2
+    options = {**converted("rowwise"), "checkpoint.enable": "true", "checkpoint.interval": str(half)}
+    first, second = (Mesh(mesh.axes, tuple(options.items())) for mesh in (before, after))
+    run_distributed(train, first.ranks, first.arguments(), str(tmp_path), half)
+    resumed = run_on(second, tmp_path)
+    expected = alone("rowwise")
+    assert len(resumed.losses) == STEPS - half
+    tolerances = LOCAL_SCALES if "cp" in after.axes + before.axes else FLOAT8_CODES
+    wanted = Run(expected.losses[half:], expected.norms[half:], expected.grads)
+    assert_same(resumed, wanted, *tolerances)
