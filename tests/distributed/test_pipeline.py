@@ -211,7 +211,7 @@ def train_in_a_pipeline(rank: int, world_size: int, case: Case) -> tuple[int, Tr
     )
     trained = _train(case, parts, [mesh.data_rank], pipeline.step, pipeline.evaluate, case.local_batch)
     for sums in (trained.losses, trained.evaluations):
-        sums[:] = mesh.sum_over_tokens(torch.tensor(sums, dtype=torch.float64, device=case.device)).tolist()
+        sums[:] = mesh.sum_of_losses(torch.tensor(sums, dtype=torch.float64, device=case.device)).tolist()
     return mesh.place(PP), trained
 
 

@@ -1,11 +1,24 @@
 """Tensor and sequence parallelism against one process: the same losses, gradients and weights, by name."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_parallel import FLOAT8, FP32, Case, assert_same, train_alone, train_on_ranks
+from tests.distributed.test_parallel import (
+    FLOAT8,
+    FP32,
+    ROWS,
+    SEQ_LEN,
+    Case,
+    assert_same,
+    spread,
+    train_alone,
+    train_on_ranks,
+)
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128}
 BLOCK_DIMS = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "n_layers": 2}
@@ -46,3 +59,52 @@ CASES = {
 def test_tensor_parallel_training_equals_one_process(name: str) -> None:
     case, tolerance = CASES[name]
     assert_same(run_distributed(train_on_ranks, case.ranks, case)[0], train_alone(case), tolerance)
+
+
+class _Wire(TorchDispatchMode):
+    """Notes what is gathered: (dtype, bytes of this rank's part)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: list[tuple[torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.gathered.append((args[0].dtype, args[0].nbytes))
+        return func(*args, **(kwargs or {}))
+
+
+def _gathered_by_a_block(rank: int, world_size: int, case: Case) -> tuple[list, list]:
+    """What the last block's forward and backward pass gather over the ranks of tensor parallelism."""
+    model, _ = spread(case)
+    block = list(model.layers.values())[-1]
+    tokens = ROWS * SEQ_LEN // case.tensor
+    model(torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64))  # FSDP's own gathers are over by now
+    x = torch.randn(1, tokens, model.dims.dim, dtype=case.compute_dtype, requires_grad=True)
+    with _Wire() as forward:
+        y = block(x, model.rope(SEQ_LEN, x.device))
+    with _Wire() as backward:
+        y.sum().backward()
+    assert x.grad is not None
+    return forward.gathered, backward.gathered
+
+
+BYTES = torch.uint8
+TOKENS, DIM = ROWS * SEQ_LEN // 2, 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forward", "backward"),
+    [
+        # One gather serves wq, wk and wv, one w1 and w3; in backward the gradients of wo and w2.
+        (None, [(torch.bfloat16, 2 * TOKENS * DIM)] * 2, [(torch.bfloat16, 2 * TOKENS * DIM)] * 2),
+        ("tensorwise", [(BYTES, TOKENS * DIM)] * 2, [(BYTES, TOKENS * DIM)] * 2),
+        ("rowwise", [(BYTES, TOKENS * DIM), (torch.float32, 4 * TOKENS)] * 2, None),
+        ("rowwise_with_gw_hp", [(torch.bfloat16, 2 * TOKENS * DIM)] * 2, None),
+    ],
+)
+def test_float8_codes_travel_where_the_readers_are_float8(recipe: str | None, forward: list, backward: Any) -> None:
+    case = replace(TP2, float8_recipe=recipe, compute_dtype=torch.bfloat16)
+    for gathered in run_distributed(_gathered_by_a_block, 2, case):
+        assert gathered[0] == forward
+        assert gathered[1] == (forward if backward is None else backward)

@@ -1,0 +1,57 @@
+"""Meshes that cannot be: each is refused in one line that names the key and says what to change."""
+
+import pytest
+
+from titan_fp8.config.errors import ConfigErrors
+from titan_fp8.job_config import load_job_config
+
+PARALLELISM = "parallelism."
+MODEL = {
+    "model.flavor": "debugmodel",
+    "model.overrides.dim": "96",
+    "model.overrides.n_heads": "6",
+    "model.overrides.n_kv_heads": "3",
+    "model.overrides.n_layers": "4",
+    "model.overrides.ffn_dim": "96",
+    "model.overrides.vocab_size": "324",
+    "training.seq_len": "60",
+    "training.local_batch_size": "4",
+}
+
+CASES = {
+    "product": (8, {"tensor_parallel_degree": 3, "data_parallel_shard_degree": 2}, "is 8; set one of them to -1"),
+    "no divisor": (8, {"tensor_parallel_degree": 3}, "choose a divisor of 8"),
+    "two inferred": (4, {"tensor_parallel_degree": -1}, "only one degree can be inferred"),
+    "kv heads": (2, {"tensor_parallel_degree": 2}, "key and value heads, 3; use 1"),
+    "heads": (4, {"tensor_parallel_degree": 4}, "attention heads, 6; use 3 or 2"),
+    "vocabulary": (5, {"tensor_parallel_degree": 5}, "its vocabulary, 324; use 4 or 3"),
+    "loss parallel": (1, {"disable_loss_parallel": True}, "no logits are divided"),
+    "sequence": (8, {"context_parallel_degree": 8}, "training.seq_len = 60 is not a multiple of 2 x 8 = 16"),
+    "balancer": (2, {"context_parallel_load_balancer": "zigzag"}, 'use "headtail", or leave it out'),
+    "layers": (8, {"pipeline_parallel_degree": 8}, "layers"),
+    "microbatches": (
+        2,
+        {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 3},
+        "pipeline_parallel_microbatch_size",
+    ),
+    "schedule": (2, {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "1F2B"}, "1F1B"),
+    "early step": (2, {"pipeline_parallel_degree": 2, "optimizer.early_step_in_backward": True}, "one gradient"),
+    "all-gather without shards": (
+        3,
+        {"tensor_parallel_degree": 3, "quantize.linear.float8.enable_fsdp_float8_all_gather": True},
+        "nothing is sharded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_impossible_mesh_is_refused_with_a_remedy(name: str) -> None:
+    ranks, options, words = CASES[name]
+    given = {key if "." in key else PARALLELISM + key: str(value) for key, value in options.items()}
+    float8 = {"model.converters": "quantize.linear.float8"} if any("float8" in key for key in given) else {}
+    arguments = [f"--{key}={value}" for key, value in {**MODEL, **float8, **given}.items()]
+    with pytest.raises(ConfigErrors) as caught:
+        load_job_config(arguments, {"WORLD_SIZE": str(ranks)})
+    lines = [str(violation) for violation in caught.value.violations]
+    assert any(words in line for line in lines), lines
+    assert all("\n" not in line for line in lines)
