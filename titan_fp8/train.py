@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 -m titan_fp8.train --job.config_file ...
 
 Alone it is a world of one process. The exit code is 0 for a finished run, 2 for a mistake in the configuration, 130
-after Ctrl-C and 1 for anything else that ends the run; mistakes are printed by rank 0 only, without a traceback.
+after Ctrl-C, 75 after a signal to stop and save (`runtime/preemption.py`) and 1 for anything else that ends the run;
+mistakes are printed by rank 0 only, without a traceback.
 """
 
 import os

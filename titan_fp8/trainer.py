@@ -231,21 +231,19 @@ class Trainer:
             loss_sum = self.mesh.sum_of_losses(sums[0]).item()
             self.metrics.log_validation(step, loss_sum / max(tokens, 1), tokens)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, now: bool = False) -> None:
         is_last = step == self.job.training.steps
-        if self.checkpointer.is_due(step, last_step=is_last):
+        if self.checkpointer.is_due(step, last_step=is_last, now=now):
             # A checkpoint that counts as complete must find the lines up to its step on the disk.
             self.metrics.flush()
             with self.metrics.untimed():
-                self.checkpointer.save(step, last_step=is_last)
+                self.checkpointer.save(step, last_step=is_last, now=now)
 
     def _stop_early(self, step: int) -> NoReturn:
         """Save after this step, whether or not it is time to, and end the run."""
-        saving = self.checkpointer
-        saving.config = saving.config.model_copy(update={"interval": 1})
-        saved = saving.is_due(step)
-        self._save(step)
-        saving.close()
+        saved = self.checkpointer.is_due(step, now=True)
+        self._save(step, now=True)
+        self.checkpointer.close()
         self.metrics.flush()
         done = f"asked to stop by a signal: ended after step {step} of {self.job.training.steps}"
         if saved:

@@ -199,12 +199,13 @@ class Checkpointer:
 
     # ---- saving
 
-    def is_due(self, step: int, last_step: bool = False) -> bool:
+    def is_due(self, step: int, last_step: bool = False, now: bool = False) -> bool:
         """Whether `save` with the same arguments saves something."""
-        return self._kind_due(step, last_step) is not None
+        return self._kind_due(step, last_step, now) is not None
 
-    def save(self, step: int, last_step: bool = False) -> None:
-        """Save after `step` steps if it is time to: every `interval` steps, after the first if asked, after the last.
+    def save(self, step: int, last_step: bool = False, now: bool = False) -> None:
+        """Save after `step` steps if it is time to: every `interval` steps, after the first if asked, after the last;
+        or `now`, if anything is ever saved.
 
         With `create_seed_checkpoint`, whatever is saved is a seed: the weights, as step 0.
 
@@ -212,13 +213,13 @@ class Checkpointer:
             CheckpointError: this save failed, or the one before it that was written in the background. The files of
                 earlier checkpoints are as they were.
         """
-        kind = self._kind_due(step, last_step)
+        kind = self._kind_due(step, last_step, now)
         if kind is None:
             return
         self._finish_pending()
         started = time.perf_counter()
         snapshot = self._collect(kind, step)
-        if self._executor is None or last_step:
+        if self._executor is None or last_step or now:
             self._write(snapshot, started)
             return
         assert self._copies is not None
@@ -247,7 +248,7 @@ class Checkpointer:
             if self._executor is not None:
                 self._executor.shutdown()
 
-    def _kind_due(self, step: int, last_step: bool) -> Kind | None:
+    def _kind_due(self, step: int, last_step: bool, now: bool) -> Kind | None:
         config = self.config
         if not config.enable or config.load_only:
             return None
@@ -255,7 +256,7 @@ class Checkpointer:
             return "seed"
         if last_step:
             return "model" if config.last_save_model_only else "full"
-        due = step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
+        due = now or step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
         return "full" if due else None
 
     def _collect(self, kind: Kind, step: int) -> _Snapshot:

@@ -101,10 +101,9 @@ class ParallelMesh:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` takes: the shards, or [dp_replicate, shards] where the parameters have copies."""
-        shards = DP_SHARD if self.degrees.context == 1 else SHARDS
         if self.degrees.data_parallel_replicate == 1:
-            return self.device_mesh[shards]
-        return self.device_mesh[DP_REPLICATE, shards]
+            return self.device_mesh[DP_SHARD] if self.degrees.context == 1 else self.shards
+        return self.device_mesh[DP_REPLICATE, DP_SHARD if self.degrees.context == 1 else SHARDS]
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
