@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import run_distributed
-from titan_fp8.building import build_trainer
+from tests.distributed.meshes import mesh_of
+from titan_fp8 import building
 from titan_fp8.job_config import load_job_config
 from titan_fp8.model_plan import plan_model
 from titan_fp8.runtime.device import detect_device
@@ -97,8 +98,9 @@ def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: 
     """What the trainer does in this process, in a process group that is there."""
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     job, _ = load_job_config([*arguments, f"--job.dump_folder={folder}"])
+    building.build_mesh = mesh_of
     device = detect_device()
-    trainer = build_trainer(job, plan_model(job, device), torch.device("cpu"), device, Path(folder))
+    trainer = building.build_trainer(job, plan_model(job, device), torch.device("cpu"), device, Path(folder))
     assert trainer is not None
     run = Run([], [], {})
     try:

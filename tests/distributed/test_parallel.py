@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import run_distributed
+from tests.distributed.meshes import mesh_of
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import initialize
@@ -24,7 +25,7 @@ from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSectio
 from titan_fp8.parallel.context import ContextParallel, context_parallel
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.fsdp import set_gradient_sync
-from titan_fp8.parallel.mesh import ParallelMesh, build_mesh
+from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.tensor import vocab_parallel_loss
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
@@ -145,7 +146,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
     if case.compile_backend is not None:
         torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
     model = _build(case, **float8)
-    mesh = build_mesh(
+    mesh = mesh_of(
         MeshDegrees(
             data_parallel_replicate=case.replicate,
             data_parallel_shard=case.shard,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import run_distributed
+from tests.distributed.meshes import mesh_of
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import initialize
@@ -24,7 +25,7 @@ from titan_fp8.parallel.apply import materialize, parallelize
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.distributed import local_device
-from titan_fp8.parallel.mesh import PP, build_mesh
+from titan_fp8.parallel.mesh import PP
 from titan_fp8.parallel.pipeline import Pipeline, split_model
 from titan_fp8.parallel.pipeline_split import PipelinePlan, plan_pipeline
 from titan_fp8.quantization.fsdp_weight import wrap_weights_for_fsdp
@@ -183,7 +184,7 @@ def train_in_a_pipeline(rank: int, world_size: int, case: Case) -> tuple[int, Tr
     degrees = MeshDegrees(
         pipeline=case.pipeline, data_parallel_replicate=case.replicate, data_parallel_shard=case.shard
     )
-    mesh = build_mesh(degrees, case.device_type)
+    mesh = mesh_of(degrees, case.device_type)
     plan = case.plan
     parts = split_model(_build(case), plan.stages, plan.stages_of(mesh.place(PP)))
     for part in parts:
@@ -344,7 +345,7 @@ def test_a_schedule_from_a_file_equals_one_process(float8_recipe: str | None, tm
 
 def _build_pipeline(rank: int, world_size: int, case: Case) -> str:
     """What is said against the pipeline or against a batch of another shape."""
-    mesh = build_mesh(MeshDegrees(pipeline=world_size), "cpu")
+    mesh = mesh_of(MeshDegrees(pipeline=world_size), "cpu")
     plan = case.plan
     parts = split_model(_build(case), plan.stages, plan.stages_of(rank))
     options = {"group": mesh.device_mesh.get_group(PP), "device": torch.device("cpu"), "loss_fn": cross_entropy_sum}
@@ -372,7 +373,7 @@ def test_a_batch_of_another_shape_is_refused() -> None:
 
 def _count_uses(rank: int, world_size: int, case: Case) -> tuple[int, int]:
     """Over two local batches: how often the codes of a cached weight change, and its linear runs backward."""
-    mesh = build_mesh(MeshDegrees(pipeline=world_size), "cpu")
+    mesh = mesh_of(MeshDegrees(pipeline=world_size), "cpu")
     plan = case.plan
     parts = split_model(_build(case), plan.stages, plan.stages_of(rank))
     for part in parts:
