@@ -128,18 +128,18 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
     if degrees is None:
         return
     float8, section = job.quantize.linear.float8, "quantize.linear.float8"
-    if float8.enable_fsdp_float8_all_gather and degrees.data_parallel_shard == 1:
+    if float8.enable_fsdp_float8_all_gather and degrees.shards == 1:
         key = f"{section}.enable_fsdp_float8_all_gather"
         remedy = "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
         yield Problem(key, f"nothing is sharded, so nothing is gathered; {remedy}")
-    keeps_gathered = job.parallelism.fsdp_reshard_after_forward == "never" and degrees.data_parallel_shard > 1
+    keeps_gathered = job.parallelism.fsdp_reshard_after_forward == "never" and degrees.shards > 1
     if float8.force_recompute_fp8_weight_in_bwd and float8.enable_fsdp_float8_all_gather and keeps_gathered:
         yield Problem(
             f"{section}.force_recompute_fp8_weight_in_bwd",
             'parallelism.fsdp_reshard_after_forward = "never" keeps the gathered FP8 weights for the backward pass; '
             "leave one of the two out",
         )
-    if job.training.enable_cpu_offload and degrees.data_parallel_shard == 1 and world_size > 1:
+    if job.training.enable_cpu_offload and degrees.shards == 1 and world_size > 1:
         yield Problem(
             "training.enable_cpu_offload",
             "only sharded parameters are offloaded, and parallelism.data_parallel_shard_degree is 1; raise it",
@@ -169,15 +169,37 @@ def tensor_parallelism_divides(job: "JobConfig", world_size: int) -> Iterator[Pr
         if size % ranks:
             yield Problem(key, f"{ranks} ranks do not divide {what}, {size}; {_divisors(size, ranks)}")
     for section in (job.training, job.validation) if job.validation.enable else (job.training,):
-        tokens = section.local_batch_size * section.seq_len // degrees.context
         name = "validation" if section is job.validation else "training"
-        if tokens % ranks:
-            yield Problem(
-                key,
-                f"{ranks} ranks do not divide the {tokens} tokens that share a batch ({name}.local_batch_size x "
-                f"{name}.seq_len / context_parallel_degree); "
-                f"make {name}.seq_len a multiple of {ranks}",
-            )
+        for sequences in _sequences_at_a_time(section.local_batch_size, parallelism, degrees):
+            tokens = sequences * section.seq_len // degrees.context
+            if tokens % ranks:
+                yield Problem(
+                    key,
+                    f"{ranks} ranks do not divide the {tokens} tokens that are computed at a time ({sequences} "
+                    f"sequences of {name}.seq_len / context_parallel_degree); make {name}.seq_len a multiple of "
+                    f"{ranks}",
+                )
+
+
+def _sequences_at_a_time(batch: int, parallelism: Any, degrees: MeshDegrees) -> set[int]:
+    """Sequences in one forward pass: the batch, or the microbatches of a pipeline and what is left."""
+    if degrees.pipeline == 1:
+        return {batch}
+    microbatch = parallelism.pipeline_parallel_microbatch_size
+    return {min(microbatch, batch), batch % microbatch or microbatch}
+
+
+def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """What belongs to an axis of the mesh means nothing where its length is 1."""
+    degrees, parallelism = _degrees(job, world_size), job.parallelism
+    if degrees is None:
+        return
+    for axis, length in (("pipeline", degrees.pipeline), ("context", degrees.context)):
+        degree = f"{axis}_parallel_degree"
+        for name, field in type(parallelism).model_fields.items():
+            belongs = name.startswith(f"{axis}_parallel_") or (axis == "pipeline" and name.startswith("module_fqns"))
+            if length == 1 and belongs and name != degree and getattr(parallelism, name) != field.get_default():
+                yield Problem(f"parallelism.{name}", f"has no effect while parallelism.{degree} is 1; raise it")
 
 
 def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]:
@@ -185,9 +207,10 @@ def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]
     degrees, parallelism = _degrees(job, world_size), job.parallelism
     balancer = parallelism.context_parallel_load_balancer
     unknown = check_load_balancer(balancer)
+    if degrees is None or degrees.context == 1:
+        return
     if unknown is not None:
         yield Problem("parallelism.context_parallel_load_balancer", unknown, is_sentence=True)
-    if degrees is None or degrees.context == 1 or unknown is not None:
         return
     lengths = {"training.seq_len": job.training.seq_len}
     if job.validation.enable:
@@ -299,6 +322,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     converters_exist,
     sharded_features_have_shards,
     tensor_parallelism_divides,
+    options_of_an_axis_have_one,
     sequences_are_spread,
     pipeline_is_complete,
     data_exist,

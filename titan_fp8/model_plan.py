@@ -141,7 +141,7 @@ def _placement(job: JobConfig) -> Placement:
     degrees = resolve_degrees(job.parallelism, ranks)
     return Placement(
         ranks,
-        degrees.data_parallel_shard * degrees.context,
+        degrees.shards,
         offloaded=job.training.enable_cpu_offload,
         tensor=degrees.tensor,
     )

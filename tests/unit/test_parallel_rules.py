@@ -27,7 +27,18 @@ CASES = {
     "vocabulary": (5, {"tensor_parallel_degree": 5}, "its vocabulary, 324; use 4 or 3"),
     "loss parallel": (1, {"disable_loss_parallel": True}, "no logits are divided"),
     "sequence": (8, {"context_parallel_degree": 8}, "training.seq_len = 60 is not a multiple of 2 x 8 = 16"),
-    "balancer": (2, {"context_parallel_load_balancer": "zigzag"}, 'use "headtail", or leave it out'),
+    "balancer": (
+        2,
+        {"context_parallel_degree": 2, "context_parallel_load_balancer": "zigzag"},
+        'use "headtail", or leave it out',
+    ),
+    "rotate without ranks": (1, {"context_parallel_rotate_method": "alltoall"}, "context_parallel_degree is 1"),
+    "schedule without ranks": (1, {"pipeline_parallel_schedule": "GPipe"}, "pipeline_parallel_degree is 1"),
+    "tokens of a microbatch": (
+        8,
+        {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 4, "training.seq_len": 6},
+        "the 6 tokens that are computed at a time",
+    ),
     "layers": (8, {"pipeline_parallel_degree": 8}, "layers"),
     "microbatches": (
         2,
@@ -42,6 +53,14 @@ CASES = {
         "nothing is sharded",
     ),
 }
+
+
+def test_ranks_of_one_sequence_are_shards_too() -> None:
+    options = {"context_parallel_degree": 2, "data_parallel_shard_degree": 1}
+    arguments = [f"--{PARALLELISM}{key}={value}" for key, value in options.items()]
+    arguments += ["--model.converters=quantize.linear.float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+    job, _ = load_job_config(arguments, {"WORLD_SIZE": "2"})
+    assert job.quantize.linear.float8.enable_fsdp_float8_all_gather
 
 
 @pytest.mark.parametrize("name", CASES)

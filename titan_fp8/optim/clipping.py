@@ -62,6 +62,8 @@ def clip_grad_norm_(
     for grad in grads:
         groups.setdefault(_layout(grad), []).append(_local(grad))
     squares = [_square_sum(layout, local, foreach) for layout, local in groups.items()]
+    if stages is not None and listed:
+        squares.append(torch.zeros((), device=_local(listed[0]).device))  # a stage may have no gradients
     norm = _root_of_sum(squares, stages)
     if max_norm > 0 and groups:
         factor = (max_norm / (norm + _EPS)).clamp(max=1.0)

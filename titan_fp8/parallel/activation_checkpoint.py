@@ -32,6 +32,7 @@ from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
 from titan_fp8.quantization.ops import GEMM_OPS, amax
+from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.patterns import matches
 from titan_fp8.runtime.suggest import did_you_mean
@@ -191,8 +192,14 @@ def _recomputed_shapes(model: nn.Module, section: ActivationCheckpointSection) -
                 f'activation_checkpoint.{key}: "{pattern}" matches no linear of the model'
                 f"{did_you_mean(pattern, _suffixes(linears))}"
             )
-        shapes |= {(linear.in_features, linear.out_features) for linear in found}
+        shapes |= {_dims_here(linear) for linear in found}
     return frozenset(shapes)
+
+
+def _dims_here(linear: nn.Linear) -> Shape:
+    """(K, N) of what this rank multiplies, which tensor parallelism makes a part."""
+    n, k = local_tensor(linear.weight).shape
+    return k, n
 
 
 def _suffixes(names: Iterable[str]) -> set[str]:

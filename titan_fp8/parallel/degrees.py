@@ -43,6 +43,11 @@ class MeshDegrees:
         return self.data_parallel_replicate * self.data_parallel_shard
 
     @property
+    def shards(self) -> int:
+        """Parts into which FSDP cuts one copy of the parameters: ranks of one sequence have different ones too."""
+        return self.data_parallel_shard * self.context
+
+    @property
     def world_size(self) -> int:
         """The product of all degrees."""
         return prod(getattr(self, field) for field in _KEYS)

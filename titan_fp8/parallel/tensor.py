@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.linear import Linear
+from titan_fp8.models.loss import IGNORE_INDEX
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import COLUMN, READERS, ROW
 from titan_fp8.parallel.mesh import TP, ParallelMesh
@@ -154,9 +155,13 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         table = local_tensor(self.weight)
-        index = input - self.axis.rank * table.shape[0]
-        elsewhere = (index < 0) | (index >= table.shape[0])
-        found = F.embedding(index.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0)
+        rows = table.shape[0]
+        index = input - self.axis.rank * rows
+        elsewhere = (index < 0) | (index >= rows)
+        # Any row will do for those; not one for all, whose gradient would be added up one by one.
+        found = F.embedding(index.remainder(rows), table).masked_fill(elsewhere.unsqueeze(-1), 0)
+        nowhere = (input < 0) | (input >= rows * self.axis.size)
+        found = found.masked_fill(nowhere.unsqueeze(-1), torch.nan)
         # All but one of the summands are zero, so nothing is rounded twice.
         return ScatterSum.apply(found if self.compute_dtype is None else found.to(self.compute_dtype), self.axis)
 
@@ -180,7 +185,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.axis), None
+        return all_reduce(grad.float(), ctx.axis).to(grad.dtype), None  # rounded once
 
 
 def _gather_input(module: nn.Module, readers: tuple[str, ...], axis: Axis) -> None:
@@ -233,7 +238,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
-        """logits `[T, V / t]`, any floating dtype; labels `[T]`, -100 where a token does not count: fp32 `[]`."""
+        """logits `[T, V / t]`, any floating dtype; labels `[T]`, -100 where a token does not count: fp32 `[]`, NaN for
+        a label that is none."""
         values = logits.float()
         largest = all_reduce(values.amax(-1), axis, "max").unsqueeze(-1)
         exponentials = (values - largest).exp()
@@ -243,7 +249,9 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         index = index.masked_fill(~mine, 0).unsqueeze(-1)
         chosen = (values - largest).gather(-1, index).squeeze(-1).masked_fill(~mine, 0.0)
         chosen = all_reduce(chosen, axis)
-        counts = labels >= 0
+        counts = labels != IGNORE_INDEX
+        nowhere = counts & ((labels < 0) | (labels >= values.shape[-1] * axis.size))
+        chosen = chosen.masked_fill(nowhere, torch.nan)
         ctx.save_for_backward(logits, largest, normalizer.unsqueeze(-1), index, mine, counts)
         return (normalizer.log() - chosen).masked_fill(~counts, 0.0).sum()
 

@@ -125,7 +125,7 @@ def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> lis
 
 def _reduce_over_parts(shards: Sequence[Shard], statistics: Sequence[Tensor]) -> None:
     """Where tensor parallelism has divided a weight that has one scale: its largest value over all parts, one
-    all-reduce an axis. Other scales belong to rows or tiles, which lie in one part."""
+    all-reduce an axis. Tiles lie in one part; rows may be cut, and each part then has its own powers of two."""
     of_tensors: dict[Axis, list[Tensor]] = {}
     for shard, values in zip(shards, statistics, strict=True):
         if shard.axis is not None and shard.recipe.granularity is Granularity.TENSOR:

@@ -80,10 +80,10 @@ class Float8WeightState:
             rank's part.
     """
 
-    def __init__(self, recipe: Float8Recipe, *, caches: bool) -> None:
+    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
         self.recipe = recipe
         self.caches = caches
-        self.axis: Axis | None = None
+        self.axis = axis
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
         self._made_from: tuple[object, weakref.ref[Tensor], int] | None = None
@@ -119,10 +119,10 @@ class Float8WeightState:
         self._ahead = ahead
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
-        return memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches))
+        return memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches, axis=self.axis))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Float8WeightState, caches=self.caches), (self.recipe,)
+        return functools.partial(Float8WeightState, caches=self.caches, axis=self.axis), (self.recipe,)
 
 
 class ShardableFloat8Weight(torch.Tensor):
