@@ -294,12 +294,19 @@ class Job:
     compile_backend: str | None = None
     attention_backend: str = "auto"
     seq_len: int = 16
+    head_dim: int = 8
     device_type: str = "cpu"
 
     def model(self) -> Decoder:
         """With its initial weights."""
         dims = ModelDims(
-            dim=48, n_layers=3, n_heads=6, n_kv_heads=3, ffn_dim=80, vocab_size=67, max_seq_len=self.seq_len
+            dim=6 * self.head_dim,
+            n_layers=3,
+            n_heads=6,
+            n_kv_heads=3,
+            ffn_dim=80,
+            vocab_size=67,
+            max_seq_len=self.seq_len,
         )
         model = Decoder(
             dims,

@@ -55,7 +55,7 @@ MASKED = {
     "flex_documents_contiguous": Attended("allgather", None, torch.bfloat16, "flex", documents=True, **CUDA),
     "efficient_documents": Attended("allgather", "headtail", torch.float32, "efficient", documents=True, **CUDA),
 }
-BF16_JOB = {"compute_dtype": torch.bfloat16, "device_type": "cuda", "seq_len": 256}
+BF16_JOB = {"compute_dtype": torch.bfloat16, "device_type": "cuda", "seq_len": 256, "head_dim": 16}
 JOBS = {
     "allgather": Job(attention_backend="flash", **BF16_JOB),
     "ring_full_ac": Job("alltoall", activation_checkpoint=FULL, **BF16_JOB),
