@@ -195,7 +195,7 @@ WIDE = [
     Mesh("rep2 fsdp2 tp2"),
     Mesh("fsdp2 cp2 tp2"),
     Mesh("pp2 cp2 tp2"),
-    Mesh("pp2 rep2 fsdp2"),
+    Mesh("pp2 rep2 tp2"),
     Mesh("fsdp4 tp2"),
     Mesh("tp4 fsdp2"),
 ]
@@ -220,8 +220,15 @@ def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "blockwise"])
-@pytest.mark.parametrize("mesh", WIDE, ids=lambda mesh: mesh.axes.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("mesh", "recipe"),
+    [
+        pytest.param(mesh, recipe, id=f"{mesh.axes.replace(' ', '_')}-{recipe}")
+        for mesh in WIDE
+        for recipe in (None, "tensorwise", "rowwise", "blockwise")
+        if not (recipe == "blockwise" and "tp4" in mesh.axes)  # a part would be narrower than a block, which is refused
+    ],
+)
 def test_eight_ranks(mesh: Mesh, recipe: str | None, tmp_path: Path) -> None:
     mesh = Mesh(mesh.axes, tuple(converted(recipe).items()))
     tolerances = HIGH_PRECISION if recipe is None else LOCAL_SCALES if "cp" in mesh.axes else FLOAT8_CODES
