@@ -1,5 +1,7 @@
 """Tensor and sequence parallelism against one process: the same losses, gradients and weights, by name."""
 
+import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,11 @@ from tests.distributed.test_parallel import (
     train_alone,
     train_on_ranks,
 )
+from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum
+from titan_fp8.parallel.activation_checkpoint import _recomputed_shapes
+from titan_fp8.parallel.config import ActivationCheckpointSection
+from titan_fp8.parallel.tensor import vocab_parallel_loss
+from titan_fp8.runtime.collectives import all_gather
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128}
 BLOCK_DIMS = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "n_layers": 2}
@@ -108,3 +115,42 @@ def test_float8_codes_travel_where_the_readers_are_float8(recipe: str | None, fo
     for gathered in run_distributed(_gathered_by_a_block, 2, case):
         assert gathered[0] == forward
         assert gathered[1] == (forward if backward is None else backward)
+
+
+def _outside_the_vocabulary(rank: int, world_size: int) -> tuple[list[float], float, list[bool]]:
+    """Losses of labels that count, that are left out and that are none; the last one process's; embedded tokens."""
+    model, mesh = spread(TP2)
+    logits = torch.linspace(-1, 1, 2 * TP2.vocab_size).view(2, -1)
+    mine = logits.chunk(2, dim=-1)[rank]
+    loss_fn = vocab_parallel_loss(mesh)
+    losses = [loss_fn(mine, torch.tensor([3, label])).item() for label in (IGNORE_INDEX, TP2.vocab_size, -1)]
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    tokens[0, 3] = TP2.vocab_size
+    assert model.tok_embeddings is not None
+    embedded = all_gather(model.tok_embeddings(tokens).detach().flatten(0, 1), model.tok_embeddings.axis)
+    return losses, cross_entropy_sum(logits[:1, None], torch.tensor([[3]])).item(), embedded.isnan().any(-1).tolist()
+
+
+def test_what_is_outside_the_vocabulary_shows() -> None:
+    for (left_out, too_large, negative), expected, is_nan in run_distributed(_outside_the_vocabulary, 2):
+        assert left_out == pytest.approx(expected, rel=1e-6)
+        assert math.isnan(too_large)
+        assert math.isnan(negative)
+        assert is_nan == [False, False, False, True]
+
+
+def _what_ranks_hold(rank: int, world_size: int) -> tuple[frozenset, bool]:
+    """Shapes that per-op checkpointing recomputes for w1 and w2; whether a copy of a weight's state knows its ranks."""
+    model, _ = spread(replace(TP2, float8_recipe="tensorwise", float8_all_gather=True))
+    section = ActivationCheckpointSection(
+        selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=["w1", "w2"]
+    )
+    state = model.layers["1"].attention.wq.fsdp_weight_state
+    assert state.axis is not None
+    return _recomputed_shapes(model, section), copy.deepcopy(state).axis == state.axis
+
+
+def test_checkpointing_and_copies_know_the_parts_of_a_weight() -> None:
+    for shapes, copied in run_distributed(_what_ranks_hold, 2):
+        assert shapes == {(64, 64)}, "w1 [128 / 2, 64] and w2 [64, 128 / 2] as (K, N)"
+        assert copied

@@ -17,8 +17,8 @@ from titan_fp8.runtime.config import CommSection
 pytestmark = pytest.mark.gpu
 TIMEOUT_S = 300.0
 FP32, BF16 = 1e-4, 2e-2
-SPLIT_BF16 = 0.1
-"""Partial sums are rounded to bf16 before ranks add them, and a float8 code that flips for it moves by an eighth."""
+SPLIT_BF16 = 5e-2
+"""Partial sums are rounded to bf16 before ranks add them."""
 BF16_JOB = {"compute_dtype": torch.bfloat16, "device_type": "cuda"}
 
 ONE_GPU = {
