@@ -12,13 +12,11 @@ allocator's highest reserved amount, the loss is that of the last step. `--rows`
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+from bench_runs import REPO, figures, read_metrics, run_command
+
 FLOAT8 = ["--model.converters", "quantize.linear.float8", "--quantize.linear.float8.filter_fqns", "output"]
 ROWS: dict[str, list[str]] = {
     "bf16-compile": ["--compile.enable"],
@@ -70,23 +68,11 @@ def run_row(row: str, args: argparse.Namespace) -> dict:
     folder = args.out / row
     command = command_of(row, args, steps, folder)
     environment = {**os.environ, "CONFIG_FILE": str(args.config), "NGPU": str(args.gpus)}
-    begin = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / f"{row}.log", "w") as log:
-        code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    code, wall_s = run_command(command, args.out / f"{row}.log", environment)
     result = {"row": row, "gpus": args.gpus, "steps": steps, "command": " ".join(command), "exit_code": code}
-    result["wall_s"] = round(time.monotonic() - begin, 1)
-    metrics = folder / "metrics.jsonl"
-    if code == 0 and metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        settled = [line for line in lines if line["step"] > WARM_UP_STEPS]
-        for key in ("tps", "tflops", "mfu"):
-            values = [line[key] for line in settled if line[key] is not None]
-            result[key] = statistics.median(values) if values else None
-        rates = [line["tps"] for line in settled]
-        result["tps_spread"] = (max(rates) - min(rates)) / result["tps"] if rates else None
-        result["memory_gib"] = max(line["memory_gib"] for line in lines)
-        result["first_loss"], result["last_loss"] = lines[0]["loss"], lines[-1]["loss"]
+    result["wall_s"] = round(wall_s, 1)
+    if code == 0 and (folder / "metrics.jsonl").exists():
+        result |= figures(read_metrics(folder), WARM_UP_STEPS)
     return result
 
 

@@ -1,7 +1,12 @@
-"""What holds for every test: GPU tests are skipped without a GPU, and a test has one thread."""
+"""What holds for every test: GPU tests are skipped without a GPU, and a test has one thread; and what many need."""
+
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from titan_fp8.runtime.logging import logger
 
 
 def pytest_configure() -> None:
@@ -15,3 +20,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def log_messages() -> Iterator[list[str]]:
+    """What the package logs, each message once. After a run in this process, which leaves a logger that propagates
+    nothing, `caplog` listens there too and has each message twice."""
+    handler, handlers, level = _Messages(), logger.handlers, logger.level
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    yield handler.messages
+    logger.handlers = handlers
+    logger.setLevel(level)

@@ -229,7 +229,8 @@ def _build_pipeline(
 ) -> Pipeline | None:
     if plan.pipeline is None:
         return None
-    tensor, dim = mesh.degrees.tensor, plan.dims.dim
+    tensor, dim, vocab = mesh.degrees.tensor, plan.dims.dim, plan.dims.vocab_size
+    local_vocab = vocab if job.parallelism.disable_loss_parallel else vocab // tensor
     return Pipeline(
         parts,
         plan.pipeline,
@@ -238,7 +239,9 @@ def _build_pipeline(
         batch_sequences=job.training.local_batch_size,
         seq_len=job.training.seq_len // mesh.degrees.context,
         loss_fn=loss_fn,
+        # Under tensor parallelism the tokens of all sequences come in one row (`parallel/tensor.py`).
         stream_shape=None if tensor == 1 else lambda b, s: (1, b * s // tensor, dim),
+        logits_shape=None if tensor == 1 else lambda b, s: (1, b * s, local_vocab),
     )
 
 

@@ -189,6 +189,22 @@ def _sequences_at_a_time(batch: int, parallelism: Any, degrees: MeshDegrees) -> 
     return {min(microbatch, batch), batch % microbatch or microbatch}
 
 
+def exchanges_overlap_in_compiled_blocks(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """The compiler finds the products beside the exchanges of tensor parallelism."""
+    degrees, key = _degrees(job, world_size), "parallelism.enable_async_tensor_parallel"
+    if not job.parallelism.enable_async_tensor_parallel or degrees is None:
+        return
+    if degrees.tensor == 1:
+        yield Problem(key, "nothing is exchanged while parallelism.tensor_parallel_degree is 1; raise it")
+    compiled = job.compile.enable and "model" in job.compile.components and job.compile.backend == "inductor"
+    if not compiled:
+        yield Problem(
+            key,
+            'the compiler overlaps the exchanges; set compile.enable = true with "model" in compile.components and '
+            'compile.backend = "inductor"',
+        )
+
+
 def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """What belongs to an axis of the mesh means nothing where its length is 1."""
     degrees, parallelism = _degrees(job, world_size), job.parallelism
@@ -322,6 +338,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     converters_exist,
     sharded_features_have_shards,
     tensor_parallelism_divides,
+    exchanges_overlap_in_compiled_blocks,
     options_of_an_axis_have_one,
     sequences_are_spread,
     pipeline_is_complete,

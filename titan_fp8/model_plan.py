@@ -74,7 +74,8 @@ class _Collector:
             return step()
         except UserError as error:
             messages = getattr(error, "violations", None) or str(error).split("\n")
-            self.violations += [Violation(place, message) for message in messages]
+            told = {violation.message for violation in self.violations}  # two steps may know of one rule
+            self.violations += [Violation(place, message) for message in messages if message not in told]
             return None
 
 
@@ -184,6 +185,8 @@ def _check_parallelization(job: JobConfig, model: Decoder, device: DeviceCapabil
         activation_checkpoint=job.activation_checkpoint,
         compile_config=job.compile,
         cpu_offload=job.training.enable_cpu_offload,
+        tensor_ranks=_placement(job).tensor,
+        async_tensor_parallel=job.parallelism.enable_async_tensor_parallel,
     )
 
 

@@ -181,6 +181,7 @@ PLAIN = [
     Mesh("pp2 fsdp2"),
     Mesh("pp2 cp2"),
     Mesh("fsdp2 cp2", (("activation_checkpoint.mode", "full"),)),
+    Mesh("rep2 cp2"),
 ]
 CODES = [
     Mesh("tp2"),
@@ -194,6 +195,7 @@ WIDE = [
     Mesh("pp2 fsdp2 tp2"),
     Mesh("rep2 fsdp2 tp2"),
     Mesh("fsdp2 cp2 tp2"),
+    Mesh("rep2 cp2 tp2"),
     Mesh("pp2 cp2 tp2"),
     Mesh("pp2 rep2 tp2"),
     Mesh("fsdp4 tp2"),

@@ -56,6 +56,7 @@ class Case:
     reshard: str = "default"
     activation_checkpoint: dict[str, str] = field(default_factory=lambda: {"mode": "none"})
     compile_backend: str | None = None
+    overlapped: bool = False
     cpu_offload: bool = False
     device_type: str = "cpu"
 
@@ -159,7 +160,9 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         model,
         mesh=mesh,
         parallelism=ParallelismSection(
-            fsdp_reshard_after_forward=case.reshard, disable_loss_parallel=not case.loss_parallel
+            fsdp_reshard_after_forward=case.reshard,
+            disable_loss_parallel=not case.loss_parallel,
+            enable_async_tensor_parallel=case.overlapped,
         ),
         activation_checkpoint=ActivationCheckpointSection(**case.activation_checkpoint),
         compile_config=CompileSection(enable=case.compile_backend is not None, backend=case.compile_backend or "eager"),

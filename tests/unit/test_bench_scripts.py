@@ -1,12 +1,16 @@
 """The parts of the benchmark scripts that compute something from figures: suggestions, differences, choices of rows."""
 
 import importlib
+import os
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+
+from titan_fp8.job_config import load_job_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -16,7 +20,7 @@ def load(monkeypatch):
     """A script as a module; scripts import each other from their own folder."""
     monkeypatch.syspath_prepend(SCRIPTS)
     yield importlib.import_module
-    for name in ("bench_common", "bench_filter", "bench_linear", "loss_parity"):
+    for name in ("bench_common", "bench_filter", "bench_linear", "bench_meshes", "bench_runs", "loss_parity"):
         sys.modules.pop(name, None)
 
 
@@ -94,3 +98,94 @@ def test_turns_time_every_contestant_equally_often_on_prepared_ground(load):
     blocks = events[2 * 3 + 1 :: 6]  # each has the dropped and the two timed iterations
     followers = {(earlier, later) for earlier, later in pairwise(blocks) if earlier != later}
     assert len(followers) == 6, "each follows each of the others now and then"
+
+
+def test_every_mesh_trains_on_the_same_global_batches(load, monkeypatch, tmp_path):
+    script = load("bench_meshes")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = script.arguments(["--out", str(tmp_path), "--layers", "4"])
+    rows = script.rows_of(args)
+    assert len(rows) == 18
+    for row in rows:
+        job, _ = load_job_config(["--job.config_file", str(args.config), *script.options_of(row, args)])
+        assert (job.training.global_batch_size, job.training.seq_len, job.debug.seed) == (4, 8192, 0), row
+        assert job.compile.enable == (row.mode == "compiled"), row
+        float8 = job.quantize.linear.float8
+        assert float8.enable_fsdp_float8_all_gather == (row.precision == "float8" and row.mesh in ("fsdp2", "cp2")), row
+
+
+def test_losses_of_a_mesh_are_compared_with_fsdp2_of_the_same_kind_and_failures_say_why(load):
+    script = load("bench_meshes")
+
+    def record(mesh, mode, losses):
+        kind = {"mesh": mesh, "precision": "bf16", "mode": mode, "exit_code": 0, "losses": losses, "step_1_s": 9.0}
+        return kind | {"last_loss": losses[-1], "tps": 1000.0, "memory_gib": 3.0, "memory_gib_of_ranks": [3.0, 5.0]}
+
+    records = [
+        record("fsdp2", "eager", [3.0, 2.0]),
+        record("pp2", "eager", [3.5, 1.9]),
+        record("cp2", "eager", [3.0, None]),
+        record("tp2", "compiled", [3.0, 2.0]),
+        {"mesh": "tp2", "precision": "bf16", "mode": "eager", "exit_code": 1, "error": "ValueError: a | b"},
+    ]
+    cells = [line[2:].split(" | ") for line in script.table(records).splitlines()[2:]]
+    assert cells[1] == ["PP 2", "bf16", "eager", "1,000", "5.0", "1.9000", "-0.1000", "0.5000", "9.0 |"]
+    assert [line[5:8] for line in cells[2:4]] == [["n/a", "n/a", "n/a"], ["2.0000", "n/a", "n/a"]]
+    assert script.table(records).splitlines()[-1].count(" | ") == len(cells[0]) - 1
+    assert "failed with exit code 1: ValueError: a \\| b" in script.table(records)
+
+
+def test_the_peak_of_every_rank_is_read_from_the_log(load):
+    script = load("bench_meshes")
+    line = "[rank{0}]:02:17:37 rank {0} I step {1}/3   loss   7.2   tok/s   515   MFU n/a   mem {2} GiB   ETA 0:00:00\n"
+    log = "".join(line.format(*each) for each in ((1, 1, "70.25"), (0, 1, "3.50"), (1, 2, "9.00"), (0, 2, "4.50")))
+    assert script.peaks_gib(log) == [4.5, 70.25]
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (
+            "[rank1]:[rank1]: RuntimeError: connection closed\n"
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nRoot Cause:\n"
+            "  traceback : Traceback (most recent call last):\n"
+            "  torch.OutOfMemoryError: CUDA out of memory.\n  of which 1 GiB is free\n=====\n",
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        (
+            "one\n  traceback : Signal 9 (SIGKILL) received by PID 7\n=====\n",
+            "traceback : Signal 9 (SIGKILL) received by PID 7",
+        ),
+        ("", "nothing was printed"),
+    ],
+)
+def test_the_last_error_of_a_log_is_the_first_failure_of_torchruns_summary(load, tmp_path, log, error):
+    (tmp_path / "log").write_text(log)
+    assert load("bench_runs").last_error(tmp_path / "log") == error
+
+
+def test_past_its_limit_a_command_is_killed_with_processes_that_have_sessions_of_their_own(load, tmp_path):
+    script = load("bench_runs")
+    worker = "subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    program = f"import subprocess, time; print({worker}.pid, flush=True); time.sleep(60)"
+    code, wall_s = script.run_command([sys.executable, "-c", program], tmp_path / "log", os.environ, timeout_s=3)
+    assert code == script.TIMED_OUT
+    assert wall_s < 30
+    worker_status = Path("/proc", (tmp_path / "log").read_text().strip(), "stat")
+    for _ in range(100):
+        # Without a parent it may stay as a zombie.
+        if not worker_status.exists() or worker_status.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker is still running")
+
+
+def test_figures_are_medians_over_the_steps_after_the_warm_up(load):
+    lines = [
+        {"step": step, "tps": tps, "tflops": None, "mfu": None, "memory_gib": 10.0 / step, "loss": 5.0 - step}
+        for step, tps in ((1, 1.0), (2, 100.0), (3, 110.0), (4, 150.0))
+    ]
+    found = load("bench_runs").figures(lines, 1)
+    assert (found["tps"], found["tflops"], found["tps_spread"]) == (110.0, None, 50 / 110)
+    assert (found["memory_gib"], found["first_loss"], found["last_loss"]) == (10.0, 4.0, 1.0)

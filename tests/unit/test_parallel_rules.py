@@ -26,6 +26,18 @@ CASES = {
     "heads": (4, {"tensor_parallel_degree": 4}, "attention heads, 6; use 3 or 2"),
     "vocabulary": (5, {"tensor_parallel_degree": 5}, "its vocabulary, 324; use 4 or 3"),
     "loss parallel": (1, {"disable_loss_parallel": True}, "no logits are divided"),
+    "overlap without ranks": (1, {"enable_async_tensor_parallel": True}, "tensor_parallel_degree is 1; raise it"),
+    "overlap without the compiler": (
+        2,
+        {"tensor_parallel_degree": 2, "enable_async_tensor_parallel": True, "model.overrides.n_kv_heads": 2},
+        'set compile.enable = true with "model" in compile.components',
+    ),
+    "overlap by another compiler": (
+        2,
+        {"tensor_parallel_degree": 2, "enable_async_tensor_parallel": True, "compile.enable": True}
+        | {"compile.backend": "aot_eager"},
+        'compile.backend = "inductor"',
+    ),
     "sequence": (8, {"context_parallel_degree": 8}, "training.seq_len = 60 is not a multiple of 2 x 8 = 16"),
     "balancer": (
         2,

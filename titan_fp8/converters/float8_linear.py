@@ -28,6 +28,7 @@ from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport, ReportRow
 from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.selection import Choice, choose
+from titan_fp8.converters.size_rule import SIZE_RULES
 from titan_fp8.converters.support import resolve_emulation, resolve_kernels
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
@@ -123,6 +124,7 @@ def convert_linears(
         weights=weights.value,
         fused=fused,
         exchanges=exchanges(model) if spread else {},
+        size_rule=_size_rule(choices) if AUTO_FILTER in request.filter_fqns else {},
         rows=rows,
     )
 
@@ -153,6 +155,11 @@ def _label(recipe: Float8Recipe) -> str:
     """The recipe's name in a report; with its scales where they are not those that the name stands for."""
     rounded = recipe.granularity is Granularity.BLOCK and recipe.power_of_two_scales
     return f"{recipe.name} with power-of-two scales" if rounded else recipe.name
+
+
+def _size_rule(choices: Mapping[str, Choice]) -> dict[str, str]:
+    """Each recipe of `choices` -> what is too small for it, in words."""
+    return {_label(choice.recipe): SIZE_RULES[choice.recipe.name].in_words() for choice in choices.values()}
 
 
 def _check_model(
@@ -280,6 +287,7 @@ def _rows(model: nn.Module, choices: Mapping[str, Choice], placement: Placement)
             recipe=_label(choices[fqn].recipe) if choices[fqn].reason is None else None,
             reason=choices[fqn].reason,
             flop_share=n * k / max(total, 1),
+            assigned=_label(choices[fqn].recipe),
         )
         for fqn, (n, k) in shapes.items()
     ]

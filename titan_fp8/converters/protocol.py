@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from titan_fp8.converters.report import ConversionReport
-from titan_fp8.models.splits import local_dims
+from titan_fp8.models.splits import division_problem, local_dims
 from titan_fp8.runtime.errors import UserError
 
 
@@ -46,18 +46,14 @@ class Placement:
         return self.ranks > 1 or self.offloaded
 
     def local_dims(self, fqn: str, linear: nn.Linear) -> tuple[int, int]:
-        """(N, K) of what one rank multiplies of the linear called `fqn`.
-
-        Raises:
-            UserError: the ranks do not divide it.
-        """
+        """(N, K) of what one rank multiplies of the linear called `fqn`; of the whole where `division_problem` says why
+        it cannot be divided."""
         dims = linear.out_features, linear.in_features
-        if self.tensor == 1:
-            return dims
-        try:
-            return local_dims(fqn, *dims, self.tensor)
-        except ValueError as error:
-            raise UserError(f"parallelism.tensor_parallel_degree = {self.tensor}: {error}") from None
+        return dims if self.division_problem(fqn, linear) else local_dims(fqn, *dims, self.tensor)
+
+    def division_problem(self, fqn: str, linear: nn.Linear) -> str | None:
+        """Why the ranks cannot divide the linear called `fqn`, with the remedy, or None."""
+        return division_problem(fqn, linear.out_features, linear.in_features, self.tensor)
 
 
 ONE_PROCESS = Placement()

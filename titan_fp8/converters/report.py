@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from titan_fp8.converters.filters import AUTO_FILTER
+
 HIGH_PRECISION = "high precision"
 
 
@@ -20,6 +22,7 @@ class ReportRow:
         recipe: the recipe it was converted with, or None.
         reason: why it was left in high precision, or None.
         flop_share: its share of the FLOPs of all linear layers' matrix products, 0 to 1.
+        assigned: the recipe that the settings give it, whether or not something keeps it in high precision.
     """
 
     fqn: str
@@ -28,6 +31,7 @@ class ReportRow:
     recipe: str | None
     reason: str | None
     flop_share: float
+    assigned: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class ConversionReport:
         fused: names of the modules that write float8 themselves for the linears that read them (`fusion.py`).
         exchanges: under tensor parallelism, what ranks exchange -> how it travels: "float8 codes", or "high precision"
             and why.
+        size_rule: if `auto_filter_small_kn` was asked for, each recipe that the settings give -> what is too small for
+            it, in words.
         rows: one row a linear layer, in the model's order.
     """
 
@@ -52,6 +58,7 @@ class ConversionReport:
     weights: str = ""
     fused: list[str] = field(default_factory=list)
     exchanges: Mapping[str, str] = field(default_factory=dict)
+    size_rule: Mapping[str, str] = field(default_factory=dict)
     rows: list[ReportRow] = field(default_factory=list)
 
     @property
@@ -136,14 +143,23 @@ class ConversionReport:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: the recipe of most linears, and what the others have instead.
+        """What a checkpoint must agree with: the recipe of most linears, what the others have instead, and the rule of
+        size if there is one.
 
-        How products are computed is no part of it, so a run may move to another device.
+        How products are computed is no part of it, so a run may move to another device; nor is which linears are too
+        small, since that depends on the mesh, so a run may move to another mesh.
         """
-        counts = Counter(row.recipe for row in self.converted)
+        outcomes = {row.fqn: self._outcome_on_any_mesh(row) for row in self.rows}
+        counts = Counter(outcome for outcome in outcomes.values() if outcome != HIGH_PRECISION)
         main = max(counts, key=lambda recipe: counts[recipe]) if counts else next(iter(self.modes), None)
-        others = {row.fqn: row.recipe or HIGH_PRECISION for row in self.rows if row.recipe != main}
-        return {"recipe": main, "exceptions": _merge_numbers(others, [row.fqn for row in self.rows])}
+        others = {fqn: outcome for fqn, outcome in outcomes.items() if outcome != main}
+        size_rule = {AUTO_FILTER: dict(self.size_rule)} if self.size_rule else {}
+        return {"recipe": main, "exceptions": _merge_numbers(others, outcomes), **size_rule}
+
+    @staticmethod
+    def _outcome_on_any_mesh(row: ReportRow) -> str:
+        """The row's recipe, or high precision, were it large enough."""
+        return row.assigned if row.reason in (None, AUTO_FILTER) else HIGH_PRECISION
 
 
 def _merge_numbers(outcomes: Mapping[str, str], all_names: Iterable[str]) -> dict[str, str]:

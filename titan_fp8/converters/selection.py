@@ -44,7 +44,8 @@ class Choice:
 def choose(
     model: nn.Module, request: Float8Request, placement: Placement = ONE_PROCESS
 ) -> tuple[dict[str, Choice], list[str]]:
-    """The choice for each linear of `model` by name, a module with two names twice; and what is wrong with the request.
+    """The choice for each linear of `model` by name, a module with two names twice; and what is wrong with the request
+    or with the ranks that are to divide the linears.
 
     Args:
         model: any model.
@@ -69,6 +70,7 @@ def choose(
     choices = {fqn: _choose(fqn, linear, request, kept, placement) for fqn, linear in linears.items()}
     problems += _ineffective_entries(choices, table, setting=table_setting)
     problems += _divided_modules(linears, choices)
+    problems += filter(None, (placement.division_problem(fqn, linear) for fqn, linear in linears.items()))
     return choices, problems
 
 

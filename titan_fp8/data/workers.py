@@ -3,8 +3,12 @@
 They are started by `forkserver`: a fork of the training process would copy the state of CUDA, of NCCL and of running
 threads, which does not survive it. Results travel through one pipe a process. A full pipe holds its process back, and
 a pipe that ends says that its process, or the parent, is gone, so neither outlives the other.
+
+When a machine is taken back, torchrun and SLURM send SIGTERM to every process there is. The parent goes on to the end
+of its step and saves (`runtime/preemption.py`), for which it needs data, so these processes do not heed the signal.
 """
 
+import atexit
 import multiprocessing
 import pickle
 import signal
@@ -48,6 +52,8 @@ class WorkerPool(Generic[T]):
             sender.close()  # so that the pipe ends when the process does
             self._results.append(results)
             self._processes.append(process)
+        # Else multiprocessing, at the end of a parent that did not call `close`, would send SIGTERM and wait for ever.
+        atexit.register(self.close)
 
     def rounds(self) -> Iterator[list[T]]:
         """The results of each round, in the order of the processes, until the work ends.
@@ -68,8 +74,9 @@ class WorkerPool(Generic[T]):
     def close(self) -> None:
         """End the processes. A `rounds` that waits in another thread ends too."""
         self._closed = True
+        atexit.unregister(self.close)
         for process in self._processes:
-            process.terminate()
+            process.kill()  # and not terminate(), whose signal they ignore
         for process in self._processes:
             process.join()
 
@@ -88,7 +95,9 @@ class WorkerPool(Generic[T]):
 
 def _work(work: Shareable[Any], part: int, parts: int, results: Connection, repeat: bool) -> None:
     """A process: send its results, each when there is room for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then ends this process
+    # Ctrl-C ends the parent, which then ends this process; so does SIGTERM, but not at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         while True:

@@ -22,8 +22,11 @@ from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload
-from titan_fp8.parallel.mesh import ParallelMesh
+from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor import apply_tensor_parallel
+from titan_fp8.parallel.tensor_rules import check_tensor_parallel
+from titan_fp8.quantization.overlap_ops import check_direct_access
+from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
 
 
@@ -60,7 +63,7 @@ def parallelize(
     if context is not None:
         apply_context_parallel(model, context)
     apply_activation_checkpointing(model, activation_checkpoint, compile_config=compile_config, dump_folder=dump_folder)
-    apply_compile(model, compile_config)
+    apply_compile(model, compile_config, overlapped=_overlapped_axis(mesh, parallelism))
     if mesh.world_size > 1 or cpu_offload:
         apply_fsdp(
             model,
@@ -80,6 +83,8 @@ def check_parallelization(
     activation_checkpoint: ActivationCheckpointSection,
     compile_config: CompileSection,
     cpu_offload: bool,
+    tensor_ranks: int = 1,
+    async_tensor_parallel: bool = False,
 ) -> None:
     """What `parallelize` would refuse, all of it at once, before there is a process group or a mesh.
 
@@ -87,15 +92,19 @@ def check_parallelization(
         model: converted, on the meta device.
         device_type: "cpu" or "cuda".
         activation_checkpoint, compile_config, cpu_offload: as for `parallelize`.
+        tensor_ranks: length of the mesh's axis `tp`.
+        async_tensor_parallel: parallelism.enable_async_tensor_parallel.
 
     Raises:
         UserError: one line for each thing that cannot be done.
     """
     problems: list[str] = []
     for check in (
+        partial(check_tensor_parallel, model, tensor_ranks),
         partial(check_activation_checkpointing, model, activation_checkpoint, compile_config),
         partial(check_backend, compile_config),
         partial(check_cpu_offload, cpu_offload, device_type),
+        partial(_check_overlap, async_tensor_parallel, device_type),
     ):
         try:
             check()
@@ -103,6 +112,25 @@ def check_parallelization(
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _overlapped_axis(mesh: ParallelMesh, parallelism: ParallelismSection) -> Axis | None:
+    """The axis whose exchanges overlap with products, if asked for."""
+    if not parallelism.enable_async_tensor_parallel:
+        return None
+    tp_mesh = mesh.device_mesh[TP]
+    axis = Axis.of(tp_mesh.get_group())
+    if tp_mesh.device_type == "cuda":
+        check_direct_access(axis)
+    return axis
+
+
+def _check_overlap(wanted: bool, device_type: str) -> None:
+    if wanted and device_type == "cpu":
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel overlaps exchanges through GPUs that read each other's memory, "
+            "but this job runs on CPUs; leave it out"
+        )
 
 
 def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:

@@ -8,14 +8,20 @@ What is compiled is the block's `forward` method, replaced on the instance: hook
 parameters stay as they are. `fullgraph=True` because a graph break in a block is a defect and should say so.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.config import CompileSection
-from titan_fp8.quantization.graph_pass import DropUnusedLayouts
+from titan_fp8.quantization.graph_pass import DropUnusedLayouts, InOrder
+from titan_fp8.quantization.overlap_pass import OverlapExchanges
+from titan_fp8.quantization.tensor_parallel import local_weights_outside
+from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
 
@@ -28,8 +34,13 @@ def compiles(section: CompileSection, component: str) -> bool:
     return section.enable and component in section.components
 
 
-def apply_compile(model: Decoder, section: CompileSection) -> None:
+def apply_compile(model: Decoder, section: CompileSection, *, overlapped: Axis | None = None) -> None:
     """Compile the blocks of `model` in place, if `section` says so. Compilation itself happens at the first call.
+
+    Args:
+        model: with its parallelism and activation checkpointing, not yet sharded.
+        section: the section.
+        overlapped: an axis whose gathers and sums shall overlap with the matrix products beside them; Inductor only.
 
     Raises:
         UserError: no such backend.
@@ -38,9 +49,28 @@ def apply_compile(model: Decoder, section: CompileSection) -> None:
     if not compiles(section, "model"):
         return
     # One object for all blocks: the compiler takes blocks for the same program only if their options are equal.
-    options: Any = {"post_grad_custom_pre_pass": DropUnusedLayouts()} if section.backend == "inductor" else None
+    options = _inductor_options(overlapped) if section.backend == "inductor" else None
     for block in model.layers.values():
-        block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
+        compiled = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
+        divided = [m for m in block.modules() if isinstance(m._parameters.get("weight"), DTensor)]
+        block.forward = _with_local_weights(compiled, divided) if divided else compiled
+
+
+def _with_local_weights(compiled: Callable[P, R], divided: list[nn.Module]) -> Callable[P, R]:
+    """A compiled block under tensor parallelism, whose graph sees plain tensors: PyTorch 2.13 cannot keep what DTensors
+    carry, their mesh, from forward to backward where a block is recomputed."""
+
+    @functools.wraps(compiled)
+    def forward(*args: P.args, **kwargs: P.kwargs) -> R:
+        with local_weights_outside(divided):
+            return compiled(*args, **kwargs)
+
+    return forward
+
+
+def _inductor_options(overlapped: Axis | None) -> dict[str, Any]:
+    passes = [DropUnusedLayouts()] if overlapped is None else [DropUnusedLayouts(), OverlapExchanges(overlapped)]
+    return {"post_grad_custom_pre_pass": InOrder(*passes)}
 
 
 def compile_loss(loss: Callable[P, R], section: CompileSection) -> Callable[P, R]:

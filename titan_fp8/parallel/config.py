@@ -30,8 +30,9 @@ class ParallelismSection(Section):
     disable_loss_parallel: bool = False
     """With tensor parallelism: gather the logits before the loss instead of computing it on their shards."""
 
-    enable_async_tensor_parallel: bool = not_supported_yet(False)
-    """Overlap the communication of tensor parallelism with its matrix products."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap the exchanges of tensor parallelism with the matrix products beside them. Needs `compile.enable` and GPUs
+    that can read each other's memory."""
 
     pipeline_parallel_degree: CountOrAuto = key(1, unit="stages")
     """Ranks over which the layers are split."""

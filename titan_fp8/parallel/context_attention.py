@@ -7,7 +7,7 @@ denominator, and two blocks make one:
 
 Backwards no merging is needed: with the final `o` and `l`, the probabilities `exp(q k - l)` of any block are those of
 the whole, so the gradients of blocks just add up. Any fused kernel that returns `l` will do, and which queries meet
-which keys is the only thing that ways of communicating differ in:
+which keys is the only thing that ways of communicating differ in (the kernels are in `attention_blocks.py`):
 
     all-gather  every rank collects all keys and values, in natural order. Each of its chunks of queries meets all keys
                 before it (a full block) and its own (a causal block). Llama 3, section 3.3.2 (arXiv 2407.21783).
@@ -24,7 +24,7 @@ Legend: B sequences, S tokens of a sequence, L = S / ranks those of a rank, H qu
 (H is a multiple of G), D head width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
-from torch._ops import OpOverload
 
 from titan_fp8.models.attention_backends import Backend
+from titan_fp8.parallel.attention_blocks import block_kernels
+from titan_fp8.runtime.collectives import Axis, all_gather, reduce_scatter
+from titan_fp8.runtime.operators import register_operator
 
-_aten = torch.ops.aten
-# The functional collectives have one name in all versions of PyTorch; their counterparts in `torch.distributed` do not.
-_c10d = torch.ops._c10d_functional
-_LIBRARY = torch.library.Library("titan_fp8", "FRAGMENT")
 _SETTINGS = "str group_name, bool balanced"  # of every operator
 
 
@@ -91,110 +89,6 @@ def ring_blocks(rank: int, source: int, local_len: int, balanced: bool) -> list[
     return [Block(whole, slice(0, half) if balanced else whole, causal=False)]
 
 
-# ---- kernels of one block: (q, k, v, causal) -> output, log-sum-exp [B, H, queries];
-#      (grad_output, q, k, v, output, log-sum-exp, causal) -> grad_q, grad_k, grad_v
-
-Forward = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
-
-
-def _kernels(backend: str, device: torch.device) -> tuple[Forward, Backward, bool]:
-    """Forward and backward kernel of a resolved backend, and whether their causal blocks may be rectangular."""
-    if backend == "flash":
-        on_gpu = device.type == "cuda"
-        return (_flash, _flash_backward, True) if on_gpu else (_cpu_flash, _cpu_flash_backward, False)
-    if backend == "cudnn":
-        return _cudnn, _cudnn_backward, False
-    if backend == "efficient":
-        return _efficient, _efficient_backward, False
-    assert backend == "math", f"{backend} attention has no kernel for blocks"
-    return _math, _math_backward, True
-
-
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
-
-
-def _cpu_flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
-
-
-def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    lengths = (None, None, q.shape[2], k.shape[2])
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
-    return _aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, *lengths, 0.0, causal, seed, seed
-    )
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=causal)
-    return out, lse.reshape(out.shape[:3])
-
-
-def _cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    lengths = (None, None, q.shape[2], k.shape[2])
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-    return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, *lengths, 0.0, causal
-    )
-
-
-def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    k, v = _repeat(k, q), _repeat(v, q)
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)
-    return out, lse[..., : q.shape[2]]  # the kernel rounds the length up
-
-
-def _efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-    wanted = [True, True, True, False]
-    grad_q, grad_k, grad_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, _repeat(k, q), _repeat(v, q), None, out, lse, seed, seed, 0.0, wanted, causal
-    )
-    return grad_q, _sum_repeats(grad_k, k), _sum_repeats(grad_v, v)
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    scores = _scores(q, k, causal)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ _repeat(v, q).float()).to(q.dtype), lse
-
-
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    probabilities = (_scores(q, k, causal) - lse.unsqueeze(-1)).exp()
-    grad = grad.float()
-    grad_probabilities = grad @ _repeat(v, q).float().mT
-    grad_scores = probabilities * (grad_probabilities - (grad * out.float()).sum(-1, keepdim=True))
-    grad_scores *= q.shape[-1] ** -0.5
-    grad_q = grad_scores @ _repeat(k, q).float()
-    return grad_q, _sum_repeats(grad_scores.mT @ q.float(), k), _sum_repeats(probabilities.mT @ grad, v)
-
-
-def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    scores = q.float() @ _repeat(k, q).float().mT * q.shape[-1] ** -0.5
-    if not causal:
-        return scores
-    queries, keys = scores.shape[-2:]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return scores.masked_fill(~visible, float("-inf"))
-
-
-def _repeat(x: Tensor, q: Tensor) -> Tensor:
-    """[B, G, T, D] to the heads of q."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
-    """[B, H, T, D] to the heads of x."""
-    return grad.unflatten(1, (x.shape[1], -1)).sum(2)
-
-
 # ---- communication; keys and values travel as one tensor [2, B, tokens, G, D]
 
 
@@ -202,10 +96,9 @@ class _Place:
     """This rank among those of its sequences."""
 
     def __init__(self, group_name: Any, balanced: bool):  # the name: a str, for which PyTorch has a type of its own
-        self.group_name = group_name
         self.group: dist.ProcessGroup = _resolve_process_group(group_name)
-        self.rank, self.degree = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.balanced = balanced
+        self.axis = Axis.of(self.group)
+        self.rank, self.degree, self.balanced = self.axis.rank, self.axis.size, balanced
 
     @property
     def order(self) -> list[int]:
@@ -244,8 +137,7 @@ def _pack(k: Tensor, v: Tensor) -> Tensor:
 
 def _gather(local: Tensor, place: _Place) -> Tensor:
     """[2, B, L, G, D] of this rank to [2, B, S, G, D] in natural order."""
-    parts = _c10d.wait_tensor(_c10d.all_gather_into_tensor(local, place.degree, place.group_name))
-    parts = parts.unflatten(0, (place.degree, 2))
+    parts = all_gather(local, place.axis).unflatten(0, (place.degree, 2))
     chunks = [chunk for part in parts.unbind() for chunk in part.chunk(place.slots, dim=2)]
     by_number = dict(zip(place.order, chunks, strict=True))
     return torch.cat([by_number[number] for number in range(len(chunks))], dim=2)
@@ -256,7 +148,7 @@ def _sum_to_owners(grad: Tensor, place: _Place) -> Tensor:
     chunks = grad.chunk(place.degree * place.slots, dim=2)
     held = [held_chunks(rank, place.degree, place.balanced) for rank in range(place.degree)]
     parts = torch.cat([torch.cat([chunks[number] for number in numbers], dim=2) for numbers in held])
-    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(parts, "sum", place.degree, place.group_name))
+    return reduce_scatter(parts, place.axis)
 
 
 def _pieces(local: Tensor, place: _Place, ring: bool, rectangular: bool) -> Iterator[tuple[list[Block], Tensor]]:
@@ -277,15 +169,16 @@ def _pieces(local: Tensor, place: _Place, ring: bool, rectangular: bool) -> Iter
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, group_name: str, balanced: bool, ring: bool, backend: str):
     place = _Place(group_name, balanced)
-    forward, _, rectangular = _kernels(backend, q.device)
+    kernels = block_kernels(backend, q.device)
     out, lse = _like_attention(q, torch.float32)
     out.zero_()
     lse.fill_(float("-inf"))
-    for blocks, kv in _pieces(_pack(k, v), place, ring and place.degree > 1, rectangular):
+    for blocks, kv in _pieces(_pack(k, v), place, ring and place.degree > 1, kernels.rectangular):
         keys, values = kv.transpose(2, 3)
         for block in blocks:
-            partial = forward(q[:, :, block.queries], keys[:, :, block.keys], values[:, :, block.keys], block.causal)
-            _merge(out[:, :, block.queries], lse[:, :, block.queries], *partial)
+            queries, seen = (slice(None), slice(None), block.queries), (slice(None), slice(None), block.keys)
+            partial = kernels.forward(q[queries], keys[seen], values[seen], block.causal)
+            _merge(out[queries], lse[queries], *partial)
     return out.to(q.dtype), lse
 
 
@@ -310,17 +203,17 @@ def _attention_backward(
 ):
     place = _Place(group_name, balanced)
     ring = ring and place.degree > 1
-    _, backward, rectangular = _kernels(backend, q.device)
+    kernels = block_kernels(backend, q.device)
     grad_q = _like_attention(q, torch.float32)[0].zero_()
     arriving: _Transfer | None = None  # gradients of the keys and values at hand, from the ranks they passed before
     local = grad_kv = _pack(k, v)
-    for blocks, kv in _pieces(local, place, ring, rectangular):
+    for blocks, kv in _pieces(local, place, ring, kernels.rectangular):
         keys, values = kv.transpose(2, 3)
         grad_kv = torch.zeros_like(kv, dtype=torch.float32)
         grad_keys, grad_values = grad_kv.transpose(2, 3)
         for block in blocks:
             queries, seen = (slice(None), slice(None), block.queries), (slice(None), slice(None), block.keys)
-            dq, dk, dv = backward(
+            dq, dk, dv = kernels.backward(
                 grad[queries],
                 q[queries],
                 keys[seen],
@@ -370,18 +263,7 @@ def _fake_sum(grad: Tensor, group_name: str, balanced: bool) -> Tensor:
     return grad.new_empty((two, rows, length // _Place(group_name, balanced).degree, heads, width))
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
-    # Without this each call would pass through autograd's "not implemented" kernel first.
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.titan_fp8, name).default
-
-
-attention_op = _register(
+attention_op = register_operator(
     f"context_attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}, bool ring, str backend) -> (Tensor, Tensor)",
     _attention,
     lambda q, *_: _like_attention(q, q.dtype),
@@ -389,7 +271,7 @@ attention_op = _register(
 """`context_attention(q [B, H, L, D], k, v [B, G, L, D], ...)` -> output [B, H, L, D], log-sum-exp fp32 [B, H, L]. The
 operator whose results selective checkpointing keeps."""
 
-attention_backward_op = _register(
+attention_backward_op = register_operator(
     "context_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_SETTINGS}, bool ring, str backend) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
@@ -397,10 +279,10 @@ attention_backward_op = _register(
 )
 """The gradients of q, k and v."""
 
-gather_op = _register(f"context_gather(Tensor k, Tensor v, {_SETTINGS}) -> Tensor", _gather_op, _fake_gather)
+gather_op = register_operator(f"context_gather(Tensor k, Tensor v, {_SETTINGS}) -> Tensor", _gather_op, _fake_gather)
 """`context_gather(k, v [B, G, L, D], ...)` -> [2, B, S, G, D]."""
 
-sum_op = _register(f"context_sum(Tensor grad, {_SETTINGS}) -> Tensor", _sum_op, _fake_sum)
+sum_op = register_operator(f"context_sum(Tensor grad, {_SETTINGS}) -> Tensor", _sum_op, _fake_sum)
 """`context_sum(grad [2, B, S, G, D], ...)` -> [2, B, L, G, D], summed over ranks."""
 
 

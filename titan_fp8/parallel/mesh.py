@@ -101,9 +101,11 @@ class ParallelMesh:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` takes: the shards, or [dp_replicate, shards] where the parameters have copies."""
-        if self.degrees.data_parallel_replicate == 1:
-            return self.device_mesh[DP_SHARD] if self.degrees.context == 1 else self.shards
-        return self.device_mesh[DP_REPLICATE, DP_SHARD if self.degrees.context == 1 else SHARDS]
+        has_copies = self.degrees.data_parallel_replicate > 1
+        if self.degrees.context == 1:
+            return self.device_mesh[DP_REPLICATE, DP_SHARD] if has_copies else self.device_mesh[DP_SHARD]
+        # Slicing would take an axis that was flattened by name, too, but PyTorch is giving that up.
+        return DeviceMesh._concatenate([self.device_mesh[DP_REPLICATE], self.shards]) if has_copies else self.shards
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:

@@ -9,7 +9,7 @@
 - **The loss is divided by the number of labels that the trainer counted**, and by nothing else, so gradients are the
   sums that one process accumulates over the same microbatches.
 - **Shapes are told, not inferred.** The engine would find them out with a forward and backward pass of their own, which
-  hooks and weight caches would see.
+  hooks and weight caches would see. It may check what it was told: PyTorch 2.11 does, later versions when debugging.
 - **FSDP.** Within one `step` the engine adds up gradients of whole parameters and reduces them once, at the end, so
   gathered weights stay until then: `fsdp_reshard_after_forward = "default"` means never here. Several `step`s add up.
 - **Where backward is split.** The zero-bubble schedules (and I and W of a file) compute the gradients of inputs first
@@ -45,7 +45,8 @@ from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.errors import UserError
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-StreamShape = Callable[[int, int], tuple[int, ...]]
+ShapeOf = Callable[[int, int], tuple[int, ...]]
+"""(sequences, their tokens held here) -> the shape of what is computed of them."""
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -111,8 +112,9 @@ class Pipeline:
         device: where the parts compute.
         batch_sequences: B of `step`.
         seq_len: S of `step`.
-        loss_fn: `loss_fn(logits [b, S, V], labels [b, S])` returns the fp32 sum of the losses of the labels that count.
-        stream_shape: shape of the residual stream between parts for (sequences, S); None: `[b, S, dim]`.
+        loss_fn: `loss_fn(logits, labels [b, S])` returns the fp32 sum of the losses of the labels that count.
+        stream_shape: of the residual stream between parts; None: `[b, S, dim]`.
+        logits_shape: of what the last part makes; None: `[b, S, V]`.
 
     Raises:
         UserError: B is no multiple of the microbatch size, or the order of a schedule's file cannot be run.
@@ -128,7 +130,8 @@ class Pipeline:
         batch_sequences: int,
         seq_len: int,
         loss_fn: LossFn,
-        stream_shape: StreamShape | None = None,
+        stream_shape: ShapeOf | None = None,
+        logits_shape: ShapeOf | None = None,
     ) -> None:
         if batch_sequences % plan.microbatch_size:
             raise UserError(
@@ -145,7 +148,8 @@ class Pipeline:
         self._stream_shape = stream_shape or (lambda sequences, length: (sequences, length, dims.dim))
         self._stream_dtype = parts[0].compute_dtype or next(parts[0].parameters()).dtype
         self._label_tokens = torch.ones((), device=device)
-        self._stages = self._build_stages(dims.vocab_size)
+        self._logits_shape = logits_shape or (lambda sequences, length: (sequences, length, dims.vocab_size))
+        self._stages = self._build_stages()
         self._schedule = self._build_schedule()
 
     def step(
@@ -267,12 +271,12 @@ class Pipeline:
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self._loss_fn(logits, labels) / self._label_tokens
 
-    def _build_stages(self, vocab_size: int) -> list["_Stage"]:
+    def _build_stages(self) -> list["_Stage"]:
         sequences, length = self.plan.microbatch_size, self.shape[1]
         with torch.device("meta"):
             stream = torch.empty(self._stream_shape(sequences, length), dtype=self._stream_dtype, requires_grad=True)
             tokens = torch.empty(sequences, length, dtype=torch.int64)
-            logits = torch.empty(sequences, length, vocab_size, dtype=self._stream_dtype, requires_grad=True)
+            logits = torch.empty(self._logits_shape(sequences, length), dtype=self._stream_dtype, requires_grad=True)
         split = splits_backward(list(self._parts.values()))
         return [
             _Stage(

@@ -8,7 +8,7 @@ backward passes of its stages (`SCHEDULES`):
     loop, one   0 | 1 | 2 | 3               1F1B, GPipe
     loop        0 4 | 1 5 | 2 6 | 3 7       Interleaved1F1B, LoopedBFS, InterleavedZeroBubble
     v           0 7 | 1 6 | 2 5 | 3 4       ZBVZeroBubble, DualPipeV
-    a file      as its rows say             pipeline_parallel_schedule_csv
+    a file      as its rows say             pipeline_parallel_schedule_csv (`pipeline_file.py`)
 
 With several stages a rank waits less, and sends more. Layers are shared out evenly, where the embedding counts as
 `pipeline_parallel_first_stage_less_layers` layers and the head as `pipeline_parallel_last_stage_less_layers`;
@@ -17,20 +17,16 @@ With several stages a rank waits less, and sends more. Layers are shared out eve
 Nothing here imports torch, so that a mistake is answered before anything starts (`check_pipeline`).
 """
 
-import csv
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.pipeline_file import MICROBATCH, placement_of_file
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
 
 _SCHEDULE = "parallelism.pipeline_parallel_schedule"
-_CSV = "parallelism.pipeline_parallel_schedule_csv"
-_MICROBATCH = "parallelism.pipeline_parallel_microbatch_size"
 _LAYERS = "parallelism.pipeline_parallel_layers_per_stage"
 _NAMES = "parallelism.module_fqns_per_model_part"
 _FIRST_LESS = "parallelism.pipeline_parallel_first_stage_less_layers"
@@ -199,12 +195,12 @@ def _draft(
     if local_batch_size % size:
         microbatches = None
         problems.append(
-            f"{_MICROBATCH} = {size}: training.local_batch_size = {local_batch_size} is not a multiple of it; change "
+            f"{MICROBATCH} = {size}: training.local_batch_size = {local_batch_size} is not a multiple of it; change "
             "one of them"
         )
     if parallelism.pipeline_parallel_schedule_csv:
         path = parallelism.pipeline_parallel_schedule_csv
-        name, placement, found = None, *_placement_of_file(path, degree, microbatches)
+        name, placement, found = None, *placement_of_file(path, degree, microbatches)
         problems += found
         stages = None if placement is None else _split(parallelism, n_layers, len(placement), problems)
     else:
@@ -294,7 +290,7 @@ def _place(num_stages: int, degree: int, *, v: bool) -> list[int]:
 
 def _check_microbatches(name: str, microbatches: int, stages: int, degree: int) -> list[str]:
     """What is wrong with the number of microbatches for a schedule."""
-    batch = f"training.local_batch_size / {_MICROBATCH}"
+    batch = f"training.local_batch_size / {MICROBATCH}"
     schedule = SCHEDULES[name]
     if schedule.fills and microbatches < stages:
         return [
@@ -310,68 +306,3 @@ def _check_microbatches(name: str, microbatches: int, stages: int, degree: int) 
             f"multiple of its {rounds} rounds; make it {lower} or {upper}"
         ]
     return []
-
-
-_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
-_COMMUNICATION = re.compile(r"\d+(SEND|RECV|UNSHARD|RESHARD|REDUCE)")
-
-
-def _placement_of_file(path: str, degree: int, microbatches: int | None) -> tuple[list[int] | None, list[str]]:
-    """The rank of each stage in a file of the engine's format, a row for each rank and actions such as `2F0` in it,
-    and what is wrong with the file, except for the order of actions on several ranks, which the engine checks."""
-    try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return None, [f'{_CSV} = "{path}": cannot be read ({reason}); name a file with a row for each rank']
-    problems: list[str] = []
-    owners: dict[int, int] = {}
-    done: dict[tuple[int, str], list[int]] = {}
-    for rank, row in enumerate(rows):
-        for column, cell in enumerate(row, start=1):
-            actions = _actions(cell.strip())
-            if actions is None:
-                fault = "communicates, which is left out" if _COMMUNICATION.match(cell.strip()) else "is no action"
-                problems.append(f'row {rank + 1}, column {column}: "{cell}" {fault}; write 2F0, 2B0, 2I0 or 2W0')
-            for stage, kind, microbatch in actions or []:
-                done.setdefault((stage, kind), []).append(microbatch)
-                if owners.setdefault(stage, rank) != rank:
-                    problems.append(f"stage {stage} stands in rows {owners[stage] + 1} and {rank + 1}; give it one")
-    if len(rows) != degree:
-        problems.append(f"has {len(rows)} rows, but parallelism.pipeline_parallel_degree is {degree}; write as many")
-    stages = max(owners, default=-1) + 1
-    problems += [f"stage {stage} stands nowhere; number them from 0" for stage in range(stages) if stage not in owners]
-    if not problems and microbatches is not None:
-        problems += _check_actions(done, stages, microbatches)
-    if not owners:
-        problems.append("holds no action; write a row for each rank")
-    lines = [f'{_CSV} = "{path}": {problem}' for problem in dict.fromkeys(problems)]
-    return (None if lines else [owners[stage] for stage in range(stages)]), lines
-
-
-def _actions(cell: str) -> list[tuple[int, str, int]] | None:
-    """The (stage, kind, microbatch) in one cell, several of them in `(0F1;1B0)OVERLAP_F_B`; None if it is neither."""
-    inner = re.fullmatch(r"\((.*)\)OVERLAP_F_B", cell)
-    matches = [_ACTION.fullmatch(part.strip()) for part in (inner[1].split(";") if inner else [cell] if cell else [])]
-    if None in matches:
-        return None
-    return [(int(match[1]), match[2], int(match[3])) for match in matches if match is not None]
-
-
-def _check_actions(done: Mapping[tuple[int, str], list[int]], stages: int, microbatches: int) -> list[str]:
-    """Whether every stage runs every microbatch forward and backward, once."""
-    wanted = list(range(microbatches))
-    problems = []
-    for stage in range(stages):
-        forward = done.get((stage, "F"), [])
-        backward = sorted(done.get((stage, "B"), []) + done.get((stage, "I"), []))
-        inputs, weights = sorted(done.get((stage, "I"), [])), sorted(done.get((stage, "W"), []))
-        if sorted(forward) != wanted or backward != wanted or inputs != weights:
-            problems.append(
-                f"stage {stage} does not run each of the {microbatches} microbatches (training.local_batch_size / "
-                f"{_MICROBATCH}) once as F and once as B, or as I and W"
-            )
-        elif stage == stages - 1 and forward != wanted:
-            problems.append(f"stage {stage}, the last, runs F out of order, but the engine keeps losses in order")
-    return problems

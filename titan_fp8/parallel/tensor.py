@@ -35,6 +35,7 @@ from titan_fp8.models.loss import IGNORE_INDEX
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import COLUMN, READERS, ROW
 from titan_fp8.parallel.mesh import TP, ParallelMesh
+from titan_fp8.parallel.tensor_rules import check_tensor_parallel
 from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
 from titan_fp8.quantization.tensor_parallel import (
     GatherTokens,
@@ -42,7 +43,7 @@ from titan_fp8.quantization.tensor_parallel import (
     Split,
     TensorParallel,
     gather_quantized,
-    local_tensor,
+    local_weight,
 )
 from titan_fp8.runtime.collectives import Axis, all_gather, all_reduce
 
@@ -51,13 +52,17 @@ def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: 
     """Divide `model` over the `tp` axis of `mesh`, in place; nothing happens where its length is 1.
 
     Args:
-        model: converted, not yet compiled or sharded, on any device, the meta device included. Its dimensions divide
+        model: converted, not yet compiled or sharded, on any device, the meta device included. Its heads divide
             (`job_rules.py`).
         mesh: from `build_mesh`.
         loss_parallel: leave the logits divided by the vocabulary; otherwise they are gathered.
+
+    Raises:
+        UserError: a module that nothing says how to divide (`check_tensor_parallel`); the model is then unchanged.
     """
     if mesh.degrees.tensor == 1:
         return
+    check_tensor_parallel(model, mesh.degrees.tensor)
     tp_mesh = mesh.device_mesh[TP]
     axis = Axis.of(tp_mesh.get_group())
     divided: dict[int, nn.Parameter] = {}
@@ -74,7 +79,7 @@ def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: 
             _divide(module, tp_mesh, Replicate(), divided)
             _become(module, SequenceParallelRMSNorm, axis=axis)
         else:
-            assert not module._parameters, f"{name} has parameters, and no rule says how to divide them"
+            assert not any(p is not None for p in module._parameters.values()), name
     for block in model.layers.values():
         for name, readers in READERS.items():
             _gather_input(getattr(block, name), readers, axis)
@@ -87,7 +92,7 @@ def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: 
 def _split_of(name: str) -> Split:
     if name in COLUMN:
         return Split.COLUMN
-    assert name in ROW, f"no rule says how to divide {name}"
+    assert name in ROW, name
     return Split.ROW
 
 
@@ -96,7 +101,7 @@ def _divide(module: nn.Module, mesh: DeviceMesh, placement: Placement, divided: 
     for name, parameter in list(module._parameters.items()):
         if parameter is None:
             continue
-        assert name == "weight", f"{type(module).__name__} has a {name}, and no rule says how to divide it"
+        assert name == "weight", name
         if id(parameter) not in divided:
             divided[id(parameter)] = _part_of(parameter, mesh, placement)
         module._parameters[name] = divided[id(parameter)]
@@ -125,7 +130,7 @@ def _make_parallel_linear(linear: nn.Linear, split: Split, axis: Axis) -> None:
         if linear.fsdp_weight_state is not None:
             linear.fsdp_weight_state.axis = axis
         return
-    assert type(linear) is Linear, f"no rule says how to divide a {type(linear).__name__}"
+    assert type(linear) is Linear, type(linear)
     _become(linear, ColumnParallelLinear if split is Split.COLUMN else RowParallelLinear, axis=axis)
 
 
@@ -135,7 +140,7 @@ class ColumnParallelLinear(Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, local_tensor(self.weight).to(input.dtype))
+        return F.linear(input, local_weight(self).to(input.dtype))
 
 
 class RowParallelLinear(Linear):
@@ -144,7 +149,7 @@ class RowParallelLinear(Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return ScatterSum.apply(F.linear(input, local_tensor(self.weight).to(input.dtype)), self.axis)
+        return ScatterSum.apply(F.linear(input, local_weight(self).to(input.dtype)), self.axis)
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -154,14 +159,15 @@ class VocabParallelEmbedding(nn.Embedding):
     compute_dtype: torch.dtype | None
 
     def forward(self, input: Tensor) -> Tensor:
-        table = local_tensor(self.weight)
+        table = local_weight(self)
         rows = table.shape[0]
         index = input - self.axis.rank * rows
         elsewhere = (index < 0) | (index >= rows)
-        # Any row will do for those; not one for all, whose gradient would be added up one by one.
-        found = F.embedding(index.remainder(rows), table).masked_fill(elsewhere.unsqueeze(-1), 0)
         nowhere = (input < 0) | (input >= rows * self.axis.size)
-        found = found.masked_fill(nowhere.unsqueeze(-1), torch.nan)
+        # Any row will do for those; not one for all, whose gradient would be added up one by one.
+        found = F.embedding(index.remainder(rows), table)
+        missing = torch.where(nowhere, torch.nan, 0.0).to(found.dtype)
+        found = torch.where(elsewhere.unsqueeze(-1), missing.unsqueeze(-1), found)
         # All but one of the summands are zero, so nothing is rounded twice.
         return ScatterSum.apply(found if self.compute_dtype is None else found.to(self.compute_dtype), self.axis)
 
@@ -172,7 +178,7 @@ class SequenceParallelRMSNorm(RMSNorm):
     axis: Axis
 
     def scale(self, dtype: torch.dtype) -> Tensor:
-        return _SumGradient.apply(local_tensor(self.weight), self.axis).to(dtype)
+        return _SumGradient.apply(local_weight(self), self.axis).to(dtype)
 
 
 class _SumGradient(torch.autograd.Function):

@@ -42,6 +42,7 @@ def scaled_mm(
     out_dtype: torch.dtype,
     fast_accum: bool,
     emulate: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Product of a `[M, K]` and b `[N, K]`, both float8 and contiguous: `[M, N]` in `out_dtype`.
 
@@ -54,6 +55,7 @@ def scaled_mm(
         out_dtype: type of the result.
         fast_accum: let the tensor cores accumulate in their fast, less exact mode.
         emulate: multiply in fp32 instead of on tensor cores.
+        out: `[M, N]` in `out_dtype` and contiguous, to be written to and returned; None: a new tensor.
 
     Raises:
         RuntimeError: if `emulate` is false and the tensors are not on a CUDA device.
@@ -63,7 +65,7 @@ def scaled_mm(
     elif emulate:
         result = _emulated(a, b, scale_a, scale_b, out_dtype)
     elif a.is_cuda:
-        result = _native(a, b, scale_a, scale_b, out_dtype, fast_accum)
+        result = _native(a, b, scale_a, scale_b, out_dtype, fast_accum, out)
     else:
         raise RuntimeError(
             f"a float8 linear converted with emulate=False got tensors on {a.device.type}, which has no FP8 tensor "
@@ -71,7 +73,7 @@ def scaled_mm(
         )
     if bias is not None:
         result.add_(bias)  # in fp32, rounded once
-    return result
+    return result if out is None or result is out else out.copy_(result)
 
 
 def scaled_mm_blockwise(
@@ -164,16 +166,26 @@ def _emulated_blockwise(
     return result.to(out_dtype)
 
 
-def _native(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
+def _native(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The product, in `out` where the tensor cores' result is what is asked for."""
+    written = {} if out is None else {"out": out}
     if scale_a.dim() == scale_b.dim() == 0:
-        return _scaled_mm(a, b.t(), scale_a, scale_b, None, None, out_dtype, fast_accum)
+        return _scaled_mm(a, b.t(), scale_a, scale_b, None, None, out_dtype, fast_accum, **written)
     if scale_a.dim() != scale_b.dim():
         # One for the tensor beside one a row is one a row that is the same for all.
         scale_a, scale_b = (
             scale.expand(codes.shape[0], 1).contiguous() for scale, codes in ((scale_a, a), (scale_b, b))
         )
     if _takes_row_scales(a, out_dtype):
-        return _scaled_mm(a, b.t(), scale_a, scale_b.t(), None, None, out_dtype, fast_accum)
+        return _scaled_mm(a, b.t(), scale_a, scale_b.t(), None, None, out_dtype, fast_accum, **written)
     # Row scales are powers of two, so applying them to the fp32 sums changes no bit of the result.
     one = torch.ones((), dtype=torch.float32, device=a.device)
     product = _scaled_mm(a, b.t(), one, one, None, None, torch.float32, fast_accum)

@@ -8,6 +8,7 @@ does not look into it. This pass knows the operators, and replaces such a cast b
 
 from collections.abc import Callable
 from operator import getitem
+from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -22,6 +23,22 @@ _ONE_LAYOUT: dict[OpOverload, tuple[tuple[OpOverload, dict[int, int]], ...]] = {
     ops.cast_block_both: ((ops.cast_block_rows, {0: 0, 1: 1}), (ops.cast_block_columns, {2: 0, 3: 1})),
 }
 """Operator -> those that write one layout, with the places in its result: {place in both: place in one}."""
+
+
+class InOrder(CustomGraphPass):
+    """Several passes as one, since Inductor takes one."""
+
+    def __init__(self, *passes: CustomGraphPass):
+        self.passes = passes
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Run them on `graph`, in order."""
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """Identifies the passes in the compiler's cache."""
+        return [graph_pass.uuid() for graph_pass in self.passes]
 
 
 class DropUnusedLayouts(CustomGraphPass):

@@ -24,7 +24,7 @@ from titan_fp8.quantization.function import Float8Config, Float8LinearFunction, 
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.sharded_weight import Float8WeightState
-from titan_fp8.quantization.tensor_parallel import gathers_codes, local_tensor
+from titan_fp8.quantization.tensor_parallel import gathers_codes, local_weight
 from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.errors import UserError
 
@@ -118,7 +118,7 @@ class Float8Linear(nn.Linear):
 
     def local_weight(self) -> Tensor:
         """What this rank multiplies: the weight `[N, K]`, or under tensor parallelism its part of it."""
-        return local_tensor(self.weight)
+        return local_weight(self)
 
     def weight_operand(self) -> WeightOperand:
         """The weight's codes for this forward pass."""

@@ -4,15 +4,11 @@ They are opaque on purpose. The compiler neither looks into them nor fuses into 
 whether a model runs eagerly or compiled (a cast that Inductor fused with the norm before it would see unrounded fp32,
 and 3 % of the codes would differ). What eager and compiled code share is therefore everything.
 
-The operators are registered with the low-level `torch.library.Library`, whose calls cost a quarter of `custom_op`'s.
 None has a derivative: `function.py` calls them inside its autograd function. Selective activation checkpointing finds
 the products to keep in `GEMM_OPS`.
 
 T tokens, K in features, N out features; `padded(T)` is T rounded up to a multiple of 16, `padded128(T)` of 128.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +18,7 @@ from titan_fp8.kernels import blockwise, float8
 from titan_fp8.kernels.blockwise import blocks
 from titan_fp8.kernels.float8 import padded
 from titan_fp8.quantization import gemm
-
-_LIBRARY = torch.library.Library("titan_fp8", "DEF")
-
-
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
-    # Without this each call would pass through autograd's "not implemented" kernel first.
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.titan_fp8, name).default
+from titan_fp8.runtime.operators import register_operator
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,76 +77,76 @@ def _sum_rows(x: Tensor) -> Tensor:
     return x.contiguous().sum(0, dtype=torch.float32)
 
 
-amax = _register("amax(Tensor x) -> Tensor", float8.amax, lambda x: x.new_empty((), dtype=torch.int32))
+amax = register_operator("amax(Tensor x) -> Tensor", float8.amax, lambda x: x.new_empty((), dtype=torch.int32))
 """`amax(x [T, K])` -> int32 []: the bits of max |x| in fp32."""
 
-cast_tensor = _register(
+cast_tensor = register_operator(
     "cast_tensor(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
     _cast_tensor,
     lambda x, amax, dtype: (_rows(x, dtype), _scale(x)),
 )
 """`cast_tensor(x [T, K], amax [], dtype)` -> codes [T, K], scale []."""
 
-cast_tensor_columns = _register(
+cast_tensor_columns = register_operator(
     "cast_tensor_columns(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
     _cast_tensor_columns,
     lambda x, amax, dtype: (_columns(x, dtype), _scale(x)),
 )
 """`cast_tensor_columns(x [T, K], amax [], dtype)` -> codes_t [K, padded(T)], scale []."""
 
-cast_tensor_both = _register(
+cast_tensor_both = register_operator(
     "cast_tensor_both(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _cast_tensor_both,
     lambda x, amax, dtype: (_rows(x, dtype), _columns(x, dtype), _scale(x)),
 )
 """`cast_tensor_both(x [T, K], amax [], dtype)` -> codes [T, K], codes_t [K, padded(T)], scale []; one read of x."""
 
-cast_rows = _register(
+cast_rows = register_operator(
     "cast_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     float8.cast_rows,
     lambda x, dtype: (_rows(x, dtype), _scale(x, x.shape[0], 1)),
 )
 """`cast_rows(x [T, K], dtype)` -> codes [T, K], scale [T, 1], powers of two."""
 
-cast_columns = _register(
+cast_columns = register_operator(
     "cast_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     float8.cast_columns,
     lambda x, dtype: (_columns(x, dtype), _scale(x, x.shape[1], 1)),
 )
 """`cast_columns(x [T, K], dtype)` -> codes_t [K, padded(T)], scale_t [K, 1], powers of two."""
 
-cast_rows_and_columns = _register(
+cast_rows_and_columns = register_operator(
     "cast_rows_and_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     float8.cast_rows_and_columns,
     lambda x, dtype: (_rows(x, dtype), _scale(x, x.shape[0], 1), _columns(x, dtype), _scale(x, x.shape[1], 1)),
 )
 """`cast_rows_and_columns(x [T, K], dtype)` -> codes [T, K], scale [T, 1], codes_t [K, padded(T)], scale_t [K, 1]."""
 
-columns_from_rows = _register(
+columns_from_rows = register_operator(
     "columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
     float8.columns_from_rows,
     lambda codes, scale: (_columns(codes, codes.dtype), _scale(codes, codes.shape[1], 1)),
 )
 """`columns_from_rows(codes [T, K], scale [T, 1])` -> codes_t [K, padded(T)], scale_t [K, 1]."""
 
-tensor_columns_from_rows = _register(
+tensor_columns_from_rows = register_operator(
     "tensor_columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
     float8.tensor_columns_from_rows,
     lambda codes, scale: (_transposed(codes), _scale(codes)),
 )
 """`tensor_columns_from_rows(codes [N, K], scale [N, 1])` -> codes_t [K, N], scale [], a power of two."""
 
-transpose_codes = _register("transpose_codes(Tensor codes) -> Tensor", float8.transpose_codes, _transposed)
+transpose_codes = register_operator("transpose_codes(Tensor codes) -> Tensor", float8.transpose_codes, _transposed)
 """`transpose_codes(codes [N, K])` -> [K, N], the same bytes."""
 
-cast_block_rows = _register(
+cast_block_rows = register_operator(
     "cast_block_rows(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
     blockwise.cast_block_rows,
     lambda x, dtype, power_of_two: (_rows(x, dtype), _block_row_scale(x)),
 )
 """`cast_block_rows(x [T, K], dtype, power_of_two)` -> codes [T, K], scale [T, K/128] with strides (1, T)."""
 
-cast_block_columns = _register(
+cast_block_columns = register_operator(
     "cast_block_columns(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
     blockwise.cast_block_columns,
     lambda x, dtype, power_of_two: (_block_columns(x, dtype), _block_column_scale(x)),
@@ -170,7 +154,7 @@ cast_block_columns = _register(
 """`cast_block_columns(x [T, K], dtype, power_of_two)` -> codes_t [K, padded128(T)], scale_t [K, padded128(T)/128] with
 strides (1, K)."""
 
-cast_block_both = _register(
+cast_block_both = register_operator(
     "cast_block_both(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
     blockwise.cast_block_both,
     lambda x, dtype, power_of_two: (
@@ -182,14 +166,14 @@ cast_block_both = _register(
 )
 """`cast_block_both(x [T, K], dtype, power_of_two)` -> codes, scale, codes_t, scale_t as above, one read."""
 
-cast_blocks = _register(
+cast_blocks = register_operator(
     "cast_blocks(Tensor w, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
     blockwise.cast_blocks,
     lambda w, dtype, power_of_two: (_rows(w, dtype), _scale(w, blocks(w.shape[0]), blocks(w.shape[1]))),
 )
 """`cast_blocks(w [N, K], dtype, power_of_two)` -> codes [N, K], scale [N/128, K/128]; one read of w."""
 
-scaled_mm = _register(
+scaled_mm = register_operator(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
     "bool fast_accum, bool emulate) -> Tensor",
     gemm.scaled_mm,
@@ -197,7 +181,7 @@ scaled_mm = _register(
 )
 """`scaled_mm(a [M, K], b [N, K], scale_a, scale_b, bias, out_dtype, fast_accum, emulate)` -> [M, N]; see `gemm.py`."""
 
-scaled_mm_blockwise = _register(
+scaled_mm_blockwise = register_operator(
     "scaled_mm_blockwise(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "
     "bool fast_accum, bool emulate) -> Tensor",
     gemm.scaled_mm_blockwise,
@@ -206,7 +190,7 @@ scaled_mm_blockwise = _register(
 """`scaled_mm_blockwise(a [M, K], b [N, K], scale_a [M, K/128], scale_b, bias, out_dtype, fast_accum, emulate)` -> [M,
 N]; scale_b is [N/128, K/128] or [N, K/128]; see `gemm.py`."""
 
-sum_rows = _register(
+sum_rows = register_operator(
     "sum_rows(Tensor x) -> Tensor", _sum_rows, lambda x: x.new_empty((x.shape[1],), dtype=torch.float32)
 )
 """`sum_rows(x [T, N])` -> fp32 [N]: a bias's gradient."""

@@ -12,18 +12,17 @@ One scale for the tensor belongs to both layouts and comes once, as `scale`. `fo
 T tokens, K features of a norm, H hidden features; see `kernels/producers` for what is computed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from titan_fp8.kernels import blockwise, float8, producers
 from titan_fp8.kernels.producers import BLOCK, TENSOR, Cast, Produced
 from titan_fp8.quantization.casts import Codes
+from titan_fp8.runtime.operators import register_operator
 
-_LIBRARY = torch.library.Library("titan_fp8", "FRAGMENT")
 _CAST = "str granularity, ScalarType dtype, bool power_of_two, bool rows, bool columns, bool emit"
 
 
@@ -57,17 +56,6 @@ def forms(tensors: Iterator[Tensor], cast: Cast) -> Forms:
     if cast.columns:
         columns = Codes(next(tensors), next(tensors))
     return Forms(output, rows, columns)
-
-
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
-    # Without this each call would pass through autograd's "not implemented" kernel first.
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.titan_fp8, name).default
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -131,33 +119,33 @@ def _cast(granularity: str, dtype: torch.dtype, power_of_two: bool, rows: bool, 
     return Cast(granularity, dtype, power_of_two, rows, columns, emit)
 
 
-rms_norm_cast = _register(
+rms_norm_cast = register_operator(
     f"rms_norm_cast(Tensor x, Tensor weight, float eps, {_CAST}) -> Tensor[]", _rms_norm, _fake_rms_norm
 )
 """`rms_norm_cast(x [T, K], weight [K], eps, *Cast)`: RMSNorm of x, as float8."""
 
-add_rms_norm_cast = _register(
+add_rms_norm_cast = register_operator(
     f"add_rms_norm_cast(Tensor x, Tensor branch, Tensor weight, float eps, {_CAST}) -> Tensor[]",
     _add_rms_norm,
     _fake_add_rms_norm,
 )
 """`add_rms_norm_cast(x [T, K], branch [T, K], weight [K], eps, *Cast)`: x + branch, and its RMSNorm as float8."""
 
-rms_norm_backward = _register(
+rms_norm_backward = register_operator(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     producers.rms_norm_backward,
     lambda grad, x, weight, rstd: (x.new_empty(x.shape), x.new_empty(weight.shape)),
 )
 """`rms_norm_backward(grad [T, K], x [T, K], weight [K], rstd [T])` -> grad_x [T, K], grad_weight [K], in x's dtype."""
 
-swiglu_cast = _register(
+swiglu_cast = register_operator(
     f"swiglu_cast(Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
     _swiglu,
     lambda gate, up, *cast: _given(*_fake_forms(gate, _cast(*cast))),
 )
 """`swiglu_cast(gate [T, H], up [T, H], *Cast)`: silu(gate) * up, as float8."""
 
-swiglu_backward_cast = _register(
+swiglu_backward_cast = register_operator(
     f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
     _swiglu_backward,
     _fake_swiglu_backward,

@@ -19,12 +19,14 @@ powers of two and so change nothing but which values are subnormal. `blockwise` 
 T tokens, t ranks, K in features, N out features. Source: arXiv 1909.08053, 2205.05198.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
@@ -171,6 +173,29 @@ def cast_gradient(
     if not (rows or columns):
         return grad, None, None
     return grad, *cast_activation(grad, recipe, dtype, rows=rows, columns=columns, axis=axis)
+
+
+_LOCAL_WEIGHT = "_titan_fp8_local_weight"
+"""Where a module of a compiled block finds what its rank holds of its weight."""
+
+
+@contextmanager
+def local_weights_outside(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take the local tensors out of the modules' weights here, so that code compiled around `local_weight` inside the
+    context has plain tensors as inputs and no DTensor; their gradients reach the parameters all the same."""
+    for module in modules:
+        module.__dict__[_LOCAL_WEIGHT] = local_tensor(module.weight)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__[_LOCAL_WEIGHT] = None  # it holds a graph
+
+
+def local_weight(module: nn.Module) -> Tensor:
+    """What this rank holds of a module's weight; the gradient goes to the parameter."""
+    taken = module.__dict__.get(_LOCAL_WEIGHT)
+    return local_tensor(module.weight) if taken is None else taken  # pyright: ignore[reportArgumentType]
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.unit.converters.models import CPU, H200, Model, converted_names, converter, violations
 from titan_fp8.converters import ConversionError, build_converters
 from titan_fp8.converters.config import QuantizeSection
+from titan_fp8.converters.protocol import Placement
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.linear import Linear
@@ -118,6 +119,20 @@ def test_all_violations_come_at_once_and_the_model_stays_as_it_was() -> None:
     assert any(
         "layers.0.w1: in_features=30 is not a multiple of 16, which tensorwise needs; add it to" in p for p in problems
     )
+
+
+@pytest.mark.parametrize("filters", [["no_such_module"], ["no_such_module", "auto_filter_small_kn"]])
+def test_linears_that_ranks_cannot_divide_are_told_with_all_else(filters: list[str]) -> None:
+    model = Model()
+    model.gate, model.output = Linear(32, 32), nn.Linear(32, 129, bias=False)
+    with pytest.raises(ConversionError) as error:
+        converter(placement=Placement(ranks=2, tensor=2), filter_fqns=filters, emulate=False).convert(model)
+    assert converted_names(model) == set()
+    degree = "parallelism.tensor_parallel_degree = 2"
+    found = [[part for part in error.value.violations if words in part] for words in ("no_such_module", degree, "emul")]
+    assert [len(each) for each in found] == [1, 2, 1], error.value.violations
+    assert found[1][0] == f"output: out_features=129 is not a multiple of {degree}; change one of them"
+    assert found[1][1].startswith(f"gate: {degree} divides linears by their names")
 
 
 def test_odd_dimensions_may_be_filtered_by_name_or_by_the_rule_of_size() -> None:

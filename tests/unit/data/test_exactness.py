@@ -378,15 +378,13 @@ def test_a_closed_loader_gives_no_steps_and_closes_twice(ranks):
         loader.next_step()
 
 
-def test_a_new_epoch_is_logged_when_its_first_step_is_handed_out(ranks, caplog, monkeypatch):
-    monkeypatch.setattr("titan_fp8.runtime.logging.logger.propagate", True)
+def test_a_new_epoch_is_logged_when_its_first_step_is_handed_out(ranks, log_messages):
     source = make_source("tokens")
     run = ranks(source, 2, 4)
-    with caplog.at_level("INFO"):
-        run.samples(source.blocks // 4)
-        assert "epoch" not in caplog.text
-        run.samples(2)
-    assert caplog.text.count("epoch 2 begins") == 1
+    run.samples(source.blocks // 4)
+    assert "epoch" not in "\n".join(log_messages)
+    run.samples(2)
+    assert "\n".join(log_messages).count("epoch 2 begins") == 1
 
 
 def test_the_state_of_several_ranks_without_a_way_to_exchange_it_is_an_error():

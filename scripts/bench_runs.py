@@ -1,0 +1,112 @@
+"""What the scripts share that start one `./run_train.sh` a row: running it, its figures, why it failed."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+REPO = Path(__file__).resolve().parent.parent
+TIMED_OUT = 124
+"""Exit code of a command that ran past its limit, as timeout(1) has it."""
+_EXCEPTION = re.compile(r"((?:\w+\.)+[A-Z]\w*|[A-Z]\w*(?:Error|Exception)): \S")
+_RANK = re.compile(r"^(?:\[rank\d+\]:|\s)*")
+_LONGEST_ERROR = 240  # characters
+
+
+def run_command(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], timeout_s: float | None = None
+) -> tuple[int, float]:
+    """Run `command` in the repository's folder, all it prints into `log`: its exit code and the seconds it took.
+
+    Args:
+        log: written anew; its folder is made.
+        environment: all of it.
+        timeout_s: seconds after which the command and all processes below it are killed; the code is then `TIMED_OUT`.
+            None: no limit. They are killed as well when this process is interrupted or terminated.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with open(log, "w") as out, _termination_raises():
+        process = subprocess.Popen(
+            command, cwd=REPO, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = TIMED_OUT
+        finally:
+            if process.returncode is None:
+                _kill_with_descendants(process)
+    return code, time.monotonic() - begin
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _kill_with_descendants(process: subprocess.Popen) -> None:
+    """torchrun gives each worker a session, so the process group of the command is not all of it."""
+    groups = []
+    for pid in _with_descendants(process.pid):
+        with suppress(ProcessLookupError):
+            groups.append(os.getpgid(pid))
+    for group in dict.fromkeys(groups):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+def _with_descendants(root: int) -> list[int]:
+    """`root` and the processes below it, parents first."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = status.read_text().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(status.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, from `metrics.jsonl` in its folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(lines: Sequence[Mapping[str, Any]], warm_up_steps: int) -> dict[str, Any]:
+    """What a run is judged by: medians over the logged steps after the warm-up, memory and losses over all."""
+    settled = [line for line in lines if line["step"] > warm_up_steps]
+    found: dict[str, Any] = {}
+    for key in ("tps", "tflops", "mfu"):
+        values = [line[key] for line in settled if line[key] is not None]
+        found[key] = statistics.median(values) if values else None
+    rates = [line["tps"] for line in settled]
+    found["tps_spread"] = (max(rates) - min(rates)) / found["tps"] if rates else None
+    found["memory_gib"] = max(line["memory_gib"] for line in lines)
+    found["first_loss"], found["last_loss"] = lines[0]["loss"], lines[-1]["loss"]
+    return found
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that names an exception, or else the last line that says anything."""
+    lines = [_RANK.sub("", line).rstrip() for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if re.search(r"\w", line)]
+    # torchrun's summary comes last, and in it the failure that was the first in time.
+    named = [line for line in lines if _EXCEPTION.match(line)]
+    return (named or lines or ["nothing was printed"])[-1][:_LONGEST_ERROR]

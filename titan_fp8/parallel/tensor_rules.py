@@ -1,0 +1,56 @@
+"""What tensor parallelism asks of a model, known before there is a mesh: that each of its weights has a rule."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from titan_fp8.models.linear import Linear
+from titan_fp8.models.norm import RMSNorm
+from titan_fp8.models.splits import division_problem
+from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.runtime.errors import UserError
+
+_LINEARS = (Linear, Float8Linear)
+
+
+def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
+    """What `apply_tensor_parallel` would not know how to divide, all of it at once.
+
+    Args:
+        model: a decoder or a part of one, converted, on any device.
+        ranks: length of the `tp` axis; 1 divides nothing.
+
+    Raises:
+        UserError: one line for each module that cannot be divided: its name, the rule, the remedy.
+    """
+    if ranks == 1:
+        return
+    problems = [problem for name, module in model.named_modules() for problem in _problems(name, module, ranks)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _problems(name: str, module: nn.Module, ranks: int) -> Iterator[str]:
+    degree, otherwise = f"parallelism.tensor_parallel_degree = {ranks}", "or set the degree to 1"
+    parameters = [parameter for parameter, value in module._parameters.items() if value is not None]
+    known = type(module) in _LINEARS or isinstance(module, nn.Embedding | RMSNorm)
+    if not known and (parameters or isinstance(module, nn.Linear)):
+        what = f"{name or 'the model'}: it is a {type(module).__module__}.{type(module).__qualname__}"
+        if isinstance(module, nn.Linear):
+            names = " and ".join(kind.__qualname__ for kind in _LINEARS)
+            yield f"{what}, and of linears {degree} divides {names} alone, not their subclasses; use one, {otherwise}"
+        else:
+            yield (
+                f"{what} with parameters ({', '.join(parameters)}), and {degree} has rules for linears, embeddings and "
+                f"RMSNorm alone; take them out, {otherwise}"
+            )
+        return
+    for parameter in parameters if known else ():
+        if parameter != "weight":
+            yield f"{name}: {degree} divides weights alone, and it has a {parameter}; make it without, {otherwise}"
+    if isinstance(module, nn.Linear):
+        problem = division_problem(name, module.out_features, module.in_features, ranks)
+        if problem is not None:
+            yield problem
+    elif isinstance(module, nn.Embedding) and module.num_embeddings % ranks:
+        yield f"{name}: num_embeddings={module.num_embeddings} is not a multiple of {degree}; change one of them"
