@@ -25,6 +25,7 @@ from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import _recomputed_shapes
 from titan_fp8.parallel.config import ActivationCheckpointSection
 from titan_fp8.parallel.tensor import vocab_parallel_loss
+from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
 from titan_fp8.runtime.collectives import all_gather
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128}
@@ -130,6 +131,35 @@ def test_float8_codes_travel_where_the_readers_are_float8(recipe: str | None, fo
     for gathered in run_distributed(_gathered_by_a_block, 2, case):
         assert gathered[0] == forward
         assert gathered[1] == (forward if backward is None else backward)
+
+
+class _Amaxes(TorchDispatchMode):
+    """Counts the amaxes that are reduced over ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops._c10d_functional.all_reduce.default and args[1] == "max"
+        return func(*args, **(kwargs or {}))
+
+
+def _reduced_amaxes(rank: int, world_size: int) -> list[int]:
+    """Of the weights after a step, and of all else in the next forward pass."""
+    model, _ = spread(replace(TP2, float8_recipe="tensorwise", float8_all_gather=True))
+    tokens = torch.zeros(ROWS, SEQ_LEN, dtype=torch.int64)
+    model(tokens)
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 0.5)  # pyright: ignore[reportPrivateImportUsage]
+    with _Amaxes() as of_weights:
+        precompute_float8_dynamic_scale_for_fsdp(model)
+    with _Amaxes() as of_activations:
+        model(tokens)
+    return [of_weights.count, of_activations.count]
+
+
+def test_the_amaxes_of_all_weights_are_reduced_at_once() -> None:
+    """Of activations: the inputs of attention, wo, feed-forward and w2 of two float8 blocks."""
+    assert run_distributed(_reduced_amaxes, 2)[0] == [1, 2 * 4]
 
 
 def _outside_the_vocabulary(rank: int, world_size: int) -> tuple[list[float], float, list[bool]]:

@@ -23,7 +23,7 @@ FLOAT8 = "quantize.linear.float8"
 KEYS = all_keys(JobConfig)
 NOT_SUPPORTED_YET = re.compile(
     # What may answer "not supported yet": expert parallelism, and whole features.
-    r"parallelism\.(pipeline_parallel_expert|expert_|enable_async_tensor_parallel).*"
+    r"parallelism\.(pipeline_parallel_expert|expert_).*"
     r"|quantize\.linear\.mx\..*|quantize\.grouped_mm\..*"
     r"|checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
     r"|fault_tolerance\..*|memory_estimation\..*|experimental\..*|comm\.mode"

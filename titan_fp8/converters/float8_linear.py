@@ -65,7 +65,10 @@ class Float8LinearConverter:
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert in place; see `convert_linears`."""
-        return convert_linears(model, self._request, self._device, self._placement)
+        report = convert_linears(model, self._request, self._device, self._placement)
+        # Each rank has its weights whole, so that casting them together costs nothing but saves collectives.
+        self._precomputes |= report.weights == _Weights.SHARD_CODES.value
+        return report
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; with precomputed scales they are made again at once."""

@@ -127,6 +127,15 @@ def test_scales_are_computed_ahead_exactly_if_asked_for(precompute: bool, monkey
     assert called == (parts if precompute else [])
 
 
+def test_weights_that_each_rank_has_whole_are_cast_together_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(float8_linear, "precompute_float8_dynamic_scale_for_fsdp", called.append)
+    model, subject = Model(), converter(placement=TWO_COPIES)
+    subject.convert(model)
+    subject.post_optimizer([model])
+    assert called == [model]
+
+
 def test_conversion_for_the_all_gather_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Model()

@@ -1,0 +1,93 @@
+"""The table of a profiler trace: categories, what overlaps, and sums a step."""
+
+import gzip
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("profile_table")
+
+
+def _event(category: str, name: str, start: float, length: float, **arguments: object) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "args": arguments}
+
+
+def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
+    return _event("kernel", name, start, length, **{"External id": number, "correlation": number})
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernel", "category"),
+    [
+        ("aten::_scaled_mm", "nvjet_sm90_qqtst_256x128", "FP8 GEMM"),
+        ("", "nvjet_sm90_qrtst_128x160", "FP8 GEMM"),
+        ("aten::mm", "nvjet_sm90_tst_320x128", "GEMM"),
+        ("aten::_cudnn_attention_backward", "cudnn_generated_fort_native_sdpa", "attention"),
+        ("titan_fp8::cast_tensor", "_cast_tiles_kernel", "casts"),
+        ("titan_fp8::rms_norm_cast", "_norm_kernel", "norm and activation"),
+        ("", "triton_red_fused_abs_amax_view_0", "casts"),
+        ("", "triton_per_fused__fused_rms_norm__amax_0", "norm and activation"),
+        ("record_param_comms", "ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("titan_fp8::gather_products", "Memcpy PtoP (Device -> Device)", "communication"),
+        ("aten::_fused_adamw_", "multi_tensor_apply_kernel", "optimizer"),
+        ("aten::copy_", "Memcpy DtoD (Device -> Device)", "copies"),
+        ("aten::add_", "vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_a_kernel_belongs_to_the_operator_that_launched_it_or_to_its_name(
+    script, operator: str, kernel: str, category: str
+) -> None:
+    assert script.category_of(operator, kernel) == category
+
+
+def test_times_are_those_of_a_step_and_overlap_is_seen(script) -> None:
+    events = [
+        *(_event("user_annotation", f"ProfilerStep#{n}", 0, 1e4) for n in (4, 5)),
+        _event("cpu_op", "aten::mm", 0, 1, **{"External id": 7}),
+        _kernel("some_kernel", 0, 4000, 7),
+        _kernel("ncclDevKernel_AllReduce", 3000, 3000),  # 1 ms hidden, 2 exposed
+        _kernel("vectorized_elementwise_kernel", 8000, 2000),  # after 2 ms of nothing
+    ]
+    summary = script.summarize(events, longest=1)
+    assert summary.steps == 2
+    assert summary.by_category["GEMM"] == pytest.approx(2)
+    assert summary.by_category["communication"] == pytest.approx(1.5)
+    assert summary.by_category["other"] == pytest.approx(1)
+    assert (summary.exposed, summary.gaps, summary.span) == pytest.approx((1, 1, 5))
+    assert summary.longest == [("some_kernel", 2.0, 0.5)]
+
+
+def test_what_the_optimizer_launches_is_the_optimizers(script) -> None:
+    events = [
+        _event("user_annotation", "Optimizer.step#AdamW.step", 100, 50),
+        *(_event("cuda_runtime", "cudaLaunchKernel", 10 * n, 1, correlation=n) for n in (9, 12, 14, 16)),
+        *(_kernel("vectorized_elementwise_kernel", 1000 + n, 1, n) for n in (9, 12, 16)),
+        _kernel("ncclDevKernel_AllReduce", 2000, 1, 14),
+    ]
+    categories = [kernel.category for kernel in script.kernels_of(events)]
+    assert categories == ["other", "optimizer", "other", "communication"]
+
+
+def test_files_become_columns(script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, packed = tmp_path / "a.json", tmp_path / "b.json.gz"
+    trace = {"traceEvents": [_kernel("nvjet_sm90_tst", 0, 1500), {"ph": "M", "name": "process_name"}]}
+    plain.write_text(json.dumps(trace))
+    with gzip.open(packed, "wt") as file:
+        json.dump(trace, file)
+    assert script.main([str(plain), str(packed), "--names", "ours,peer"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| ms a step | ours | peer |"
+    assert "| GEMM | 1.5 | 1.5 |" in lines
+
+
+def test_a_trace_without_kernels_is_refused(script) -> None:
+    with pytest.raises(SystemExit, match="no kernels"):
+        script.summarize([_event("cpu_op", "aten::mm", 0, 1)])
