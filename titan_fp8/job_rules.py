@@ -18,7 +18,7 @@ from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
 from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
-from titan_fp8.parallel.degrees import MeshDegrees, resolve_degrees
+from titan_fp8.parallel.degrees import MeshDegrees, given_degrees, resolve_degrees
 from titan_fp8.parallel.pipeline_split import check_pipeline
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
@@ -148,10 +148,8 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
 
 def tensor_parallelism_divides(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """Every rank of tensor parallelism gets whole heads, and equal parts of all else."""
-    degrees, dims = _degrees(job, world_size), _dims(job)
+    degrees, dims = _degrees_or_given(job, world_size), _dims(job)
     parallelism = job.parallelism
-    if degrees is None:
-        return
     key, ranks = "parallelism.tensor_parallel_degree", degrees.tensor
     if ranks == 1:
         if parallelism.disable_loss_parallel:
@@ -191,8 +189,8 @@ def _sequences_at_a_time(batch: int, parallelism: Any, degrees: MeshDegrees) -> 
 
 def exchanges_overlap_in_compiled_blocks(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """The compiler finds the products beside the exchanges of tensor parallelism."""
-    degrees, key = _degrees(job, world_size), "parallelism.enable_async_tensor_parallel"
-    if not job.parallelism.enable_async_tensor_parallel or degrees is None:
+    degrees, key = _degrees_or_given(job, world_size), "parallelism.enable_async_tensor_parallel"
+    if not job.parallelism.enable_async_tensor_parallel:
         return
     if degrees.tensor == 1:
         yield Problem(key, "nothing is exchanged while parallelism.tensor_parallel_degree is 1; raise it")
@@ -220,10 +218,10 @@ def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[P
 
 def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """Context parallelism cuts every sequence into equal parts, and its options mean something."""
-    degrees, parallelism = _degrees(job, world_size), job.parallelism
+    degrees, parallelism = _degrees_or_given(job, world_size), job.parallelism
     balancer = parallelism.context_parallel_load_balancer
     unknown = check_load_balancer(balancer)
-    if degrees is None or degrees.context == 1:
+    if degrees.context == 1:
         return
     if unknown is not None:
         yield Problem("parallelism.context_parallel_load_balancer", unknown, is_sentence=True)
@@ -243,8 +241,8 @@ def sequences_are_spread(job: "JobConfig", world_size: int) -> Iterator[Problem]
 
 def pipeline_is_complete(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """Every stage of a pipeline has layers, and every microbatch sequences."""
-    degrees, dims, parallelism = _degrees(job, world_size), _dims(job), job.parallelism
-    if degrees is None or dims is None or degrees.pipeline == 1:
+    degrees, dims, parallelism = _degrees_or_given(job, world_size), _dims(job), job.parallelism
+    if dims is None or degrees.pipeline == 1:
         return
     problems = check_pipeline(
         parallelism,
@@ -361,6 +359,11 @@ def _degrees(job: "JobConfig", world_size: int) -> MeshDegrees | None:
         return resolve_degrees(job.parallelism, world_size)
     except UserError:
         return None
+
+
+def _degrees_or_given(job: "JobConfig", world_size: int) -> MeshDegrees:
+    """The resolved degrees; as they are given where they do not fit, for rules of one axis by itself."""
+    return _degrees(job, world_size) or given_degrees(job.parallelism)
 
 
 def _dims(job: "JobConfig") -> ModelDims | None:

@@ -8,7 +8,7 @@ Weights, data and order are the trainer's own. fp32 activations; float8 emulated
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,12 @@ def converted(recipe: str | None) -> dict[str, str]:
 
 @dataclass
 class Run:
-    """Ten steps: the losses, and the gradients and weights of the last by name, whole."""
+    """Ten steps: the losses, the gradients of the last by name, whole, and the losses of validations."""
 
     losses: list[float]
     norms: list[float]
     grads: dict[str, Tensor]
+    validated: list[float] = field(default_factory=list)
 
 
 def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: int = STEPS) -> Run:
@@ -103,6 +104,7 @@ def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: 
     trainer = building.build_trainer(job, plan_model(job, device), torch.device("cpu"), device, Path(folder))
     assert trainer is not None
     run = Run([], [], {})
+    trainer.metrics.log_validation = lambda step, loss, tokens: run.validated.append(loss)
     try:
         trainer._set_training(True)
         for step in range(trainer.state.step + 1, steps + 1):
@@ -112,6 +114,7 @@ def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: 
             trainer.state.step = step
             run.losses.append(result.loss.item())
             run.norms.append(result.grad_norm.item())
+            trainer._validate(step)
             if trainer.checkpointer.is_due(step):
                 trainer.checkpointer.save(step)
     finally:
@@ -206,6 +209,35 @@ WIDE = [
 @pytest.mark.parametrize("mesh", PLAIN, ids=lambda mesh: mesh.axes.replace(" ", "_"))
 def test_high_precision(mesh: Mesh, tmp_path: Path) -> None:
     assert_same(run_on(mesh, tmp_path), alone(None), *HIGH_PRECISION)
+
+
+VALIDATION = {
+    "validation.enable": "true",
+    "validation.dataset": "synthetic",
+    "validation.freq": str(STEPS // 2),
+    "validation.steps": "1",
+    "validation.seq_len": "48",
+}
+"""Of other lengths than the training's, and in a pipeline of an odd number of microbatches."""
+
+
+@cache
+def validated_alone() -> Run:
+    folder = Path(tempfile.mkdtemp(prefix="titan_fp8_validated_"))
+    try:
+        return run_on(Mesh("fsdp1", tuple({**VALIDATION, "validation.local_batch_size": "6"}.items())), folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("axes", "sequences"), [("tp2", 6), ("fsdp2 cp2", 3), ("pp2 tp2", 6), ("pp2 fsdp2", 3)])
+def test_validation(axes: str, sequences: int, tmp_path: Path) -> None:
+    options = {**VALIDATION, "validation.local_batch_size": str(sequences)}
+    run, expected = run_on(Mesh(axes, tuple(options.items())), tmp_path), validated_alone()
+    assert_same(run, expected, *HIGH_PRECISION)
+    assert len(run.validated) == 2
+    assert run.validated == pytest.approx(expected.validated, rel=2e-6)
+    assert expected.losses == alone(None).losses, "training goes on as if nothing had been validated"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -50,6 +50,7 @@ class Case:
     compute_dtype: torch.dtype = torch.float32
     microbatches: int = 1
     float8_recipe: str | None = None
+    filtered: tuple[str, ...] = ()  # linears of every block that stay in high precision
     float8_all_gather: bool = False
     precomputed_scales: bool = False
     dims: dict[str, int] = field(default_factory=dict)
@@ -79,7 +80,8 @@ class Trained:
     weights: dict[str, Tensor]
 
 
-def _build(case: Case, **float8: Any) -> Decoder:
+def built(case: Case, **float8: Any) -> Decoder:
+    """The converted model of `case` on the meta device; `float8` are keys of a `Float8Config`."""
     sizes = {"dim": 48, "n_layers": 3, "n_heads": 3, "n_kv_heads": 1, "ffn_dim": 80} | case.dims
     dims = ModelDims(**sizes, vocab_size=case.vocab_size, tied_embeddings=case.tied_embeddings, max_seq_len=SEQ_LEN)
     with torch.device("meta"):
@@ -90,7 +92,7 @@ def _build(case: Case, **float8: Any) -> Decoder:
         for block in list(model.layers.values())[1:]:
             for parent in (block.attention, block.feed_forward):
                 for name, child in list(parent.named_children()):
-                    if isinstance(child, nn.Linear):
+                    if isinstance(child, nn.Linear) and name not in case.filtered:
                         setattr(parent, name, Float8Linear.from_linear(child, config))
     if case.float8_all_gather:
         wrap_weights_for_fsdp([module for module in model.modules() if isinstance(module, Float8Linear)], cache=True)
@@ -146,7 +148,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
     """The model of `case` with its initial weights, on the mesh of all ranks; `float8` are keys of a `Float8Config`."""
     if case.compile_backend is not None:
         torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
-    model = _build(case, **float8)
+    model = built(case, **float8)
     mesh = mesh_of(
         MeshDegrees(
             data_parallel_replicate=case.replicate,
@@ -191,7 +193,7 @@ def train_on_ranks(rank: int, world_size: int, case: Case) -> Trained | None:
 def train_alone(case: Case) -> Trained:
     """The same training in this process, accumulating over what the ranks and microbatches of `case` would see."""
     case = replace(case, float8_all_gather=False)
-    model = _build(case)
+    model = built(case)
     materialize(model, torch.device(case.device_type))
     initialize(model, seed=7, device=torch.device(case.device_type))
     return _train(case, model, case.data_parts * case.microbatches, None)

@@ -17,10 +17,12 @@ from tests.distributed.test_parallel import (
     SEQ_LEN,
     Case,
     assert_same,
+    built,
     spread,
     train_alone,
     train_on_ranks,
 )
+from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import _recomputed_shapes
 from titan_fp8.parallel.config import ActivationCheckpointSection
@@ -97,7 +99,7 @@ class _Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _gathered_by_a_block(rank: int, world_size: int, case: Case) -> tuple[list, list]:
+def _gathered_by_a_block(rank: int, world_size: int, case: Case) -> list[list]:
     """What the last block's forward and backward pass gather over the ranks of tensor parallelism."""
     model, _ = spread(case)
     block = list(model.layers.values())[-1]
@@ -109,28 +111,67 @@ def _gathered_by_a_block(rank: int, world_size: int, case: Case) -> tuple[list, 
     with _Wire() as backward:
         y.sum().backward()
     assert x.grad is not None
-    return forward.gathered, backward.gathered
+    return [forward.gathered, backward.gathered]
 
 
 BYTES = torch.uint8
-TOKENS, DIM = ROWS * SEQ_LEN // 2, 64
+TOKENS = ROWS * SEQ_LEN // 2
 
 
-@pytest.mark.parametrize(
-    ("recipe", "forward", "backward"),
-    [
-        # One gather serves wq, wk and wv, one w1 and w3; in backward the gradients of wo and w2.
-        (None, [(torch.bfloat16, 2 * TOKENS * DIM)] * 2, [(torch.bfloat16, 2 * TOKENS * DIM)] * 2),
-        ("tensorwise", [(BYTES, TOKENS * DIM)] * 2, [(BYTES, TOKENS * DIM)] * 2),
-        ("rowwise", [(BYTES, TOKENS * DIM), (torch.float32, 4 * TOKENS)] * 2, None),
-        ("rowwise_with_gw_hp", [(torch.bfloat16, 2 * TOKENS * DIM)] * 2, None),
-    ],
-)
-def test_float8_codes_travel_where_the_readers_are_float8(recipe: str | None, forward: list, backward: Any) -> None:
-    case = replace(TP2, float8_recipe=recipe, compute_dtype=torch.bfloat16)
-    for gathered in run_distributed(_gathered_by_a_block, 2, case):
-        assert gathered[0] == forward
-        assert gathered[1] == (forward if backward is None else backward)
+def _codes(dim: int) -> list[tuple[torch.dtype, int]]:
+    return [(BYTES, TOKENS * dim)]
+
+
+def _numbers(dim: int) -> list[tuple[torch.dtype, int]]:
+    return [(torch.bfloat16, 2 * TOKENS * dim)]
+
+
+SCALES = [(torch.float32, 4 * TOKENS)]
+ROWWISE = [*_codes(64), *SCALES]
+# recipe, linears in high precision, what the forward and what the backward pass gathers: one gather serves wq, wk and
+# wv, one w1 and w3; in backward one serves w2's gradient and one wo's.
+WIRES: dict[str, tuple[str | None, tuple[str, ...], list, list]] = {
+    "bf16": (None, (), 2 * _numbers(64), 2 * _numbers(64)),
+    "tensorwise": ("tensorwise", (), 2 * _codes(64), 2 * _codes(64)),
+    "rowwise": ("rowwise", (), 2 * ROWWISE, 2 * ROWWISE),
+    "rowwise_with_gw_hp": ("rowwise_with_gw_hp", (), 2 * _numbers(64), 2 * _numbers(64)),
+    "blockwise": ("blockwise", (), 2 * _numbers(256), 2 * _numbers(256)),
+    "tensorwise but wk": ("tensorwise", ("wk",), [*_numbers(64), *_codes(64)], 2 * _codes(64)),
+    "tensorwise but w1, w2": ("tensorwise", ("w1", "w2"), [*_codes(64), *_numbers(64)], [*_numbers(64), *_codes(64)]),
+    "rowwise but wo, w3": ("rowwise", ("wo", "w3"), [*ROWWISE, *_numbers(64)], [*ROWWISE, *_numbers(64)]),
+}
+
+
+def _wire_case(name: str) -> Case:
+    recipe, filtered, *_ = WIRES[name]
+    dims = BLOCK_DIMS if recipe == "blockwise" else DIMS
+    return replace(TP2, float8_recipe=recipe, filtered=filtered, dims=dims, compute_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_float8_codes_travel_where_the_readers_are_float8(name: str) -> None:
+    for gathered in run_distributed(_gathered_by_a_block, 2, _wire_case(name)):
+        assert gathered == list(WIRES[name][2:])
+
+
+@pytest.mark.parametrize("name", [name for name in WIRES if "but" in name])
+def test_the_report_says_what_travels_as_what(name: str) -> None:
+    *_, forward, backward = WIRES[name]
+    model = built(_wire_case(name))
+    ways = {key.removeprefix("layers.2."): way for key, way in exchanges(model).items() if key.startswith("layers.2.")}
+    travels = [
+        *(ways[f"{part} input"] for part in ("attention", "feed_forward")),
+        *(ways[f"{linear} gradient"] for linear in ("feed_forward.w2", "attention.wo")),
+    ]
+    of_bytes = [dtype is BYTES for dtype, _ in [*forward, *backward] if dtype is not torch.float32]
+    assert [way == "float8 codes" for way in travels] == of_bytes
+    assert {way for way in travels if way != "float8 codes"} == {"high precision (a reader is not float8)"}
+
+
+@pytest.mark.parametrize("name", ["tensorwise but wk", "tensorwise but w1, w2", "rowwise but wo, w3"])
+def test_a_filtered_linear_in_a_converted_block_is_ordinary(name: str) -> None:
+    case = replace(_wire_case(name), compute_dtype=torch.float32)
+    assert_same(run_distributed(train_on_ranks, case.ranks, case)[0], train_alone(case), FLOAT8)
 
 
 class _Amaxes(TorchDispatchMode):

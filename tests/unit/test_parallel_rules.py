@@ -19,12 +19,42 @@ MODEL = {
 }
 
 CASES = {
-    "product": (8, {"tensor_parallel_degree": 3, "data_parallel_shard_degree": 2}, "is 8; set one of them to -1"),
+    "product": (
+        8,
+        {"tensor_parallel_degree": 3, "data_parallel_shard_degree": 2},
+        "is 8; set tensor_parallel_degree to -1",
+    ),
+    "product of which one can be inferred": (
+        8,
+        {"pipeline_parallel_degree": 3, "data_parallel_shard_degree": 2},
+        "is 8; set pipeline_parallel_degree to -1",
+    ),
+    "product of which none can be inferred": (
+        8,
+        {"pipeline_parallel_degree": 3, "tensor_parallel_degree": 3, "data_parallel_shard_degree": 1},
+        "is 8; choose degrees whose product divides 8, and set one to -1",
+    ),
+    "heads on a mesh that does not fit": (
+        2,
+        {"tensor_parallel_degree": 4, "data_parallel_shard_degree": 3},
+        "attention heads, 6; use 3 or 2",
+    ),
     "no divisor": (8, {"tensor_parallel_degree": 3}, "choose a divisor of 8"),
     "two inferred": (4, {"tensor_parallel_degree": -1}, "only one degree can be inferred"),
     "kv heads": (2, {"tensor_parallel_degree": 2}, "key and value heads, 3; use 1"),
     "heads": (4, {"tensor_parallel_degree": 4}, "attention heads, 6; use 3 or 2"),
     "vocabulary": (5, {"tensor_parallel_degree": 5}, "its vocabulary, 324; use 4 or 3"),
+    "hidden features": (
+        3,
+        {"tensor_parallel_degree": 3, "model.overrides.ffn_dim": 100},
+        "its feed-forward's hidden features, 100; use 2 or 1",
+    ),
+    "tokens of validation": (
+        2,
+        {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "validation.enable": True}
+        | {"validation.steps": 1, "validation.local_batch_size": 1, "validation.seq_len": 31},
+        "make validation.seq_len a multiple of 2",
+    ),
     "loss parallel": (1, {"disable_loss_parallel": True}, "no logits are divided"),
     "overlap without ranks": (1, {"enable_async_tensor_parallel": True}, "tensor_parallel_degree is 1; raise it"),
     "overlap without the compiler": (

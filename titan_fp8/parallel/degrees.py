@@ -81,9 +81,26 @@ def resolve_degrees(parallelism: ParallelismSection, world_size: int) -> MeshDeg
     elif product != world_size:
         # A degree of 1 is no factor worth naming, except where all are 1.
         factors = factors or f"{_KEYS['data_parallel_shard']} 1"
-        remedy = "set one of them to -1" if len(given) > 1 else "set it to -1"
-        raise UserError(f"{factors}{_equals(given, product)}, but WORLD_SIZE is {world_size}; {remedy}")
+        raise UserError(
+            f"{factors}{_equals(given, product)}, but WORLD_SIZE is {world_size}; {_remedy(given, product, world_size)}"
+        )
     return MeshDegrees(**degrees)
+
+
+def given_degrees(parallelism: ParallelismSection) -> MeshDegrees:
+    """The degrees as they are given, and 1 for those that are to be inferred or are no degrees: what can be said of a
+    mesh whose product is not WORLD_SIZE."""
+    return MeshDegrees(**{field: max(getattr(parallelism, key), 1) for field, key in _KEYS.items()})
+
+
+def _remedy(given: dict[str, int], product: int, world_size: int) -> str:
+    """Which of the given degrees -1 would make fit, or what else would."""
+    fitting = [_KEYS[field] for field, degree in given.items() if world_size % (product // degree) == 0]
+    if len(given) <= 1:
+        return "set it to -1"
+    if not fitting:
+        return f"choose degrees whose product divides {world_size}, and set one to -1"
+    return "set one of them to -1" if len(fitting) == len(given) else f"set {' or '.join(fitting)} to -1"
 
 
 def _equals(given: dict[str, int], product: int) -> str:

@@ -33,7 +33,7 @@ def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
 def _problems(name: str, module: nn.Module, ranks: int) -> Iterator[str]:
     degree, otherwise = f"parallelism.tensor_parallel_degree = {ranks}", "or set the degree to 1"
     parameters = [parameter for parameter, value in module._parameters.items() if value is not None]
-    known = type(module) in _LINEARS or isinstance(module, nn.Embedding | RMSNorm)
+    known = type(module) in (*_LINEARS, nn.Embedding, RMSNorm)
     if not known and (parameters or isinstance(module, nn.Linear)):
         what = f"{name or 'the model'}: it is a {type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, nn.Linear):
@@ -52,5 +52,20 @@ def _problems(name: str, module: nn.Module, ranks: int) -> Iterator[str]:
         problem = division_problem(name, module.out_features, module.in_features, ranks)
         if problem is not None:
             yield problem
-    elif isinstance(module, nn.Embedding) and module.num_embeddings % ranks:
+    elif isinstance(module, nn.Embedding):
+        yield from _embedding_problems(name, module, ranks, degree, otherwise)
+
+
+def _embedding_problems(name: str, module: nn.Embedding, ranks: int, degree: str, otherwise: str) -> Iterator[str]:
+    if module.num_embeddings % ranks:
         yield f"{name}: num_embeddings={module.num_embeddings} is not a multiple of {degree}; change one of them"
+    options = {
+        "padding_idx": module.padding_idx is not None,
+        "max_norm": module.max_norm is not None,
+        "scale_grad_by_freq": module.scale_grad_by_freq,
+        "sparse": module.sparse,
+    }
+    given = [option for option, is_given in options.items() if is_given]
+    if given:
+        what = f"{name}: it is an embedding with {', '.join(given)}"
+        yield f"{what}, which {degree} has no rule for; leave that out, {otherwise}"

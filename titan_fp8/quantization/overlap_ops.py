@@ -14,8 +14,9 @@ Only the compiler calls these operators (`overlap_pass.py`). T tokens, t ranks, 
 arXiv 2205.05198 (the exchanges), arXiv 2105.05720 (overlapping them with the products).
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
@@ -36,6 +37,8 @@ def check_direct_access(axis: Axis) -> None:
     Raises:
         UserError: they cannot.
     """
+    # A program that uses NVLink multicast claims a resource of the whole host; copies between two GPUs need none.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     try:
         _symm.get_symm_mem_workspace(axis.group_name, min_size=1 << 20)
     except RuntimeError as error:
@@ -137,7 +140,8 @@ def _gathered_and_products(
     tokens = x.shape[0] * size
     per_row = scale is not None and scale.dim() > 0
     scales = x.new_empty((tokens, 1) if per_row else (0,), dtype=torch.float32)
-    products = [x.new_empty((tokens, w.shape[0] if scale_b else w.shape[1]), dtype=out_dtype) for w in b]
+    scale = scale_b[0] if scale_b else None
+    products = [x.new_empty((tokens, _features(w, scale)), dtype=out_dtype) for w in b]
     return x.new_empty((tokens, x.shape[1])), scales, products
 
 
@@ -154,36 +158,38 @@ of all rows with each of b: [T, N] in `out_dtype`. With scales, x holds float8 c
 codes [N, K]; without (`scale` None, `scale_b` empty), b are [K, N]. Scales [0] where there are none a row."""
 
 
+class _Way(NamedTuple):
+    """How one of several products is computed: its scales, None in high precision, and flags of `gemm.py`."""
+
+    scale_a: Tensor | None
+    scale_b: Tensor | None
+    blockwise: bool
+    fast_accum: bool
+
+
 def _products_scatter(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    scale_a: Sequence[Tensor],
-    scale_b: Sequence[Tensor],
-    out_dtype: torch.dtype,
-    blockwise: bool,
-    fast_accum: bool,
+    scale_a: Sequence[Tensor | None],
+    scale_b: Sequence[Tensor | None],
+    blockwise: Sequence[bool],
+    fast_accum: Sequence[bool],
     emulate: bool,
+    out_dtype: torch.dtype,
     group_name: str,
     size: int,
 ) -> Tensor:
-    tokens, features = a[0].shape[0], b[0].shape[0] if scale_b else b[0].shape[1]
+    tokens, features = a[0].shape[0], _features(b[0], scale_b[0])
     length = tokens // size
+    ways = list(map(_Way, scale_a, scale_b, blockwise, fast_accum))
 
     def produce(rank: int, out: Tensor) -> None:
         rows = _rows(rank, length)
-        for i in range(len(a)):
-            scale = scale_a[i] if scale_a else None
+        for i, way in enumerate(ways):
             part = out if i == 0 else torch.empty_like(out)
-            _multiply(
-                a[i][rows],
-                b[i],
-                scale[rows] if scale is not None and scale.dim() else scale,
-                scale_b[i] if scale_b else None,
-                part,
-                blockwise=blockwise,
-                fast_accum=fast_accum,
-                emulate=emulate,
-            )
+            scale = way.scale_a[rows] if way.scale_a is not None and way.scale_a.dim() else way.scale_a
+            flags = {"blockwise": way.blockwise, "fast_accum": way.fast_accum, "emulate": emulate}
+            _multiply(a[i][rows], b[i], scale, way.scale_b, part, **flags)
             if i:
                 out.add_(part)
 
@@ -196,16 +202,20 @@ def _products_scatter(
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", size, group_name))
 
 
-def _scattered(a, b, scale_a, scale_b, out_dtype, blockwise, fast_accum, emulate, group_name, size) -> Tensor:
-    features = b[0].shape[0] if scale_b else b[0].shape[1]
-    return a[0].new_empty((a[0].shape[0] // size, features), dtype=out_dtype)
+def _features(b: Tensor, scale_b: Tensor | None) -> int:
+    """N of a right operand, which is `[N, K]` with a scale and `[K, N]` without."""
+    return b.shape[1] if scale_b is None else b.shape[0]
+
+
+def _scattered(a, b, scale_a, scale_b, blockwise, fast_accum, emulate, out_dtype, group_name, size) -> Tensor:
+    return a[0].new_empty((a[0].shape[0] // size, _features(b[0], scale_b[0])), dtype=out_dtype)
 
 
 products_scatter = register_operator(
-    "products_scatter(Tensor[] a, Tensor[] b, Tensor[] scale_a, Tensor[] scale_b, ScalarType out_dtype, "
-    "bool blockwise, bool fast_accum, bool emulate, str group_name, int size) -> Tensor",
+    "products_scatter(Tensor[] a, Tensor[] b, Tensor?[] scale_a, Tensor?[] scale_b, bool[] blockwise, "
+    "bool[] fast_accum, bool emulate, ScalarType out_dtype, str group_name, int size) -> Tensor",
     _products_scatter,
     _scattered,
 )
 """`products_scatter(a, b, scale_a, scale_b, ...)` -> this rank's [T / t, N] of the sum over the ranks of a0 b0 + a1 b1
-+ ... in `out_dtype`. With scales, a are float8 codes [T, K] and b [N, K]; without, a are [T, K] and b [K, N]."""
++ ... in `out_dtype`. Of a product with scales, a is codes [T, K] and b [N, K]; without, a [T, K] and b [K, N]."""

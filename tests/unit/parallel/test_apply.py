@@ -77,12 +77,14 @@ def test_all_that_cannot_be_done_is_said_at_once_without_a_mesh() -> None:
             activation_checkpoint=ActivationCheckpointSection(selective_ac_option="op", debug=True),
             compile_config=CompileSection(enable=True, backend="inducter"),
             cpu_offload=True,
+            async_tensor_parallel=True,
         )
     lines = str(error.value).split("\n")
     assert [line.partition(" ")[0] for line in lines] == [
         "activation_checkpoint.debug",
         "compile.backend",
         "training.enable_cpu_offload",
+        "parallelism.enable_async_tensor_parallel",
     ]
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.linear import Linear
+from titan_fp8.models.norm import RMSNorm
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.degrees import MeshDegrees
@@ -74,6 +75,19 @@ def test_everything_that_cannot_be_divided_is_named_with_rule_and_remedy() -> No
 def test_a_decoder_of_this_project_can_be_divided_and_one_rank_divides_nothing() -> None:
     check_tensor_parallel(_decoder(), 2)
     check_tensor_parallel(_broken_decoder(), 1)
+
+
+class OtherNorm(RMSNorm):
+    """One whose forward might be another."""
+
+
+def test_options_of_embeddings_and_subclasses_are_refused() -> None:
+    model = _decoder()
+    model.tok_embeddings = nn.Embedding(64, 32, padding_idx=0, max_norm=1.0)
+    model.norm.__class__ = OtherNorm
+    embedding, norm = _problems(model)
+    assert embedding.startswith("tok_embeddings: it is an embedding with padding_idx, max_norm, which parallelism.")
+    assert norm.startswith(f"norm: it is a {__name__}.OtherNorm with parameters (weight), and parallelism.")
 
 
 def test_parameters_of_the_model_itself_are_named_too() -> None:
