@@ -203,6 +203,19 @@ def exchanges_overlap_in_compiled_blocks(job: "JobConfig", world_size: int) -> I
         )
 
 
+def whole_vocabularies_are_chunked(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """The loss of some tokens at a time is that of one rank's whole output layer."""
+    if not job.training.loss_chunk_tokens:
+        return
+    degrees, key = _degrees_or_given(job, world_size), "training.loss_chunk_tokens"
+    if degrees.tensor > 1:
+        yield Problem(
+            key, "parallelism.tensor_parallel_degree divides the logits by the vocabulary instead; set it to 0"
+        )
+    if degrees.pipeline > 1:
+        yield Problem(key, "a pipeline computes the loss of a microbatch at a time instead; set it to 0")
+
+
 def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     """What belongs to an axis of the mesh means nothing where its length is 1."""
     degrees, parallelism = _degrees(job, world_size), job.parallelism
@@ -337,6 +350,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     sharded_features_have_shards,
     tensor_parallelism_divides,
     exchanges_overlap_in_compiled_blocks,
+    whole_vocabularies_are_chunked,
     options_of_an_axis_have_one,
     sequences_are_spread,
     pipeline_is_complete,

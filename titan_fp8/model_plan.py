@@ -25,6 +25,7 @@ from titan_fp8.data.loader import check_training_data
 from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
 from titan_fp8.data.validation import check_validation_data
 from titan_fp8.job_config import JobConfig
+from titan_fp8.models.chunked_loss import chunk_loss
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
 from titan_fp8.observability.run_folder import check_run_folder
@@ -103,6 +104,8 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         conversions = [partial(converter.convert, model) for converter in converters or []]
         reports = [attempt("model.converters", conversion) for conversion in conversions]
         attempt("", partial(_check_parallelization, job, model, device))
+        if job.training.loss_chunk_tokens:
+            attempt("training.loss_chunk_tokens", partial(chunk_loss, model.output, job.training.loss_chunk_tokens))
     attempt("", partial(_check_device, job, device))
     if os.environ.get("RANK", "0") == "0":
         # The files as rank 0 sees them. Where another node sees others, it is the ranks together that find out later.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_fp8.checkpoint.checkpointer import Checkpointer
 from titan_fp8.converters.protocol import Converter
@@ -155,7 +155,7 @@ class Trainer:
             return self.pipeline.step(tokens, batch.labels, batch.document_ids, label_tokens=label_tokens, **where)
         (model,) = self.parts
         set_gradient_sync(model, self.mesh, is_last_microbatch=is_last)
-        loss = self.loss_fn(model(tokens, batch.document_ids, **where), batch.labels) / label_tokens
+        loss = self._loss_of(model, batch, tokens, where) / label_tokens
         loss.backward()
         return loss.detach()
 
@@ -165,6 +165,12 @@ class Trainer:
         if self.pipeline is not None:
             return self.pipeline.evaluate(tokens, batch.labels, batch.document_ids, **where)
         (model,) = self.parts
+        return self._loss_of(model, batch, tokens, where)
+
+    def _loss_of(self, model: nn.Module, batch: Batch, tokens: Tensor, where: dict[str, Any]) -> Tensor:
+        """The sum of the cross-entropy, by the model itself where the logits of all tokens shall not exist."""
+        if self.job.training.loss_chunk_tokens:
+            return model(tokens, batch.document_ids, labels=batch.labels, **where)
         return self.loss_fn(model(tokens, batch.document_ids, **where), batch.labels)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

@@ -173,7 +173,7 @@ LOCAL_SCALES = (2e-3, 0.2)
 """Context parallelism: the tokens of each rank have scales of their own."""
 
 PLAIN = [
-    Mesh("fsdp2"),
+    Mesh("fsdp2", (("training.loss_chunk_tokens", "20"),)),
     Mesh("tp2"),
     Mesh("cp2"),
     Mesh("pp2"),
@@ -181,9 +181,9 @@ PLAIN = [
     Mesh("fsdp2 tp2"),
     Mesh("cp2 tp2", (("parallelism.context_parallel_rotate_method", "alltoall"),)),
     Mesh("pp2 tp2"),
-    Mesh("pp2 fsdp2"),
+    Mesh("pp2 fsdp2", (("optimizer.implementation", "one_pass"),)),
     Mesh("pp2 cp2"),
-    Mesh("fsdp2 cp2", (("activation_checkpoint.mode", "full"),)),
+    Mesh("fsdp2 cp2", (("activation_checkpoint.mode", "full"), ("training.loss_chunk_tokens", "7"))),
     Mesh("rep2 cp2"),
 ]
 CODES = [
@@ -233,6 +233,8 @@ def validated_alone() -> Run:
 @pytest.mark.parametrize(("axes", "sequences"), [("tp2", 6), ("fsdp2 cp2", 3), ("pp2 tp2", 6), ("pp2 fsdp2", 3)])
 def test_validation(axes: str, sequences: int, tmp_path: Path) -> None:
     options = {**VALIDATION, "validation.local_batch_size": str(sequences)}
+    if "cp" in axes:
+        options["training.loss_chunk_tokens"] = "100"
     run, expected = run_on(Mesh(axes, tuple(options.items())), tmp_path), validated_alone()
     assert_same(run, expected, *HIGH_PRECISION)
     assert len(run.validated) == 2

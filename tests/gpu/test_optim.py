@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from titan_fp8.kernels import adam
 from titan_fp8.optim import build_optimizer, clip_grad_norm_
 from titan_fp8.optim.config import OptimizerSection
+from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +49,56 @@ def test_fused_step_is_skipped_on_the_device(name: str) -> None:
     for key, value in {**model.state_dict(), **optimizers.state_dict()}.items():
         assert torch.equal(value, before[key]), key
     assert optimizers.state_dict()["state.weight.step"] == 2
+
+
+def _ulps(actual: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> float:
+    """The largest difference in units in the last place of a value before or after the update, the larger of both."""
+    size = torch.maximum(expected.double().abs(), before.double().abs()).clamp(min=1e-30)
+    return ((actual.double() - expected.double()).abs() / (size * torch.finfo(expected.dtype).eps)).max().item()
+
+
+SHAPES = [(4096, 1024), (129, 77), (5,), (1,), (2049,)]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: float) -> None:
+    torch.manual_seed(0)
+    ours = nn.ParameterList([torch.randn(shape, device="cuda") for shape in SHAPES])
+    theirs = nn.ParameterList([p.detach().clone() for p in ours])
+    optimizers = build_optimizer([ours], OptimizerSection(name=name, lr=0.01, implementation="one_pass"))
+    (optimizer,) = optimizers
+    assert isinstance(optimizer, OnePassAdam | OnePassAdamW)
+    expected = getattr(torch.optim, name)(theirs.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for _ in range(5):
+        before = [p.detach().clone() for p in theirs]
+        for p, q in zip(ours, theirs, strict=True):
+            p.data.copy_(q)
+            for key, value in expected.state.get(q, {}).items():
+                optimizer.state[p][key].copy_(value)
+            q.grad = torch.randn_like(q) * 3
+            p.grad = q.grad.clone()
+        norm = optimizers.clip_grad_norm(max_norm)
+        wanted = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or float("inf"))
+        torch.testing.assert_close(norm, wanted, rtol=1e-6, atol=0)
+        with _waiting_is_an_error():
+            optimizers.step(skip=~norm.isfinite())
+        expected.step()
+        for p, q, old in zip(ours, theirs, before, strict=True):
+            assert _ulps(p, q, old) <= 8
+            for key, value in expected.state[q].items():
+                torch.testing.assert_close(optimizer.state[p][key], value, rtol=2e-6, atol=1e-9)
+
+
+def test_sums_of_squares_repeat_to_the_bit_and_see_what_is_not_finite() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, device="cuda") for shape in SHAPES]
+    first = adam.square_sum(tensors)
+    torch.testing.assert_close(first, sum(t.double().square().sum() for t in tensors).float(), rtol=1e-6, atol=0)
+    assert all(torch.equal(adam.square_sum(tensors), first) for _ in range(3))
+    for bad in (float("inf"), float("nan")):
+        tensors[0].view(-1)[-1] = bad
+        assert not adam.square_sum(tensors).isfinite()
 
 
 @pytest.mark.parametrize("foreach", [None, False])

@@ -11,6 +11,7 @@ from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.size_rule import SIZE_RULES, SizeRule
 from titan_fp8.job_config import JobConfig, load_job_config
 from titan_fp8.model_plan import plan_model, run_fingerprint
+from titan_fp8.models.chunked_loss import ChunkedHead
 from titan_fp8.models.linear import Linear
 from titan_fp8.runtime.device import DeviceCapabilities
 
@@ -37,6 +38,17 @@ def _job(tensor: int, tmp_path, **options: str) -> JobConfig:
 def _two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
+
+
+def test_the_loss_of_some_tokens_at_a_time_needs_a_head_in_high_precision(tmp_path) -> None:
+    def chunked(**options: str) -> JobConfig:
+        job = _job(1, tmp_path, **options)
+        return job.model_copy(update={"training": job.training.model_copy(update={"loss_chunk_tokens": 64})})
+
+    with pytest.raises(ConfigErrors) as caught:
+        plan_model(chunked(), CPU)
+    assert "Float8Linear; leave `output` out of the conversion" in caught.value.render()
+    assert isinstance(plan_model(chunked(filter_fqns="output"), CPU).model.output, ChunkedHead)
 
 
 def test_a_model_that_ranks_cannot_divide_is_refused_with_all_else(tmp_path, monkeypatch) -> None:

@@ -68,6 +68,16 @@ CASES = {
         | {"compile.backend": "aot_eager"},
         'compile.backend = "inductor"',
     ),
+    "chunks of a divided vocabulary": (
+        2,
+        {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "training.loss_chunk_tokens": 64},
+        "training.loss_chunk_tokens = 64: parallelism.tensor_parallel_degree divides the logits",
+    ),
+    "chunks in a pipeline": (
+        2,
+        {"pipeline_parallel_degree": 2, "training.loss_chunk_tokens": 64},
+        "a pipeline computes the loss of a microbatch at a time instead",
+    ),
     "sequence": (8, {"context_parallel_degree": 8}, "training.seq_len = 60 is not a multiple of 2 x 8 = 16"),
     "balancer": (
         2,

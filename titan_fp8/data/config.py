@@ -95,6 +95,10 @@ class TrainingSection(Section):
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type in which gradients are summed over ranks and microbatches."""
 
+    loss_chunk_tokens: int = key(0, ge=0, unit="tokens")
+    """Compute the logits and their loss for so many tokens of a rank at a time, so that those of all tokens never exist
+    at once. 0 computes all at once."""
+
     gc_freq: int = key(50, ge=1, unit="steps")
     """Python's garbage is collected every so many steps, on all ranks at the same step, and not in between."""
 

@@ -137,8 +137,9 @@ class Decoder(nn.Module):
         *,
         seq_len: int | None = None,
         positions: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or the loss.
 
         A part of a model, whose embedding or head is None, takes or gives the residual stream `[B, S, dim]` there.
 
@@ -148,9 +149,10 @@ class Decoder(nn.Module):
                 for a model built with `document_masking=True`. None: every row is one document.
             seq_len: the longest position + 1; None: S.
             positions: `[S]`, the positions of the tokens in their sequence; None: 0 to S - 1.
+            labels: `[B, S]`, for a head that computes the loss itself (`models/chunked_loss.py`).
 
         Returns:
-            `[B, S, V]` in the compute dtype.
+            `[B, S, V]` in the compute dtype; with labels, the fp32 sum of the cross-entropy.
         """
         if document_ids is not None and not self.document_masking:
             raise ValueError("document_ids given to a model that was built with document_masking=False")
@@ -163,7 +165,9 @@ class Decoder(nn.Module):
                 x = x.to(self.compute_dtype)
         for layer in self.layers.values():
             x = layer(x, rope, mask)
-        return x if self.output is None else self.output(self.norm(x))
+        if self.output is None:
+            return x
+        return self.output(self.norm(x)) if labels is None else self.output(self.norm(x), labels)
 
     def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
         """What a token may see, for `Attention.attend`. A model that is spread along S has another function here."""

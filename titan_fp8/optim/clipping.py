@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from titan_fp8.kernels import adam
+
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same, so that both clip by the same factor
 
 _Layout = tuple[DeviceMesh, tuple[int, ...]] | None  # None: whole on every rank
@@ -35,6 +37,7 @@ def clip_grad_norm_(
     max_norm: float,
     *,
     foreach: bool | None = None,
+    one_read: bool = False,
     stages: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Scale the gradients of `parameters` in place so that their common 2-norm is at most `max_norm`.
@@ -46,6 +49,7 @@ def clip_grad_norm_(
         parameters: plain tensors and DTensors, mixed; those without a gradient are left out.
         max_norm: at least 0. 0 measures the norm and leaves the gradients alone.
         foreach: torch's batched kernels; None lets torch choose (they are used for what they support).
+        one_read: measure by `kernels.adam.square_sum` instead.
         stages: ranks that have other parameters of the same model, those of other pipeline stages.
 
     Returns:
@@ -61,15 +65,20 @@ def clip_grad_norm_(
     groups: dict[_Layout, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault(_layout(grad), []).append(_local(grad))
-    squares = [_square_sum(layout, local, foreach) for layout, local in groups.items()]
+    squares = [_square_sum(layout, local, foreach, one_read) for layout, local in groups.items()]
     if stages is not None and listed:
         squares.append(torch.zeros((), device=_local(listed[0]).device))  # a stage may have no gradients
     norm = _root_of_sum(squares, stages)
     if max_norm > 0 and groups:
-        factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
+        factor = clip_factor(norm, max_norm)
         for locals_ in groups.values():
             _scale(locals_, factor, foreach)
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of the 2-norm `norm`, a tensor `[]`, are multiplied by so that it is at most `max_norm`."""
+    return (max_norm / (norm + _EPS)).clamp(max=1.0)
 
 
 class GradNorm:
@@ -107,10 +116,12 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _square_sum(layout: _Layout, locals_: list[Tensor], foreach: bool | None) -> Tensor:
+def _square_sum(layout: _Layout, locals_: list[Tensor], foreach: bool | None, one_read: bool) -> Tensor:
     """Sum of all squares of one group's gradients, over all ranks: fp32 `[]`."""
     present = [t for t in locals_ if t.numel() > 0]  # a rank past the end of a short dim holds an empty slice
-    if present:
+    if present and one_read:
+        square = adam.square_sum(present)
+    elif present:
         norms = _norms(present, foreach)
         square = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     else:

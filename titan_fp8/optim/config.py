@@ -27,8 +27,8 @@ class OptimizerSection(Section):
     weight_decay: float = key(0.1, ge=0)
     """Weight decay, multiplied by the learning rate at each step."""
 
-    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update runs: one parameter at a time, in groups, or in one fused kernel."""
+    implementation: Literal["for-loop", "foreach", "fused", "one_pass"] = "fused"
+    """How the update runs: one parameter at a time, in groups, in one fused kernel, or in one that also clips."""
 
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there, and free the gradient. Needs `training.max_norm = 0` and

@@ -1,8 +1,9 @@
 """The optimizer: Adam or AdamW over every parameter, and what a trainer needs around it.
 
 A model can come in parts (pipeline stages), and with `early_step_in_backward` every parameter has an optimizer of its
-own. `OptimizersContainer` makes all of that look like one optimizer, and adds four things:
+own. `OptimizersContainer` makes all of that look like one optimizer, and adds five things:
 
+- **Clipping as part of the update** (`one_pass.py`), which then touches memory once.
 - **Skipping a bad step on the device.** `step(skip=flag)` takes a tensor that says whether this step's gradients are
   unusable. The fused kernels read that flag themselves (the way AMP's GradScaler skips a step: `optimizer.found_inf`),
   so the CPU never waits for the GPU to find out. The other implementations have no such input; for them it is one
@@ -33,11 +34,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
-from titan_fp8.optim.clipping import GradNorm, clip_grad_norm_
+from titan_fp8.optim.clipping import GradNorm, clip_factor, clip_grad_norm_
 from titan_fp8.optim.config import OptimizerSection
+from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW, create_missing_state
 from titan_fp8.runtime.errors import UserError
 
 _OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
+_ONE_PASS: dict[str, type[Adam]] = {"Adam": OnePassAdam, "AdamW": OnePassAdamW}
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -65,12 +68,17 @@ class OptimizersContainer:
         self._norm_in_backward = steps_in_backward
         self._by_part = [list(part) for part in optimizers]
         self._post_step_hooks: list[Callable[[], None]] = []
+        self._clip: Tensor | None = None  # of the next step
 
     def __iter__(self) -> Iterator[Adam]:
         return (optimizer for part in self._by_part for optimizer in part)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._by_part)
+
+    @property
+    def _clips_in_step(self) -> bool:
+        return all(isinstance(optimizer, OnePassAdam | OnePassAdamW) for optimizer in self)
 
     @property
     def steps_in_backward(self) -> bool:
@@ -80,7 +88,8 @@ class OptimizersContainer:
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the gradients of all parts together: `clip_grad_norm_`. Those that backward dropped are measured only.
 
-        All ranks must call it once a step.
+        All ranks must call it once a step. Where the update clips (`one_pass.py`), gradients stay as they are and the
+        next `step()` multiplies them.
 
         Returns:
             The norm before clipping: a plain fp32 tensor `[]`, the same on every rank.
@@ -88,7 +97,13 @@ class OptimizersContainer:
         if self._norm_in_backward is not None:
             return self._norm_in_backward.take()
         parameters = [p for part in self.model_parts for p in part.parameters()]
-        return clip_grad_norm_(parameters, max_norm, stages=self._stages)
+        if not self._clips_in_step:
+            return clip_grad_norm_(parameters, max_norm, stages=self._stages)
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm = {max_norm}: must be at least 0 (0 measures without clipping)")
+        norm = clip_grad_norm_(parameters, 0, one_read=True, stages=self._stages)
+        self._clip = clip_factor(norm, max_norm) if max_norm > 0 else None
+        return norm
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -123,7 +138,10 @@ class OptimizersContainer:
     def _update(self, skip: Tensor | None) -> None:
         found_inf = None if skip is None else (skip != 0).to(torch.float32)
         skip_on_host: bool | None = None
+        clip, self._clip = self._clip, None
         for optimizer in self:
+            if isinstance(optimizer, OnePassAdam | OnePassAdamW):
+                optimizer.clip = None if clip is None else clip.to(_device_of(optimizer))
             if found_inf is None:
                 optimizer.step()
             elif optimizer.defaults["fused"]:
@@ -139,6 +157,7 @@ class OptimizersContainer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop (or zero) all gradients."""
+        self._clip = None
         for optimizer in self:
             optimizer.zero_grad(set_to_none)
 
@@ -151,7 +170,9 @@ class OptimizersContainer:
         state: dict[str, Tensor] = {}
         for part, optimizers in self._parts_with_optimizers():
             for optimizer in optimizers:
-                _create_missing_state(optimizer)
+                # `get_optimizer_state_dict` would otherwise run a step with zero gradients, which counts: a checkpoint
+                # made before the first step would then start the bias correction at the second.
+                create_missing_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
             flat = get_optimizer_state_dict(part, optimizers, options=_FLAT)
             state |= {key: value for key, value in flat.items() if key.startswith("state.")}  # pyright: ignore
         return state
@@ -175,24 +196,6 @@ class OptimizersContainer:
     def _parts_with_optimizers(self) -> list[tuple[nn.Module, list[Adam]]]:
         """The parts that have something to optimize (a part can be all frozen)."""
         return [pair for pair in zip(self.model_parts, self._by_part, strict=True) if pair[1]]
-
-
-def _create_missing_state(optimizer: Adam) -> None:
-    """Give parameters that have had no gradient yet the state that Adam's first step would give them.
-
-    `get_optimizer_state_dict` would otherwise run a step with zero gradients, which counts: a checkpoint made before
-    the first step would then start the bias correction at the second.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if state or not parameter.requires_grad:
-                continue
-            on_device = group["fused"] or group["capturable"]
-            device = parameter.device if on_device else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def build_optimizer(
@@ -227,15 +230,20 @@ def build_optimizer(
 
 
 def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam:
-    return _OPTIMIZERS[config.name](
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        foreach=config.implementation == "foreach",
-        fused=config.implementation == "fused",
-    )
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.implementation == "one_pass":
+        return _ONE_PASS[config.name](parameters, **options)
+    options |= {name: config.implementation == name for name in ("foreach", "fused")}
+    return _OPTIMIZERS[config.name](parameters, **options)
+
+
+def _device_of(optimizer: Adam) -> torch.device:
+    return optimizer.param_groups[0]["params"][0].device
 
 
 def _step_in_backward(optimizer: Optimizer, norm: GradNorm) -> None:

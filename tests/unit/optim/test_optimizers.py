@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from titan_fp8.optim import OptimizersContainer, build_optimizer
 from titan_fp8.optim.config import OptimizerSection
+from titan_fp8.optim.one_pass import OnePassAdamW
 from titan_fp8.runtime.errors import UserError
 
-IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
+IMPLEMENTATIONS = ["for-loop", "foreach", "fused", "one_pass"]
 
 
 class TiedModel(nn.Module):
@@ -77,8 +78,11 @@ def test_update_is_that_of_torch(name: str, reference: Callable[..., Any], imple
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_implementation_is_the_one_asked_for(implementation: str) -> None:
-    group = _build(_model(), implementation=implementation).param_groups[0]
-    assert (group["foreach"], group["fused"]) == (implementation == "foreach", implementation == "fused")
+    optimizers = _build(_model(), implementation=implementation)
+    group = optimizers.param_groups[0]
+    fused = implementation in ("fused", "one_pass")
+    assert (group["foreach"], group["fused"]) == (implementation == "foreach", fused)
+    assert {isinstance(each, OnePassAdamW) for each in optimizers} == {implementation == "one_pass"}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

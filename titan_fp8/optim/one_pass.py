@@ -1,0 +1,106 @@
+"""Adam and AdamW whose update touches memory once: gradient clipping is part of it.
+
+`torch.optim`'s fused update reads and writes weights and moments in one pass, but clipping before it takes another over
+all gradients, and AMP's way of scaling inside of it writes them back. Here the clip factor is an input of the update
+(`kernels/adam`), which leaves gradients as they are. All else is `torch.optim`'s: parameter groups, state by the same
+names and of the same dtypes, hooks, and `found_inf`, a tensor by which the device skips a step.
+
+    optimizer = OnePassAdamW(model.parameters(), lr=3e-4)
+    optimizer.clip = (max_norm / (norm + 1e-6)).clamp(max=1)        # of this step alone
+    optimizer.step()
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, AdamW
+
+from titan_fp8.kernels import adam
+from titan_fp8.kernels.adam import Constants
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+
+
+class _OnePass(Adam):
+    """See the module.
+
+    Attributes:
+        clip: fp32 `[]`, what the gradients of the next step are multiplied by, or None.
+        found_inf: fp32 `[]`, not zero where the next step is to be skipped; may be missing.
+    """
+
+    clip: Tensor | None = None
+    decoupled: bool
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update_group(group)
+        self.clip = None
+        return loss
+
+    def _update_group(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        create_missing_state(self, parameters)
+        states = [self.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        torch._foreach_add_(steps, 1 if skip is None else 1 - skip)  # pyright: ignore[reportPrivateImportUsage]
+        beta1, beta2 = group["betas"]
+        constants = Constants(beta1, beta2, group["eps"], group["weight_decay"], self.decoupled)
+        factors = adam.step_factors(steps, group["lr"], constants)
+        for parameter, state, row in zip(parameters, states, factors.unbind(), strict=True):
+            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            weight, grad, mean, square = [_plain(tensor) for tensor in tensors]
+            adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if isinstance(local, ShardableFloat8Weight):
+                local.contents.write()
+
+
+class OnePassAdam(_OnePass):
+    """`torch.optim.Adam` in one pass."""
+
+    decoupled = False
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options, foreach=False, fused=True)
+
+
+class OnePassAdamW(_OnePass, AdamW):
+    """`torch.optim.AdamW` in one pass."""
+
+    decoupled = True
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        AdamW.__init__(self, params, **options, foreach=False, fused=True)
+
+
+def create_missing_state(optimizer: Adam, parameters: list[Any]) -> None:
+    """Give those of `parameters` that have had no gradient yet the state that Adam's first step would give them."""
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        listed = {id(parameter) for parameter in group["params"]}
+        for parameter in parameters:
+            state = optimizer.state[parameter]
+            if id(parameter) not in listed or state or not parameter.requires_grad:
+                continue
+            device = parameter.device if on_device else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _plain(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor, as the tensor that a kernel may write to."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.tensor if isinstance(local, ShardableFloat8Weight) else local
