@@ -127,6 +127,12 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
     degrees = _degrees(job, world_size)
     if degrees is None:
         return
+    if job.training.mixed_precision_reduce != "float32" and degrees.shards == degrees.data_parallel_replicate == 1:
+        yield Problem(
+            "training.mixed_precision_reduce",
+            "no gradients are summed over data-parallel ranks; leave it out, or raise "
+            "parallelism.data_parallel_shard_degree",
+        )
     float8, section = job.quantize.linear.float8, "quantize.linear.float8"
     if float8.enable_fsdp_float8_all_gather and degrees.shards == 1:
         key = f"{section}.enable_fsdp_float8_all_gather"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
@@ -48,6 +50,7 @@ class Case:
     vocab_size: int = 67  # no multiple of 2 or 4: uneven shards
     tied_embeddings: bool = False
     compute_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype = torch.float32
     microbatches: int = 1
     float8_recipe: str | None = None
     filtered: tuple[str, ...] = ()  # linears of every block that stay in high precision
@@ -169,6 +172,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         activation_checkpoint=ActivationCheckpointSection(**case.activation_checkpoint),
         compile_config=CompileSection(enable=case.compile_backend is not None, backend=case.compile_backend or "eager"),
         param_dtype=case.compute_dtype,
+        reduce_dtype=case.reduce_dtype,
         cpu_offload=case.cpu_offload,
     )
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -216,6 +220,8 @@ def assert_same(actual: Trained, expected: Trained, tolerance: float) -> None:
 # Two addends have one sum, so two ranks repeat one process to the bit, in every precision. Four addends have many: fp32
 # differs in its last bits, and float8 codes of weights that differ in the last bit differ now and then by one code.
 SAME_BITS, FP32, FLOAT8 = 0.0, 1e-6, 1e-2
+BF16_SUMS = 1e-2
+"""Gradients that are rounded to bf16 before and after they are summed."""
 
 CASES = {
     "fsdp2": (Case(shard=2), SAME_BITS),
@@ -231,6 +237,8 @@ CASES = {
     "fsdp_never_resharded": (Case(shard=2, reshard="never"), SAME_BITS),
     "fsdp_bf16": (Case(shard=2, compute_dtype=torch.bfloat16), SAME_BITS),
     "ddp_bf16_tied": (Case(replicate=2, tied_embeddings=True, compute_dtype=torch.bfloat16), SAME_BITS),
+    "fsdp_bf16_sums": (Case(shard=2, reduce_dtype=torch.bfloat16, microbatches=2), BF16_SUMS),
+    "hsdp_bf16_sums": (Case(replicate=2, shard=2, reduce_dtype=torch.bfloat16, microbatches=2), BF16_SUMS),
     "fsdp_full_ac": (Case(shard=2, activation_checkpoint={"mode": "full"}), SAME_BITS),
     "fsdp_selective_op_ac": (Case(shard=2, activation_checkpoint={"selective_ac_option": "op"}), SAME_BITS),
     "fsdp_tensorwise": (Case(shard=2, float8_recipe="tensorwise"), SAME_BITS),
@@ -263,6 +271,37 @@ CASES = {
 def test_training_on_several_ranks_equals_one_process(name: str) -> None:
     case, tolerance = CASES[name]
     assert_same(run_distributed(train_on_ranks, case.ranks, case)[0], train_alone(case), tolerance)
+
+
+class _Sums(TorchDispatchMode):
+    """Notes the dtypes in which gradients are summed over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "reduce_scatter" in func.name() or "allreduce" in func.name():
+            self.dtypes |= {each.dtype for each in tree_iter(args) if isinstance(each, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def _dtypes_of_sums(rank: int, world_size: int, case: Case) -> set[torch.dtype]:
+    model, _ = spread(case)
+    loss = cross_entropy_sum(
+        model(torch.zeros(2, SEQ_LEN, dtype=torch.int64)), torch.zeros(2, SEQ_LEN, dtype=torch.int64)
+    )
+    with _Sums() as sums:
+        loss.backward()
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+    return sums.dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_gradients_travel_in_the_reduce_dtype(dtype: torch.dtype, replicate: int) -> None:
+    case = Case(shard=2, replicate=replicate, reduce_dtype=dtype)
+    assert run_distributed(_dtypes_of_sums, case.ranks, case) == [{dtype}] * case.ranks
 
 
 def test_one_process_on_the_whole_batch_has_the_gradients_of_four_ranks() -> None:

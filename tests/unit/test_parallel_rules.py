@@ -73,6 +73,11 @@ CASES = {
         {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "training.loss_chunk_tokens": 64},
         "training.loss_chunk_tokens = 64: parallelism.tensor_parallel_degree divides the logits",
     ),
+    "sums of nothing": (
+        2,
+        {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "training.mixed_precision_reduce": "bfloat16"},
+        "no gradients are summed over data-parallel ranks; leave it out",
+    ),
     "chunks in a pipeline": (
         2,
         {"pipeline_parallel_degree": 2, "training.loss_chunk_tokens": 64},

@@ -92,8 +92,9 @@ class TrainingSection(Section):
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of the weights in matrix products, on one GPU as well as on many."""
 
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Type in which gradients are summed over ranks and microbatches."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Type in which data-parallel ranks sum their gradients. `bfloat16` moves half the bytes; each rank adds up the
+    microbatches of its shard in `dtype` all the same."""
 
     loss_chunk_tokens: int = key(0, ge=0, unit="tokens")
     """Compute the logits and their loss for so many tokens of a rank at a time, so that those of all tokens never exist
