@@ -172,6 +172,13 @@ FLOAT8_CODES = (2e-4, 5e-2)
 LOCAL_SCALES = (2e-3, 0.2)
 """Context parallelism: the tokens of each rank have scales of their own."""
 
+ZERO_BUBBLE = (
+    ("parallelism.pipeline_parallel_schedule", "InterleavedZeroBubble"),
+    (
+        "parallelism.module_fqns_per_model_part",
+        '[["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]',
+    ),
+)
 PLAIN = [
     Mesh("fsdp2", (("training.loss_chunk_tokens", "20"),)),
     Mesh("tp2"),
@@ -180,7 +187,7 @@ PLAIN = [
     Mesh("rep2 fsdp2"),
     Mesh("fsdp2 tp2"),
     Mesh("cp2 tp2", (("parallelism.context_parallel_rotate_method", "alltoall"),)),
-    Mesh("pp2 tp2"),
+    Mesh("pp2 tp2", ZERO_BUBBLE),
     Mesh("pp2 fsdp2", (("optimizer.implementation", "one_pass"),)),
     Mesh("pp2 cp2"),
     Mesh("fsdp2 cp2", (("activation_checkpoint.mode", "full"), ("training.loss_chunk_tokens", "7"))),
@@ -188,7 +195,7 @@ PLAIN = [
 ]
 CODES = [
     Mesh("tp2"),
-    Mesh("pp2"),
+    Mesh("pp2", ZERO_BUBBLE),
     Mesh("fsdp2 tp2", ((f"{FLOAT8}.enable_fsdp_float8_all_gather", "true"),)),
     Mesh("pp2 tp2"),
     Mesh("rep2 fsdp2", ((f"{FLOAT8}.enable_fsdp_float8_all_gather", "true"),)),

@@ -283,6 +283,9 @@ CASES = {
     "zbv_rowwise_cached": Case("ZBVZeroBubble", float8_recipe="rowwise", cached_weights=True),
     "1f1b_fsdp": Case(shard=2),
     "zbv_fsdp_rowwise_bf16": Case("ZBVZeroBubble", shard=2, float8_recipe="rowwise", compute_dtype=torch.bfloat16),
+    "zbv_fsdp_tensorwise_all_gather_always_resharded": Case(
+        "ZBVZeroBubble", shard=2, float8_recipe="tensorwise", float8_all_gather=True, reshard="always"
+    ),
     "1f1b_of_4": Case(pipeline=4),
 }
 SLOW_CASES = {

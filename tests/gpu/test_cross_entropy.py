@@ -22,7 +22,7 @@ def test_the_kernel_equals_the_reference(dtype: torch.dtype, vocabulary: int) ->
     losses, expected = cross_entropy_(ours, labels, grad=True), reference.cross_entropy(theirs, labels, grad=True)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=2e-6, equal_nan=True)
     kept = logits.clone()
     assert torch.equal(cross_entropy_(kept, labels, grad=False)[:3], losses[:3])
     assert torch.equal(kept, logits)
@@ -45,11 +45,13 @@ def test_the_loss_of_some_tokens_at_a_time_is_that_of_all_in_less_memory(dtype: 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         loss = loss_of(inputs)
-        (loss / 2048).backward()
+        (loss / 257).backward()  # no power of two
         results.append((loss.detach(), inputs.grad, head.weight.grad, torch.cuda.max_memory_allocated() - before))
     (loss, grad_x, grad_w, peak), (wanted, wanted_x, wanted_w, wanted_peak) = results
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     for actual, expected in ((grad_x, wanted_x), (grad_w, wanted_w)):
-        assert (actual.float() - expected.float()).norm() <= tolerance * expected.float().norm()
+        actual, expected = actual.float(), expected.float()
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+        assert ((actual * expected).sum() / expected.square().sum()).item() == pytest.approx(1, abs=1e-3)
     assert peak < 0.7 * wanted_peak

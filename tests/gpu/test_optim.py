@@ -51,12 +51,6 @@ def test_fused_step_is_skipped_on_the_device(name: str) -> None:
     assert optimizers.state_dict()["state.weight.step"] == 2
 
 
-def _ulps(actual: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> float:
-    """The largest difference in units in the last place of a value before or after the update, the larger of both."""
-    size = torch.maximum(expected.double().abs(), before.double().abs()).clamp(min=1e-30)
-    return ((actual.double() - expected.double()).abs() / (size * torch.finfo(expected.dtype).eps)).max().item()
-
-
 SHAPES = [(4096, 1024), (129, 77), (5,), (1,), (2049,)]
 
 
@@ -85,9 +79,15 @@ def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: flo
             optimizers.step(skip=~norm.isfinite())
         expected.step()
         for p, q, old in zip(ours, theirs, before, strict=True):
-            assert _ulps(p, q, old) <= 8
-            for key, value in expected.state[q].items():
-                torch.testing.assert_close(optimizer.state[p][key], value, rtol=2e-6, atol=1e-9)
+            # Sums are compared by the size of what is added, since terms may cancel.
+            state, wanted_state, grad = optimizer.state[p], expected.state[q], q.grad.abs()
+            assert torch.equal(state["step"], wanted_state["step"])
+            eps = torch.finfo(torch.float32).eps
+            added = wanted_state["exp_avg"].abs() + grad
+            assert ((state["exp_avg"] - wanted_state["exp_avg"]).abs() <= 8 * eps * added).all()
+            torch.testing.assert_close(state["exp_avg_sq"], wanted_state["exp_avg_sq"], rtol=2e-6, atol=0)
+            moved = 0.01 * added / wanted_state["exp_avg_sq"].sqrt().clamp(min=1e-6)
+            assert ((p - q).abs() <= 16 * eps * (old.abs() + 10 * moved)).all()
 
 
 def test_sums_of_squares_repeat_to_the_bit_and_see_what_is_not_finite() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import Case, Trained, assert_same, train_on_ranks
@@ -30,16 +31,25 @@ CASES = {
 }
 
 
-def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list[Trained | None]:
+OPERATORS = ("titan_fp8::gather_products", "titan_fp8::products_scatter")
+
+
+def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list[tuple[Trained | None, set[str]]]:
+    """Each training, and which of the operators ran in it."""
     init_distributed(CommSection(), local_device("cuda"), folder)
+    results = []
     try:
-        return [train_on_ranks(rank, world_size, case) for case in cases]
+        for case in cases:
+            with profile(activities=[ProfilerActivity.CPU]) as run:
+                trained = train_on_ranks(rank, world_size, case)
+            results.append((trained, {event.name for event in run.events() or []} & set(OPERATORS)))
     finally:
         destroy()
+    return results
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], tuple[Trained, set[str]]]:
     """By case, with and without overlap: all in the same processes, whose start takes longer than a training."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
@@ -51,5 +61,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
 
 @pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize("name", CASES)
-def test_overlapped_and_plain_exchanges_train_alike(name: str, trained: dict[tuple[str, bool], Trained]) -> None:
-    assert_same(trained[name, True], trained[name, False], CASES[name][1])
+def test_overlapped_and_plain_exchanges_train_alike(
+    name: str, trained: dict[tuple[str, bool], tuple[Trained, set[str]]]
+) -> None:
+    (overlapped, operators), (plain, none) = trained[name, True], trained[name, False]
+    assert_same(overlapped, plain, CASES[name][1])
+    assert operators == set(OPERATORS[1:] if name == "blockwise" else OPERATORS)
+    assert not none

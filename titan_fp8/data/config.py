@@ -93,8 +93,8 @@ class TrainingSection(Section):
     """Type of activations and of the weights in matrix products, on one GPU as well as on many."""
 
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
-    """Type in which data-parallel ranks sum their gradients. `bfloat16` moves half the bytes; each rank adds up the
-    microbatches of its shard in `dtype` all the same."""
+    """Type in which data-parallel ranks sum their gradients. `bfloat16` moves half the bytes. Microbatches are added up
+    in `dtype` all the same, but with copies of the model (`data_parallel_replicate_degree`) in this type."""
 
     loss_chunk_tokens: int = key(0, ge=0, unit="tokens")
     """Compute the logits and their loss for so many tokens of a rank at a time, so that those of all tokens never exist

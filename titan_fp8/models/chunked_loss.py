@@ -5,9 +5,9 @@ as much again, and both exist when all other activations do. Here a chunk's logi
 gradient (`kernels/cross_entropy`), and are multiplied into the gradients of the hidden states and of the weight, all in
 the forward pass; those two are kept for the backward pass, which multiplies them by the gradient of the loss.
 
-    memory          logits at once          some tokens at a time
-    logits          2 x T x V               2 x chunk x V
-    gradients                               T x D and, in fp32, V x D
+    numbers                logits at once               some tokens at a time
+    logits, gradient       2 T V                        chunk V
+    kept for backward      T V                          T D and, in fp32, V D (two of these while chunks are added up)
 
 A chunk's logits are those that `Linear` computes, and the loss is summed in fp32. T tokens, D features, V words.
 Source: arXiv 2410.10989, section 3.2 (Liger kernels).
@@ -105,9 +105,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)  # grad is fp32 [], which widens nothing
+            # Of a bf16 tensor and an fp32 [], a GPU rounds the latter to bf16 first.
+            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+            # In place, for it is large; a second backward pass through what this changes is an error of autograd.
+            grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 

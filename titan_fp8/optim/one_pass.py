@@ -22,6 +22,8 @@ from titan_fp8.kernels import adam
 from titan_fp8.kernels.adam import Constants
 from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class _OnePass(Adam):
     """See the module.
@@ -33,6 +35,26 @@ class _OnePass(Adam):
 
     clip: Tensor | None = None
     decoupled: bool
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim`.
+
+        Raises:
+            ValueError: an option, dtype or layout that the update has no rule for.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        given = [option for option in ("amsgrad", "maximize", "capturable", "differentiable") if group[option]]
+        if given:
+            raise ValueError(f"{', '.join(given)}: the update in one pass has no such option; use torch.optim's")
+        for parameter in group["params"]:
+            if parameter.dtype not in _DTYPES:
+                raise ValueError(f"a parameter is {parameter.dtype}; the update in one pass computes in float32")
+            if not parameter.is_contiguous():
+                raise ValueError(
+                    f"a parameter {list(parameter.shape)} has strides {parameter.stride()}; the update in one pass "
+                    "takes contiguous ones"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -52,8 +74,12 @@ class _OnePass(Adam):
             return
         create_missing_state(self, parameters)
         states = [self.state[parameter] for parameter in parameters]
+        device = _plain(parameters[0]).device
+        for state in states:  # loaded from an implementation that counts on the host
+            state["step"] = state["step"].to(device, torch.float32)
         steps = [state["step"] for state in states]
         skip: Tensor | None = getattr(self, "found_inf", None)
+        skip = None if skip is None else skip.to(device)
         torch._foreach_add_(steps, 1 if skip is None else 1 - skip)  # pyright: ignore[reportPrivateImportUsage]
         beta1, beta2 = group["betas"]
         constants = Constants(beta1, beta2, group["eps"], group["weight_decay"], self.decoupled)
@@ -74,6 +100,7 @@ class OnePassAdam(_OnePass):
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options, foreach=False, fused=True)
+        self._step_supports_amp_scaling = False  # a scaler is to divide the gradients before
 
 
 class OnePassAdamW(_OnePass, AdamW):
@@ -83,6 +110,7 @@ class OnePassAdamW(_OnePass, AdamW):
 
     def __init__(self, params: Any, **options: Any) -> None:
         AdamW.__init__(self, params, **options, foreach=False, fused=True)
+        self._step_supports_amp_scaling = False
 
 
 def create_missing_state(optimizer: Adam, parameters: list[Any]) -> None:

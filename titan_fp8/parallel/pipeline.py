@@ -12,17 +12,17 @@
   hooks and weight caches would see. It may check what it was told: PyTorch 2.11 does, later versions when debugging.
 - **FSDP.** Within one `step` the engine adds up gradients of whole parameters and reduces them once, at the end, so
   gathered weights stay until then: `fsdp_reshard_after_forward = "default"` means never here. Several `step`s add up.
-- **Where backward is split.** The zero-bubble schedules (and I and W of a file) compute the gradients of inputs first
-  and those of weights later, in two passes of autograd. What is one function for autograd, a float8 linear or a
-  compiled block, computes all of its gradients in both, and a recomputed block is recomputed in both; FSDP's gathered
-  weights would have gradients of several microbatches added up in their own dtype. With any of these the first pass
-  computes all gradients and the second none: the same order and result, but the bubbles stay (`splits_backward`).
+- **Where backward is split.** The zero-bubble schedules (and I and W of a file) want the gradients of inputs first and
+  those of weights later. Linears, float8 or not, then hand the products that make their weights' gradients over
+  (`runtime/deferred.py`), and W computes them, so nothing is computed twice, not even what is recomputed, and FSDP need
+  not know. A compiled block's backward pass is one program: it computes all in I, and nothing is left for W.
 - **Evaluation** is a wave: in tick t, stage s runs microbatch t - s. It needs no backward, fits every placement, and
   keeps no logits.
 
 Legend: B sequences of the local batch, b of a microbatch, S tokens of a sequence held here, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,11 +40,14 @@ from torch.distributed.pipelining.schedules import (
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.initialization import Distribution
+from titan_fp8.models.linear import Linear
 from titan_fp8.parallel.pipeline_split import EMBEDDING, HEAD, NORM, PipelinePlan
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.runtime.deferred import DeferredWeights, Give, add_to_grad
 from titan_fp8.runtime.errors import UserError
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+_COMPILED = "_torchdynamo_orig_callable"  # an attribute of what torch.compile returns
 ShapeOf = Callable[[int, int], tuple[int, ...]]
 """(sequences, their tokens held here) -> the shape of what is computed of them."""
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -95,11 +98,36 @@ def _with_own_tables(module: nn.Module, kind: type[_Module]) -> _Module:
     return copy
 
 
-def splits_backward(parts: Sequence[nn.Module]) -> bool:
-    """Whether gradients of inputs and of weights of these parts can be computed apart at no further cost."""
-    modules = [module for part in parts for module in part.modules()]
-    replaced = any("forward" in module.__dict__ for module in modules)  # recomputed or compiled
-    return not replaced and not any(isinstance(module, Float8Linear | FSDPModule) for module in modules)
+def defer_weight_gradients(part: nn.Module) -> DeferredWeights:
+    """Let the linears of `part` hand over the products for their weights' gradients, but for those in compiled code."""
+    queue = DeferredWeights()
+    compiled = [module for module in part.modules() if hasattr(module.forward, _COMPILED)]
+    inside = {id(module) for block in compiled for module in block.modules()}
+    for module in part.modules():
+        if isinstance(module, Linear | Float8Linear) and id(module) not in inside and module.weight.requires_grad:
+            module.weight_sink = queue.sink_of(module)
+    return queue
+
+
+def _to_fsdp(part: nn.Module) -> Give:
+    """Where the gradients of `part` belong. FSDP adds up microbatches in the dtype in which it reduces, beside `.grad`,
+    and wants all gradients of a unit there."""
+    places: dict[int, Any] = {}
+    for module in part.modules():
+        group: Any = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for each in group.fsdp_params if group is not None else ():
+            if each.reduce_dtype is not None:
+                places[id(getattr(each, "_unsharded_param", None))] = each
+
+    def give(weight: Tensor, grad: Tensor) -> None:
+        place = places.get(id(weight))
+        if place is None:
+            add_to_grad(weight, grad)
+            return
+        grad, before = grad.to(place.reduce_dtype), place.unsharded_accumulated_grad
+        place.unsharded_accumulated_grad = grad if before is None else before + grad
+
+    return give
 
 
 class Pipeline:
@@ -277,7 +305,6 @@ class Pipeline:
             stream = torch.empty(self._stream_shape(sequences, length), dtype=self._stream_dtype, requires_grad=True)
             tokens = torch.empty(sequences, length, dtype=torch.int64)
             logits = torch.empty(self._logits_shape(sequences, length), dtype=self._stream_dtype, requires_grad=True)
-        split = splits_backward(list(self._parts.values()))
         return [
             _Stage(
                 part,
@@ -287,10 +314,28 @@ class Pipeline:
                 input_args=(tokens if stage == 0 else stream,),
                 output_args=(logits if stage == self._last else stream,),
                 group=self._group,
-                dw_builder=None if split else _nothing_left,
+                dw_builder=self._later(part) if self.plan.splits_backward else None,
             )
             for stage, part in self._parts.items()
         ]
+
+    def _later(self, part: nn.Module) -> Callable[[], Callable[[], None]]:
+        """What the engine calls after each backward pass of a part: it returns what is left to do for the gradients of
+        weights. With the last microbatch of a step they are complete."""
+        queue, done = defer_weight_gradients(part), itertools.count(1)
+        microbatches = self.shape[0] // self.plan.microbatch_size
+
+        def take() -> Callable[[], None]:
+            compute = queue.take()
+
+            def run() -> None:
+                compute()
+                if next(done) % microbatches == 0:
+                    queue.flush(_to_fsdp(part))
+
+            return run
+
+        return take
 
     def _build_schedule(self) -> Any:
         """The engine's schedule object."""
@@ -316,11 +361,6 @@ class _Stage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward_maybe_with_nosync(*args, **kwargs, **self.for_all)
-
-
-def _nothing_left() -> Callable[[], None]:
-    """What the engine is to run later for the gradients of weights, where backward has computed all of them."""
-    return lambda: None
 
 
 def _load(schedule: _PipelineScheduleRuntime, path: str) -> None:

@@ -44,6 +44,7 @@ class Schedule:
         v: stages turn back at the last rank, so that rank 0 runs the first and the last.
         fills: there must be a microbatch for each stage.
         rounds: microbatches come in rounds of one length, of at least as many as there are ranks.
+        splits: gradients of weights are computed later than those of inputs.
     """
 
     fewest: int = 2
@@ -51,6 +52,7 @@ class Schedule:
     v: bool = False
     fills: bool = False
     rounds: bool = False
+    splits: bool = False
 
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
@@ -59,9 +61,9 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "GPipe": Schedule(1, 1),
         "Interleaved1F1B": Schedule(rounds=True),
         "LoopedBFS": Schedule(),
-        "InterleavedZeroBubble": Schedule(rounds=True),
-        "ZBVZeroBubble": Schedule(2, 2, v=True),
-        "DualPipeV": Schedule(2, 2, v=True, fills=True),
+        "InterleavedZeroBubble": Schedule(rounds=True, splits=True),
+        "ZBVZeroBubble": Schedule(2, 2, v=True, splits=True),
+        "DualPipeV": Schedule(2, 2, v=True, fills=True, splits=True),
     }
 )
 """The engine's schedules by its names for them, which it reads in upper or lower case."""
@@ -84,6 +86,11 @@ class PipelinePlan:
     stages: tuple[tuple[str, ...], ...]
     placement: tuple[int, ...]
     microbatch_size: int
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights are, or may be, computed later than those of inputs."""
+        return self.schedule is None or SCHEDULES[self.schedule].splits
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that a rank of the pp axis runs, in ascending order."""

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.linear import Linear
+from titan_fp8.models.linear import Linear, linear
 from titan_fp8.models.loss import IGNORE_INDEX
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import COLUMN, READERS, ROW
@@ -140,7 +140,7 @@ class ColumnParallelLinear(Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, local_weight(self).to(input.dtype))
+        return linear(input, local_weight(self), None, self.weight_sink)
 
 
 class RowParallelLinear(Linear):
@@ -149,7 +149,7 @@ class RowParallelLinear(Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return ScatterSum.apply(F.linear(input, local_weight(self).to(input.dtype)), self.axis)
+        return ScatterSum.apply(linear(input, local_weight(self), None, self.weight_sink), self.axis)
 
 
 class VocabParallelEmbedding(nn.Embedding):

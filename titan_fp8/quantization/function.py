@@ -21,6 +21,7 @@ T tokens, K in features, N out features.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from titan_fp8.quantization.casts import Codes, as_matrix, cast_weight, product,
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.quantization.tensor_parallel import Split, TensorParallel, cast_gradient
 from titan_fp8.runtime.collectives import Axis, reduce_scatter
+from titan_fp8.runtime.deferred import WeightSink
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Float8LinearFunction(torch.autograd.Function):
         saves_weight: bool,
         needs_grad_input: bool,
         needs_grad_weight: bool,
+        sink: WeightSink | None,
     ) -> Tensor:
         """The output `[..., N]` in x's dtype; row parallel `[1, T / t, N]`, this rank's tokens of the sum.
 
@@ -144,6 +147,7 @@ class Float8LinearFunction(torch.autograd.Function):
             config: how to compute.
             saves_weight: save the parameter in place of its codes.
             needs_grad_input, needs_grad_weight: what backward will be asked for.
+            sink: takes the product for the weight's gradient, which backward then leaves out.
         """
         output = product(
             Codes(x_codes, x_scale),
@@ -166,7 +170,7 @@ class Float8LinearFunction(torch.autograd.Function):
             x_scale_t = x_scale if x_scale_t is None else x_scale_t
             saved[3:5] = [x_codes_t, x_scale_t] if config.recipe.grad_weight_in_float8 else [x, None]
         ctx.save_for_backward(*saved)
-        ctx.config = config
+        ctx.config, ctx.sink = config, sink
         ctx.has_columns = w_codes_t is not None
         ctx.needs_grads = needs_grad_input, needs_grad_weight
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
@@ -200,16 +204,29 @@ class Float8LinearFunction(torch.autograd.Function):
             grad_input = config.gradient_product(g_rows, w_columns, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
-        if g_columns is not None:
-            x_columns = Codes(x_or_codes_t, x_scale_t)
-            grad_weight = config.gradient_product(g_columns, x_columns, config.grad_weight_dtype)
-        elif needs_grad_weight:
-            grad_weight = _unquantized_product(grad_output, as_matrix(x_or_codes_t), config.grad_weight_dtype)
-        if grad_weight is not None and config.grad_weight_dtype != ctx.weight_dtype:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+        if needs_grad_weight:
+            kept = Codes(x_or_codes_t, x_scale_t)
+            grad_weight = later_or_now(
+                ctx.sink, partial(_grad_weight, g_columns, grad_output, kept, config), ctx.weight_dtype
+            )
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *[None] * 12
+        return grad_input, grad_weight, grad_bias, *[None] * 13
+
+
+def later_or_now(sink: WeightSink | None, product: Callable[[], Tensor], dtype: torch.dtype) -> Tensor | None:
+    """A weight's gradient in `dtype`; None where a sink will have it computed."""
+    if sink is None:
+        return product().to(dtype)
+    sink.later(product)
+    return None
+
+
+def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config: Float8Config) -> Tensor:
+    """`grad_output.T @ x`, of their codes by columns if there are any; else x.codes is x in high precision."""
+    if g_columns is not None:
+        return config.gradient_product(g_columns, x, config.grad_weight_dtype)
+    return _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
 
 
 def columns_of_weight(

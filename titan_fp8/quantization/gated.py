@@ -14,6 +14,7 @@ Everything else is as `function.py` says.
 T tokens, K in features, H hidden features.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ from titan_fp8.quantization.function import (
     both_layouts,
     columns_of_weight,
     differentiable_once,
+    later_or_now,
 )
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.produced import input_cast, quantized, value_of
+from titan_fp8.runtime.deferred import WeightSink
 
 _Layouts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Codes and scale by rows, and by columns, as `both_layouts` gives them."""
@@ -69,6 +72,7 @@ def gated_hidden(
         tuple(_saves_weight(operand, config) for operand in operands),
         grad and value.requires_grad,
         (grad and w1.weight.requires_grad, grad and w3.weight.requires_grad),
+        (w1.weight_sink, w3.weight_sink),
     )
     return quantized(outputs[0], outputs[1:], cast, config.recipe, columns=columns)
 
@@ -103,6 +107,7 @@ class _GatedHidden(torch.autograd.Function):
         saves_weights: tuple[bool, bool],
         needs_grad_input: bool,
         needs_grad_weights: tuple[bool, bool],
+        sinks: tuple[WeightSink | None, WeightSink | None],
     ) -> tuple[Tensor, ...]:
         """x `[..., K]`, of which only shape and dtype are used; w1 and w3 `[H, K]`; operands in the layouts of
         `function.Float8LinearFunction`; the rest says what is computed and saved."""
@@ -125,7 +130,7 @@ class _GatedHidden(torch.autograd.Function):
         ctx.mark_non_differentiable(*codes)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # nobody wants a zero gradient of codes
-        ctx.config = config
+        ctx.config, ctx.sinks = config, sinks
         ctx.has_columns = w1_codes_t is not None, w3_codes_t is not None
         ctx.needs_grads = needs_grad_input, needs_grad_weights
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtypes = x.shape, x.dtype, (w1.dtype, w3.dtype)
@@ -140,7 +145,7 @@ class _GatedHidden(torch.autograd.Function):
         recipe = config.recipe
         needs_grad_input, needs_grad_weights = ctx.needs_grads
         if grad_hidden is None:
-            return (None,) * 20
+            return (None,) * 21
         cast = Cast(
             recipe.granularity.value,
             recipe.grad_output_dtype,
@@ -164,10 +169,11 @@ class _GatedHidden(torch.autograd.Function):
                 part = config.gradient_product(rows, w_columns, ctx.input_dtype)
                 grad_x = part if grad_x is None else grad_x + part
             if columns is not None and needs_grad_weights[number]:
-                grad_weight = config.gradient_product(columns, Codes(x_codes_t, x_scale_t), config.grad_weight_dtype)
-                grad_weights[number] = grad_weight.to(ctx.weight_dtypes[number])
+                kept = Codes(x_codes_t, x_scale_t)
+                make = partial(config.gradient_product, columns, kept, config.grad_weight_dtype)
+                grad_weights[number] = later_or_now(ctx.sinks[number], make, ctx.weight_dtypes[number])
         grad_x = None if grad_x is None else grad_x.view(ctx.input_shape)
-        return grad_x, *grad_weights, *[None] * 17
+        return grad_x, *grad_weights, *[None] * 18
 
 
 def _for_grad_input(weight: Tensor, layouts: _Layouts, saves_weight: bool) -> list[Tensor | None]:

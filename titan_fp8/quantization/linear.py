@@ -26,6 +26,7 @@ from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.sharded_weight import Float8WeightState
 from titan_fp8.quantization.tensor_parallel import gathers_codes, local_weight
 from titan_fp8.quantization.weights import WeightCache
+from titan_fp8.runtime.deferred import WeightSink
 from titan_fp8.runtime.errors import UserError
 
 
@@ -56,11 +57,13 @@ class Float8Linear(nn.Linear):
         config: recipe, emulation and precision of the products.
         weight_cache: the weight's codes, kept from one optimizer step to the next; or None. See `cache_weights`.
         fsdp_weight_state: set if the weight is made to be gathered as codes; see `wrap_weights_for_fsdp`.
+        weight_sink: where the product for the weight's gradient goes, if it is to be computed later.
     """
 
     config: Float8Config
     weight_cache: WeightCache | None
     fsdp_weight_state: Float8WeightState | None
+    weight_sink: WeightSink | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Float8Config) -> Self:
@@ -96,6 +99,7 @@ class Float8Linear(nn.Linear):
             operand.is_transient and config.recompute_weight_in_backward,
             grad and value.requires_grad,
             grad and weight.requires_grad,
+            self.weight_sink,
         )
 
     def quantize_input(self, input: Tensor | QuantizedActivation) -> tuple[Tensor, Codes, Codes | None]:

@@ -15,10 +15,9 @@ from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import initialize
-from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
 from titan_fp8.parallel.apply import materialize
-from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
-from titan_fp8.parallel.pipeline import split_model, splits_backward
+from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.pipeline import split_model
 from titan_fp8.parallel.pipeline_split import (
     SCHEDULES,
     PipelinePlan,
@@ -372,12 +371,3 @@ def test_moving_one_part_leaves_the_others_tables_alone() -> None:
     materialize(first, torch.device("cpu"))
     assert first.rope.cos.device.type == "cpu"
     assert last.rope.cos.is_meta
-
-
-def test_backward_is_split_where_autograd_sees_every_product() -> None:
-    assert splits_backward(split_model(_model(recipe=None), STAGES, [1]))
-    assert not splits_backward(split_model(_model(), STAGES, [1]))
-    recomputed = _model(recipe=None)
-    section = ActivationCheckpointSection(mode="full")
-    apply_activation_checkpointing(recomputed, section, compile_config=CompileSection())
-    assert not splits_backward(split_model(recomputed, STAGES, [1]))

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from titan_fp8.kernels import float8
@@ -33,7 +34,6 @@ def update(
     *,
     clip: Tensor | None = None,
     skip: Tensor | None = None,
-    amax: Tensor | None = None,
 ) -> None:
     """One step of one parameter, in place.
 
@@ -43,10 +43,9 @@ def update(
         constants: of the optimizer.
         clip: fp32 `[]`, what the gradient is multiplied by; None: 1.
         skip: fp32 `[]`; not zero: nothing is written.
-        amax: int32 `[]`, zero: becomes the bits of the largest |w| after the step.
 
     Raises:
-        ValueError: shapes differ, or a tensor is not contiguous.
+        ValueError: shapes differ, a tensor is not contiguous, or what is to be fp32 beside the weight is not.
     """
     for tensor in (weight, grad, mean, square):
         if tensor.shape != weight.shape or not tensor.is_contiguous():
@@ -54,14 +53,15 @@ def update(
                 f"expected contiguous tensors of one shape, got {list(tensor.shape)} with strides "
                 f"{tensor.stride()} beside {list(weight.shape)}"
             )
+    for name, scalar in (("factors", factors), ("clip", clip), ("skip", skip)):
+        if scalar is not None and (scalar.dtype != torch.float32 or scalar.device != weight.device):
+            raise ValueError(f"expected {name} in float32 on {weight.device}, got {scalar.dtype} on {scalar.device}")
     if weight.numel() == 0:
         return
     if weight.is_cuda and float8.has_triton():
-        _kernel().update(weight, grad, mean, square, factors, clip, skip, amax, constants)
-        return
-    reference.update(weight, grad, mean, square, factors, clip, skip, constants)
-    if amax is not None:
-        amax.copy_(float8.amax(weight.reshape(1, -1)))
+        _kernel().update(weight, grad, mean, square, factors, clip, skip, constants)
+    else:
+        reference.update(weight, grad, mean, square, factors, clip, skip, constants)
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:

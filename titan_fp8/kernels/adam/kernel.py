@@ -1,9 +1,7 @@
 """The fused update and the sum of squares as Triton kernels. `reference.py` says what they compute.
 
 An update reads weight, gradient and both means and writes all but the gradient: 28 bytes an element in fp32, in one
-pass that applies the clip factor on the way. A skipped step (`skip` not zero) writes nothing. Optionally the pass also
-delivers the largest |w| of the new weight, which a float8 cast with one scale needs, so that the cast reads the weight
-once and not twice.
+pass that applies the clip factor on the way. A skipped step (`skip` not zero) writes nothing.
 
 One launch a parameter; parameters are contiguous, and their shape does not matter. Offsets are 64-bit. Sums of squares
 are those of the programs, in a vector that is summed after: the same order in every run.
@@ -22,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels.adam.reference import Constants
-from titan_fp8.kernels.float8.bits import _INF_BITS, _NAN_BITS, _abs_bits
 from titan_fp8.kernels.launch import Plan, cdiv, planned
 
 UPDATE_BLOCK, UPDATE_WARPS = 2048, 4
@@ -31,18 +28,18 @@ SQUARES_BLOCK, SQUARES_STEPS, SQUARES_WARPS = 4096, 8, 8
 
 @triton.jit
 def _update_kernel(
-    weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, clip_ptr, skip_ptr, amax_ptr, numel,
+    weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, clip_ptr, skip_ptr, numel,
     BETA1: tl.constexpr, REST1: tl.constexpr, BETA2: tl.constexpr, REST2: tl.constexpr, EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr, CLIPS: tl.constexpr, SKIPS: tl.constexpr, AMAX: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr, CLIPS: tl.constexpr, SKIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements. WEIGHT_DECAY: Adam's, added to the gradient; AdamW's is in the factors."""
     skips = False
     if SKIPS:
         skips = tl.load(skip_ptr) != 0
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < numel
-    w = tl.load(weight_ptr + offset, mask=mask, other=0).to(tl.float32)
     if not skips:
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offset < numel
+        w = tl.load(weight_ptr + offset, mask=mask, other=0).to(tl.float32)
         g = tl.load(grad_ptr + offset, mask=mask, other=0).to(tl.float32)
         m = tl.load(mean_ptr + offset, mask=mask, other=0).to(tl.float32)
         v = tl.load(square_ptr + offset, mask=mask, other=0).to(tl.float32)
@@ -56,12 +53,7 @@ def _update_kernel(
         w = w * decay - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root_divisor) + EPS)
         tl.store(mean_ptr + offset, m.to(mean_ptr.dtype.element_ty), mask=mask)
         tl.store(square_ptr + offset, v.to(square_ptr.dtype.element_ty), mask=mask)
-        kept = w.to(weight_ptr.dtype.element_ty)
-        tl.store(weight_ptr + offset, kept, mask=mask)
-        w = kept.to(tl.float32)
-    if AMAX:
-        largest = tl.max(tl.where(mask, _abs_bits(w), 0), axis=0)
-        tl.atomic_max(amax_ptr, tl.where(largest > _INF_BITS, _NAN_BITS, largest), sem="relaxed")
+        tl.store(weight_ptr + offset, w.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,8 +72,8 @@ def _squares_kernel(x_ptr, sums_ptr, numel, BLOCK: tl.constexpr, STEPS: tl.const
 def _launch_update(
     device: int, numel: int, dtypes: tuple[torch.dtype, ...], constants: Constants, options: tuple[Any, ...]
 ) -> Plan:
-    """dtypes: of weight, gradient and means. options: whether it clips, skips and delivers amax; block and warps."""
-    clips, skips, amax, block, warps = options
+    """dtypes: of weight, gradient and means. options: whether it clips and skips; block and warps."""
+    clips, skips, block, warps = options
     compile_time = {
         "BETA1": constants.beta1,
         "REST1": 1 - constants.beta1,
@@ -91,7 +83,6 @@ def _launch_update(
         "WEIGHT_DECAY": 0.0 if constants.decoupled else constants.weight_decay,
         "CLIPS": clips,
         "SKIPS": skips,
-        "AMAX": amax,
         "BLOCK": block,
         "num_warps": warps,
     }
@@ -111,14 +102,13 @@ def update(
     factors: Tensor,
     clip: Tensor | None,
     skip: Tensor | None,
-    amax: Tensor | None,
     constants: Constants,
 ) -> None:
     """See `adam.update`; all tensors are contiguous, and not empty."""
     unused = factors
-    pointers = tuple(unused if tensor is None else tensor for tensor in (clip, skip, amax))
+    pointers = tuple(unused if tensor is None else tensor for tensor in (clip, skip))
     dtypes = weight.dtype, grad.dtype, mean.dtype, square.dtype
-    options = clip is not None, skip is not None, amax is not None, UPDATE_BLOCK, UPDATE_WARPS
+    options = clip is not None, skip is not None, UPDATE_BLOCK, UPDATE_WARPS
     _launch_update((weight, grad, mean, square, factors, *pointers), weight.numel(), dtypes, constants, options)
 
 

@@ -36,13 +36,15 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, grad: bool) -> Tensor:
         fp32 `[T]`: 0 where a row does not count, NaN for a label that is none of the V.
 
     Raises:
-        ValueError: for shapes, dtypes or strides that do not fit.
+        ValueError: for shapes, dtypes, strides or devices that do not fit.
     """
     rows_are_dense = logits.dim() == 2 and (logits.stride(1) == 1 or logits.shape[1] == 1)
-    if not rows_are_dense or logits.dtype not in _DTYPES or labels.shape != logits.shape[:1]:
+    fits = labels.shape == logits.shape[:1] and labels.dtype == torch.int64 and labels.device == logits.device
+    if not rows_are_dense or logits.dtype not in _DTYPES or not fits:
         raise ValueError(
-            f"expected logits [T, V] of bf16, fp16 or fp32 with contiguous rows and labels [T], got {logits.dtype} "
-            f"{list(logits.shape)} with strides {logits.stride()} and labels {list(labels.shape)}"
+            f"expected logits [T, V] of bf16, fp16 or fp32 with contiguous rows and int64 labels [T] beside them, got "
+            f"{logits.dtype} {list(logits.shape)} with strides {logits.stride()} on {logits.device} and "
+            f"{labels.dtype} {list(labels.shape)} on {labels.device}"
         )
     if logits.is_cuda and logits.numel() and float8.has_triton():
         return _kernel().cross_entropy(logits, labels.contiguous(), grad=grad)

@@ -37,6 +37,9 @@ def _cross_entropy_kernel(
                 zero = tl.zeros([BLOCK], dtype=logits_ptr.dtype.element_ty)
                 tl.store(start + column, zero, mask=column < vocabulary)
     else:
+        is_known = (label >= 0) & (label < vocabulary)
+        # Before the reductions, whose barrier keeps faster warps from writing the gradient in its place.
+        chosen = tl.load(start + label, mask=is_known, other=0).to(tl.float32)
         largest = tl.full([BLOCK], _LOWEST, dtype=tl.float32)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for first in range(0, vocabulary, BLOCK):
@@ -47,8 +50,6 @@ def _cross_entropy_kernel(
             largest = larger
         peak = tl.max(largest, axis=0)
         normalizer = peak + tl.log(tl.sum(total * tl.exp(largest - peak), axis=0))
-        is_known = (label >= 0) & (label < vocabulary)
-        chosen = tl.load(start + label, mask=is_known, other=0).to(tl.float32)
         tl.store(losses_ptr + row, tl.where(is_known, normalizer - chosen, float("nan")))
         if GRAD:
             for first in range(0, vocabulary, BLOCK):
