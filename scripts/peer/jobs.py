@@ -1,0 +1,190 @@
+"""What is compared: jobs, rows, and the options that make a run of ours and one of the peer the same training."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench_meshes import CHECKPOINTING
+from bench_runs import REPO
+from peer.launch import FLAVOR
+
+OURS, THEIRS = "ours", "peer"
+LAUNCHER = REPO / "scripts" / "peer" / "launch.py"
+FLOAT8 = "quantize.linear.float8"
+SEQ_LEN = 8192
+LOG_FREQ = 5
+PROFILE = "profile"
+"""In place of a repeat's number: the run that is traced."""
+SAME: dict[str, Any] = {
+    "model.name": "llama3",
+    "optimizer.name": "AdamW",
+    "optimizer.implementation": "fused",
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.95,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.1,
+    "training.seq_len": SEQ_LEN,
+    "training.max_norm": 1.0,
+    "training.dtype": "float32",
+    "training.mixed_precision_param": "bfloat16",
+    "training.mixed_precision_reduce": "float32",
+    "training.gc_freq": 50,
+    "parallelism.data_parallel_shard_degree": -1,
+    "compile.components": "model,loss",
+    "metrics.log_freq": LOG_FREQ,
+    "metrics.disable_color_printing": True,
+    "debug.seed": 0,
+}
+"""What all runs of both sides have in common."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model on a number of GPUs. Batches are in sequences."""
+
+    gpus: int
+    layers: int
+    local_batch: int
+    global_batch: int
+
+
+JOBS = {
+    "one-gpu": Job(gpus=1, layers=8, local_batch=2, global_batch=2),
+    "two-gpus": Job(gpus=2, layers=32, local_batch=1, global_batch=2),
+    "two-gpus-accumulating": Job(gpus=2, layers=32, local_batch=1, global_batch=16),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration: a recipe (None: bf16), compiled or not, of one side or both, with further options of ours."""
+
+    name: str
+    recipe: str | None = None
+    compiled: bool = False
+    sides: tuple[str, ...] = (OURS,)
+    extra: tuple[str, ...] = ()
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("bf16-compiled", None, True, (OURS, THEIRS)),
+        Row("tensorwise-compiled", "tensorwise", True, (OURS, THEIRS)),
+        Row("rowwise-compiled", "rowwise", True, (OURS, THEIRS)),
+        Row("tensorwise-eager", "tensorwise", False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    job: str
+    row: Row
+    side: str
+    repeat: int | str
+
+    @property
+    def name(self) -> str:
+        return f"{self.job}/{self.row.name}/{self.side}-{self.repeat}"
+
+
+def extra_row(text: str) -> Row:
+    """The row that `NAME=OPTIONS` or `NAME=@ROW OPTIONS` means."""
+    name, separator, options = text.partition("=")
+    words = shlex.split(options)
+    if not (name and separator and words) or "/" in name:
+        raise SystemExit(f"--ours-extra {text!r}: expected 'NAME=--key value ...', and no slash in the name")
+    if not words[0].startswith("@"):
+        return Row(name, extra=tuple(words))
+    base = ROWS.get(words[0][1:])
+    if base is None:
+        raise SystemExit(f"--ours-extra {text!r}: no row {words[0][1:]}; known: {', '.join(ROWS)}")
+    return Row(name, base.recipe, base.compiled, extra=tuple(words[1:]))
+
+
+def turns(job: str, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
+    """The runs of a job in their order: row after row, the sides in turns."""
+    for row in rows:
+        for repeat in range(1, repeats + 1):
+            for side in row.sides:
+                yield Run(job, row, side, repeat)
+
+
+def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Options that both sides know by the same name and in the same meaning."""
+    job = JOBS[run.job]
+    options: dict[str, Any] = {
+        **SAME,
+        "job.dump_folder": args.out / run.name,
+        "optimizer.lr": args.lr,
+        "lr_scheduler.warmup_steps": args.steps,
+        "training.steps": args.steps,
+        "training.local_batch_size": job.local_batch,
+        "training.global_batch_size": job.global_batch,
+        "compile.enable": run.row.compiled,
+    }
+    options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[args.ac].items()}
+    if run.row.recipe:
+        options |= {"model.converters": FLOAT8, f"{FLOAT8}.filter_fqns": "output"}
+        if run.row.recipe == "tensorwise" and job.gpus > 1:
+            options[f"{FLOAT8}.enable_fsdp_float8_all_gather"] = True
+            options[f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"] = True
+    if run.repeat == PROFILE:
+        options |= {"profiling.enable_profiling": True, "profiling.profile_freq": args.steps}
+    return options
+
+
+def our_options(run: Run, args: argparse.Namespace) -> list[str]:
+    """The trainer's options of a run of ours."""
+    options = shared_options(run, args) | {
+        "model.flavor": "8B",
+        "model.hf_assets_path": args.tokenizer,
+        "model.overrides.n_layers": JOBS[run.job].layers,
+        "model.overrides.vocab_size": args.vocab_size,
+        "training.dataset": "tokens",
+        "training.dataset_path": args.data,
+        "training.shuffle": False,
+    }
+    if run.row.recipe:
+        options[f"{FLOAT8}.recipe_name"] = run.row.recipe
+    else:
+        options["model.converters"] = ""
+    if any(word.startswith("--activation_checkpoint.mode") for word in run.row.extra):
+        # Given beside another mode it would be refused.
+        options.pop("activation_checkpoint.selective_ac_option", None)
+    given = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
+    return [*given, *run.row.extra]
+
+
+def peer_options(run: Run, args: argparse.Namespace) -> list[str]:
+    """The trainer's options of a run of the peer, whose switches are flags, and off without them."""
+    options = shared_options(run, args) | {
+        "model.flavor": FLAVOR,
+        "model.hf_assets_path": args.out / run.job / "tokenizer",
+        "training.dataset": "c4_test",
+        "training.dataset_path": args.out / run.job / "text",
+    }
+    # Without a recipe it is tensorwise, and only then may codes be gathered.
+    if run.row.recipe not in (None, "tensorwise"):
+        options[f"{FLOAT8}.recipe_name"] = run.row.recipe
+    flags = [f"--{key}" for key, value in options.items() if value is True]
+    given = [f"--{key}={value}" for key, value in options.items() if not isinstance(value, bool)]
+    return [*given, *flags, *args.peer_options]
+
+
+def command_of(run: Run, args: argparse.Namespace) -> list[str]:
+    """What starts a run."""
+    if run.side == OURS:
+        return ["./run_train.sh", *our_options(run, args)]
+    job = JOBS[run.job]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(job.gpus)]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local-ranks-filter", "0"]
+    launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]
+    model = ["--layers", str(job.layers), "--vocab-size", str(args.vocab_size)]
+    return [*launcher, str(LAUNCHER), *model, "--", *peer_options(run, args)]
