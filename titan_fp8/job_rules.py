@@ -220,6 +220,8 @@ def whole_vocabularies_are_chunked(job: "JobConfig", world_size: int) -> Iterato
         )
     if degrees.pipeline > 1:
         yield Problem(key, "a pipeline computes the loss of a microbatch at a time instead; set it to 0")
+    if job.compile.enable and job.compile.components == ["loss"]:
+        yield Problem("compile.components", f'leaves nothing to compile beside {key}; name "model"')
 
 
 def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[Problem]:

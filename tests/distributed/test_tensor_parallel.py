@@ -87,15 +87,17 @@ def test_tensor_parallel_training_equals_one_process(name: str) -> None:
 
 
 class _Wire(TorchDispatchMode):
-    """Notes what is gathered: (dtype, bytes of this rank's part)."""
+    """Notes what is gathered, (dtype, bytes of this rank's part), and counts the amaxes that are reduced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gathered: list[tuple[torch.dtype, int]] = []
+        self.amaxes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
             self.gathered.append((args[0].dtype, args[0].nbytes))
+        self.amaxes += func is torch.ops._c10d_functional.all_reduce.default and args[1] == "max"
         return func(*args, **(kwargs or {}))
 
 
@@ -174,16 +176,6 @@ def test_a_filtered_linear_in_a_converted_block_is_ordinary(name: str) -> None:
     assert_same(run_distributed(train_on_ranks, case.ranks, case)[0], train_alone(case), FLOAT8)
 
 
-class _Amaxes(TorchDispatchMode):
-    """Counts the amaxes that are reduced over ranks."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops._c10d_functional.all_reduce.default and args[1] == "max"
-        return func(*args, **(kwargs or {}))
-
-
 def _reduced_amaxes(rank: int, world_size: int) -> list[int]:
     """Of the weights after a step, and of all else in the next forward pass."""
     model, _ = spread(replace(TP2, float8_recipe="tensorwise", float8_all_gather=True))
@@ -191,11 +183,11 @@ def _reduced_amaxes(rank: int, world_size: int) -> list[int]:
     model(tokens)
     with torch.no_grad():
         torch._foreach_mul_(list(model.parameters()), 0.5)  # pyright: ignore[reportPrivateImportUsage]
-    with _Amaxes() as of_weights:
+    with _Wire() as of_weights:
         precompute_float8_dynamic_scale_for_fsdp(model)
-    with _Amaxes() as of_activations:
+    with _Wire() as of_activations:
         model(tokens)
-    return [of_weights.count, of_activations.count]
+    return [of_weights.amaxes, of_activations.amaxes]
 
 
 def test_the_amaxes_of_all_weights_are_reduced_at_once() -> None:

@@ -78,6 +78,11 @@ CASES = {
         {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "training.mixed_precision_reduce": "bfloat16"},
         "no gradients are summed over data-parallel ranks; leave it out",
     ),
+    "chunks of a compiled loss": (
+        1,
+        {"training.loss_chunk_tokens": 64, "compile.enable": True, "compile.components": "loss"},
+        'compile.components = ["loss"]: leaves nothing to compile beside training.loss_chunk_tokens; name "model"',
+    ),
     "chunks in a pipeline": (
         2,
         {"pipeline_parallel_degree": 2, "training.loss_chunk_tokens": 64},

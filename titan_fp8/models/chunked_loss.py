@@ -50,24 +50,20 @@ class ChunkedHead(Linear):
         )
 
 
-def check_chunked_head(output: Any) -> None:
-    """Raise a `UserError` unless `output` is a layer whose loss can be computed chunk by chunk."""
+def chunk_loss(output: Any, chunk_tokens: int) -> None:
+    """Make a `ChunkedHead` of a model's output layer, in place; before it is sharded.
+
+    Raises:
+        UserError: it is no `Linear` without a bias.
+    """
     if type(output) is not Linear or output.bias is not None:
         raise UserError(
             f"training.loss_chunk_tokens computes the output layer in high precision, and the model's is a "
             f"{type(output).__name__}; leave `output` out of the conversion (filter_fqns), or set the key to 0"
         )
-
-
-def chunk_loss(output: Any, chunk_tokens: int) -> None:
-    """Make a `ChunkedHead` of a model's output layer, in place; before it is sharded.
-
-    Raises:
-        UserError: from `check_chunked_head`.
-    """
-    check_chunked_head(output)
-    output.__class__ = ChunkedHead
-    output.chunk_tokens = chunk_tokens
+    head: Any = output  # which the check above has made a Linear for the type checker
+    head.__class__ = ChunkedHead
+    head.chunk_tokens = chunk_tokens
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

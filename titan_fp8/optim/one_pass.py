@@ -72,7 +72,7 @@ class _OnePass(Adam):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return
-        create_missing_state(self, parameters)
+        create_missing_state(self, group, parameters)
         states = [self.state[parameter] for parameter in parameters]
         device = _plain(parameters[0]).device
         for state in states:  # loaded from an implementation that counts on the host
@@ -113,19 +113,17 @@ class OnePassAdamW(_OnePass, AdamW):
         self._step_supports_amp_scaling = False
 
 
-def create_missing_state(optimizer: Adam, parameters: list[Any]) -> None:
-    """Give those of `parameters` that have had no gradient yet the state that Adam's first step would give them."""
-    for group in optimizer.param_groups:
-        on_device = group["fused"] or group["capturable"]
-        listed = {id(parameter) for parameter in group["params"]}
-        for parameter in parameters:
-            state = optimizer.state[parameter]
-            if id(parameter) not in listed or state or not parameter.requires_grad:
-                continue
-            device = parameter.device if on_device else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: list[Any]) -> None:
+    """Give those of `parameters`, all of `group`, that have no state yet the one that Adam's first step would give."""
+    on_device = group["fused"] or group["capturable"]
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if state or not parameter.requires_grad:
+            continue
+        device = parameter.device if on_device else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _plain(tensor: Any) -> Tensor:

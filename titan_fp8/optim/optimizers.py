@@ -172,7 +172,8 @@ class OptimizersContainer:
             for optimizer in optimizers:
                 # `get_optimizer_state_dict` would otherwise run a step with zero gradients, which counts: a checkpoint
                 # made before the first step would then start the bias correction at the second.
-                create_missing_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+                for group in optimizer.param_groups:
+                    create_missing_state(optimizer, group, group["params"])
             flat = get_optimizer_state_dict(part, optimizers, options=_FLAT)
             state |= {key: value for key, value in flat.items() if key.startswith("state.")}  # pyright: ignore
         return state

@@ -14,8 +14,9 @@
   gathered weights stay until then: `fsdp_reshard_after_forward = "default"` means never here. Several `step`s add up.
 - **Where backward is split.** The zero-bubble schedules (and I and W of a file) want the gradients of inputs first and
   those of weights later. Linears, float8 or not, then hand the products that make their weights' gradients over
-  (`runtime/deferred.py`), and W computes them, so nothing is computed twice, not even what is recomputed, and FSDP need
-  not know. A compiled block's backward pass is one program: it computes all in I, and nothing is left for W.
+  (`runtime/deferred.py`), and W computes them, so nothing is computed twice, not even what is recomputed. They are
+  added up in fp32 and reach FSDP with the last microbatch. A compiled block's backward pass is one program: it
+  computes all in I, and nothing is left for W.
 - **Evaluation** is a wave: in tick t, stage s runs microbatch t - s. It needs no backward, fits every placement, and
   keeps no logits.
 

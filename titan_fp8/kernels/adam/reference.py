@@ -44,14 +44,14 @@ def step_factors(steps: Sequence[Tensor], lr: float | Tensor, constants: Constan
         lr: the learning rate.
 
     Returns:
-        fp32 `[P, 4]`: factor of the weight, step size, divisor of the root, and nothing.
+        fp32 `[P, 4]`: factor of the weight, step size, divisor of the root, and a zero that makes a row 16 bytes.
     """
     count = torch.stack(list(steps)).double()
-    rate = lr.to(count) if isinstance(lr, Tensor) else torch.full_like(count, lr)
+    rate = torch.ones_like(count) * lr
     first = 1 - torch.pow(torch.full_like(count, constants.beta1), count)
     second = 1 - torch.pow(torch.full_like(count, constants.beta2), count)
     decay = 1 - rate * constants.weight_decay if constants.decoupled else torch.ones_like(count)
-    columns = (decay.expand_as(count), rate / first, second.sqrt(), torch.zeros_like(count))
+    columns = (decay, rate / first, second.sqrt(), torch.zeros_like(count))
     return torch.stack(columns, dim=1).float()
 
 
