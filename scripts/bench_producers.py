@@ -1,4 +1,5 @@
-"""Bandwidth of the fused producers (RMSNorm, add + RMSNorm, SwiGLU, its backward -> float8) at Llama 8B shapes.
+"""Bandwidth of the fused producers (RMSNorm, add + RMSNorm, SwiGLU, its backward -> float8) at Llama 8B shapes, and of
+the backward of RMSNorm, which writes no float8, without and with the gradient of the residual stream.
 
     python scripts/bench_producers.py             # T = 16384 tokens, every scale granularity
     python scripts/bench_producers.py --sweep     # which block sizes are best on this GPU
@@ -54,6 +55,20 @@ def cases(tokens: int) -> Iterator[Case]:
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return reference.quantize(grad_gate, cast), reference.quantize(grad * silu, cast)
 
+    _, rstd, _ = producers.rms_norm(x, None, weight, 1e-5, Cast(ROW, E4M3))
+
+    def eager_norm_backward(grad: Tensor, residual: Tensor | None) -> Any:
+        backward = torch.ops.aten._fused_rms_norm_backward.default
+        grad_x, grad_weight = backward(grad, x, [DIM], rstd[:, None], weight.bfloat16(), [True, True])
+        return grad_x if residual is None else grad_x + residual, grad_weight.float()
+
+    for residual in (None, random(DIM)):
+        yield Case(
+            "norm backward" if residual is None else "norm backward + residual", "none", 6 if residual is None else 8,
+            x.numel(),
+            lambda r=residual: producers.rms_norm_backward(branch, x, weight, rstd, r),
+            lambda r=residual: eager_norm_backward(branch, r),
+        )  # fmt: skip
     for granularity, columns in itertools.product(GRANULARITIES, (False, True)):
         cast = Cast(granularity, E4M3, columns=columns)
         grad_cast = cast._replace(dtype=E5M2 if granularity == TENSOR else E4M3)
@@ -104,6 +119,7 @@ def report(tokens: int, timer: Timer) -> None:
 def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(beginning of a case's name, granularity) -> values to try for constants of `norm_kernel` and `swiglu_kernel`."""
     from titan_fp8.kernels.float8.bits import Tile
+    from titan_fp8.kernels.producers.norm_backward_kernel import Walk
     from titan_fp8.kernels.producers.swiglu_kernel import Amax
 
     shapes = [(64, 128, 4, None), (64, 128, 8, None), (128, 128, 8, 128), (64, 256, 8, 128), (32, 256, 4, None)]
@@ -127,7 +143,16 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
         {"ROW_VALUES_PER_WARP": per_warp, "ROW_REGISTERS": registers}
         for per_warp, registers in itertools.product((1024, 2048), (None, 48, 64, 80, 96, 128))
     ]
+    backward = [
+        {"SHORT_ROWS": Walk(programs, warps, stages), "REGISTERS": 65536 // (32 * warps * residents)}
+        for (programs, warps, residents), stages in itertools.product(
+            ((132, 8, 1), (264, 8, 2), (528, 8, 2), (1056, 8, 2), (396, 8, 3), (132, 16, 1), (264, 16, 2), (528, 4, 4)),
+            (1, 2, 3, 4),
+        )
+    ]
     return {
+        ("norm backward", "none"): backward,
+        ("norm backward + residual", "none"): backward,
         ("norm rows", ROW): rows,
         ("norm rows", BLOCK): rows,
         ("norm rows", TENSOR): walks,
@@ -156,9 +181,10 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
 @contextlib.contextmanager
 def constants(**values: Any) -> Iterator[None]:
     """Other values for constants of the producers' kernels, inside; `ROW_VALUES_PER_WARP` in both files."""
-    from titan_fp8.kernels.producers import norm_kernel, swiglu_kernel
+    from titan_fp8.kernels.producers import norm_backward_kernel, norm_kernel, swiglu_kernel
 
-    owners = [(m, name) for name in values for m in (norm_kernel, swiglu_kernel) if hasattr(m, name)]
+    modules = norm_backward_kernel, norm_kernel, swiglu_kernel
+    owners = [(m, name) for name in values for m in modules if hasattr(m, name)]
     before = [(module, name, getattr(module, name)) for module, name in owners]
     try:
         for module, name in owners:

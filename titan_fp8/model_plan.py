@@ -32,6 +32,8 @@ from titan_fp8.observability.run_folder import check_run_folder
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.pipeline_split import PipelinePlan, plan_pipeline
+from titan_fp8.quantization.chunked_head import chunk_float8_loss
+from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
@@ -105,7 +107,8 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         reports = [attempt("model.converters", conversion) for conversion in conversions]
         attempt("", partial(_check_parallelization, job, model, device))
         if job.training.loss_chunk_tokens:
-            attempt("training.loss_chunk_tokens", partial(chunk_loss, model.output, job.training.loss_chunk_tokens))
+            chunk = chunk_float8_loss if isinstance(model.output, Float8Linear) else chunk_loss
+            attempt("", partial(chunk, model.output, job.training.loss_chunk_tokens))
     attempt("", partial(_check_device, job, device))
     if os.environ.get("RANK", "0") == "0":
         # The files as rank 0 sees them. Where another node sees others, it is the ranks together that find out later.

@@ -262,6 +262,24 @@ def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
     assert_same(run_on(mesh, tmp_path), alone(recipe), *LOCAL_SCALES)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_float8_head_that_computes_the_loss_some_tokens_at_a_time(recipe: str, tmp_path: Path) -> None:
+    """Bit for bit: each rank has one microbatch, two addends have one sum, and nothing is clipped."""
+    options = converted(recipe) | {
+        f"{FLOAT8}.filter_fqns": "layers.0",
+        "model.overrides.vocab_size": "384",  # whole blocks
+        "training.seq_len": "160",
+        "training.global_batch_size": "2",
+        "training.max_norm": "0",
+        "training.mixed_precision_param": "bfloat16",
+        "training.loss_chunk_tokens": "100",
+    }
+    wanted = run_on(Mesh("fsdp1", tuple(options.items())), tmp_path)
+    for all_gather in ("false", "true"):
+        mesh = Mesh("fsdp2", (*options.items(), (f"{FLOAT8}.enable_fsdp_float8_all_gather", all_gather)))
+        assert_same(run_on(mesh, tmp_path), wanted, loss_tolerance=1e-6, grad_tolerance=0.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "recipe"),

@@ -68,7 +68,7 @@ def _assert_equals_formula(inputs: list[Tensor], actual: Tensor, allowed: Tensor
         assert error < TOLERANCE[name], f"{name}: {error}"
 
 
-@pytest.mark.parametrize("backend", ["math", "flash", "efficient", "cudnn", "flex"])
+@pytest.mark.parametrize("backend", ["math", "flash", "efficient", "cudnn", "flash4", "flex"])
 @pytest.mark.parametrize(
     ("seq_len", "heads", "kv_heads", "head_dim"), [(63, 16, 16, 16), (1000, 8, 2, 64), (256, 4, 1, 128)]
 )

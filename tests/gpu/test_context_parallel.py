@@ -44,6 +44,7 @@ ATTENDED = {
     for backend, dtype in (
         ("flash", torch.bfloat16),
         ("cudnn", torch.bfloat16),
+        ("flash4", torch.bfloat16),
         ("efficient", torch.bfloat16),
         ("efficient", torch.float32),
         ("math", torch.float32),

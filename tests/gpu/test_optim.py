@@ -85,7 +85,12 @@ def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: flo
             eps = torch.finfo(torch.float32).eps
             added = wanted_state["exp_avg"].abs() + grad
             assert ((state["exp_avg"] - wanted_state["exp_avg"]).abs() <= 8 * eps * added).all()
-            torch.testing.assert_close(state["exp_avg_sq"], wanted_state["exp_avg_sq"], rtol=2e-6, atol=0)
+            # Adam's decay is added to the gradient, and may cancel it.
+            decay = 0.1 * old if name == "Adam" else torch.zeros_like(old)
+            off = 8 * eps * (grad + decay.abs())
+            wanted_square = wanted_state["exp_avg_sq"]
+            bound = 2e-6 * wanted_square + 0.05 * off * (2 * (q.grad + decay).abs() + off)
+            assert ((state["exp_avg_sq"] - wanted_square).abs() <= bound).all()
             moved = 0.01 * added / wanted_state["exp_avg_sq"].sqrt().clamp(min=1e-6)
             assert ((p - q).abs() <= 16 * eps * (old.abs() + 10 * moved)).all()
 

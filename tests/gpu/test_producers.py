@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.kernels.test_producers_reference import ulps_apart
+from tests.unit.kernels.test_producers_reference import norm_gradients_off, ulps_apart
 from titan_fp8.kernels import float8, producers
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.producers import BLOCK, GRANULARITIES, ROW, TENSOR, Cast, reference
@@ -111,13 +111,44 @@ def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_other_tokens(granul
         assert torch.equal(first.output[:130], few.output)
 
 
-def test_gradients_of_a_norm_are_the_references() -> None:
-    grad, x, other = inputs(200, 1024)
-    weight = 1 + other[0].float() / 8
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (19, 23), (33, 48), (50_000, 64), (700, 8192), (300, 16384), (20, 20480)], ids=str
+)
+def test_gradients_of_a_norm_are_those_of_autograd_rounded_once(shape: tuple[int, int]) -> None:
+    assert cases.compare_norm_backward(*cases.random_gradients(*shape), device="cuda") == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(150, 512), (600, 4096), (40, 14336)], ids=str)
+def test_gradients_of_a_norm_in_other_dtypes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    assert cases.compare_norm_backward(*cases.random_gradients(*shape, dtype=dtype), device="cuda") == ""
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_not_finite_is_seen_in_the_gradients_of_a_norm(place: int, bad: float) -> None:
+    tensors = cases.random_gradients(300, 1024)
+    tensors[place].view(-1)[77] = bad
+    assert cases.compare_special_norm_backward(*tensors, device="cuda") == ""
+
+
+def test_gradients_of_a_norm_of_rows_that_lie_apart() -> None:
+    both, residual = cases.random(150, 512, seed=0), cases.random(300, 256, seed=1)[::2]
+    assert cases.compare_norm_backward(both[:, :256], both[:, 128:384], torch.rand(256), residual, device="cuda") == ""
+
+
+def test_columns_of_a_gradient_that_lie_apart_are_made_contiguous() -> None:
+    grad, x = cases.random(256, 150, seed=0).t(), cases.random(150, 256, seed=1)
+    weight = torch.rand(256)
     _, rstd, _ = reference.norm_output(x, None, weight, 1e-5)
-    result = producers.rms_norm_backward(grad.cuda(), x.cuda(), weight.cuda(), rstd.cuda())
-    for one, exact in zip(result, reference.norm_backward(grad, x, weight, rstd), strict=True):
-        torch.testing.assert_close(one.cpu(), exact, rtol=2**-7, atol=2**-7)
+    results = producers.rms_norm_backward(*(cases.on("cuda", t) for t in (grad, x, weight, rstd, grad)))
+    grad_x, grad_weight = (result.cpu() for result in results)
+    assert norm_gradients_off((grad_x, grad_weight), grad, x, weight, grad) == ""
+
+
+def test_no_tokens_give_a_weight_no_gradient() -> None:
+    x, weight = torch.empty(0, 128, device="cuda"), torch.ones(128, device="cuda")
+    assert torch.equal(producers.rms_norm_backward(x, x, weight, x[:, 0], x)[1], torch.zeros_like(weight))
 
 
 @GRANULARITY
@@ -145,6 +176,18 @@ def test_offsets_beyond_32_bits_are_reached(granularity: str) -> None:
         assert abs(codes_t[-1, tokens - 1].float() * last_t - value) < value / 8
         assert codes_t[-1, tokens - 2].float() == 0
         del codes, codes_t
+
+
+@pytest.mark.slow
+def test_gradients_of_a_norm_beyond_32_bits_are_reached() -> None:
+    tokens, features = 140_000, 16_384
+    x = torch.ones(tokens, features, dtype=torch.bfloat16, device="cuda")
+    residual = torch.zeros_like(x)
+    residual[-1, -1] = 3.0
+    one, rstd = torch.ones(features, device="cuda"), torch.ones(tokens, device="cuda")
+    grad_x, _ = producers.rms_norm_backward(x, x, one, rstd, residual)
+    assert grad_x[-1, -1] == 3.0
+    assert grad_x.count_nonzero() == 1
 
 
 def test_block_codes_of_the_norm_and_of_the_plain_cast_have_the_same_layout() -> None:

@@ -13,6 +13,7 @@ from titan_fp8.job_config import JobConfig, load_job_config
 from titan_fp8.model_plan import plan_model, run_fingerprint
 from titan_fp8.models.chunked_loss import ChunkedHead
 from titan_fp8.models.linear import Linear
+from titan_fp8.quantization.chunked_head import Float8ChunkedHead
 from titan_fp8.runtime.device import DeviceCapabilities
 
 CPU = DeviceCapabilities("cpu", "CPU", None, False, None, None, None)
@@ -40,15 +41,33 @@ def _two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
 
 
-def test_the_loss_of_some_tokens_at_a_time_needs_a_head_in_high_precision(tmp_path) -> None:
-    def chunked(**options: str) -> JobConfig:
-        job = _job(1, tmp_path, **options)
-        return job.model_copy(update={"training": job.training.model_copy(update={"loss_chunk_tokens": 64})})
+def _chunked(tmp_path, **options: str) -> JobConfig:
+    job = _job(1, tmp_path, **options)
+    return job.model_copy(update={"training": job.training.model_copy(update={"loss_chunk_tokens": 70})})
 
-    with pytest.raises(ConfigErrors) as caught:
-        plan_model(chunked(), CPU)
-    assert "Float8Linear; leave `output` out of the conversion" in caught.value.render()
-    assert isinstance(plan_model(chunked(filter_fqns="output"), CPU).model.output, ChunkedHead)
+
+def test_the_loss_of_some_tokens_at_a_time_takes_a_head_in_high_precision_or_float8(tmp_path) -> None:
+    plan = plan_model(_chunked(tmp_path), CPU)
+    assert isinstance(plan.model.output, Float8ChunkedHead)
+    assert plan.model.output.chunk_tokens == 80
+    (report,) = plan.reports
+    assert next(row for row in report.rows if row.fqn == "output").recipe == "tensorwise"
+    assert isinstance(plan_model(_chunked(tmp_path, filter_fqns="output"), CPU).model.output, ChunkedHead)
+
+
+@pytest.mark.parametrize("kept", ["", "output"], ids=["float8", "high precision"])
+def test_the_loss_of_some_tokens_at_a_time_takes_no_bias(kept: str, tmp_path, monkeypatch) -> None:
+    build = model_plan._build_meta_model
+
+    def build_with_bias(*arguments):
+        model = build(*arguments)
+        with torch.device("meta"):
+            model.output = Linear(1024, 320, bias=True)
+        return model
+
+    monkeypatch.setattr(model_plan, "_build_meta_model", build_with_bias)
+    with pytest.raises(ConfigErrors, match=r"^training\.loss_chunk_tokens = 70: .*Linear with one; set the key to 0$"):
+        plan_model(_chunked(tmp_path, **({"filter_fqns": kept} if kept else {})), CPU)
 
 
 def test_a_model_that_ranks_cannot_divide_is_refused_with_all_else(tmp_path, monkeypatch) -> None:

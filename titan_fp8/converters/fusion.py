@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from titan_fp8.models.decoder import TransformerBlock
 from titan_fp8.models.feed_forward import FeedForward
-from titan_fp8.models.norm import RMSNorm
-from titan_fp8.quantization.gated import gated_hidden
+from titan_fp8.models.norm import RMSNorm, has_hooks
+from titan_fp8.quantization.gated import gated_feed_forward, gated_hidden
 from titan_fp8.quantization.linear import Float8Linear
-from titan_fp8.quantization.norm import add_rms_norm, rms_norm
+from titan_fp8.quantization.norm import add_rms_norm, keep_and_rms_norm, rms_norm
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[str]:
@@ -85,11 +84,7 @@ def _converted(module: nn.Module, kind: type[_Module]) -> _Module:
 
 def _is_plain(linear: nn.Module) -> TypeGuard[Float8Linear]:
     """Whether a linear is ours and nobody watches it."""
-    return type(linear) is Float8Linear and not _has_hooks(linear)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return type(linear) is Float8Linear and not has_hooks(linear)
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class Readers:
         """The one recipe of all linears; None if there is none, or if somebody watches what they are given."""
         linears = [linear for linear in self.linears() if _is_plain(linear)]
         recipes = {linear.config.recipe for linear in linears}
-        if len(linears) < len(self.names) or len(recipes) > 1 or _has_hooks(self.module):
+        if len(linears) < len(self.names) or len(recipes) > 1 or has_hooks(self.module):
             return None
         return linears[0].config.recipe
 
@@ -137,10 +132,17 @@ class Float8RMSNorm(RMSNorm):
             return super().forward(x)
         return rms_norm(x, self.weight, self._eps(), recipe, **self._needs(recipe))
 
+    def keep_and_norm(self, x: Tensor) -> tuple[Tensor, Any]:
+        """`(x, norm of x)`; the norm as `forward` gives it."""
+        recipe = self._recipe(x)
+        if recipe is None or has_hooks(self):
+            return super().keep_and_norm(x)
+        return keep_and_rms_norm(x, self.weight, self._eps(), recipe, **self._needs(recipe))
+
     def add_and_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Any]:
         """`(x + branch, norm of it)`; the norm as `forward` gives it."""
         recipe = self._recipe(x)
-        if recipe is None or branch.dtype != x.dtype or _has_hooks(self):
+        if recipe is None or branch.dtype != x.dtype or has_hooks(self):
             return super().add_and_norm(x, branch)
         return add_rms_norm(x, branch, self.weight, self._eps(), recipe, **self._needs(recipe))
 
@@ -169,7 +171,18 @@ def _can_gate(feed_forward: FeedForward) -> bool:
 
 
 class Float8FeedForward(FeedForward):
-    """Gated feed-forward whose hidden activation is made as codes for w2."""
+    """Gated feed-forward whose hidden activation is made as codes for w2, and not kept for backward if w2 computes as
+    w1 and w3 do."""
+
+    def forward(self, x: Any) -> Any:
+        """`[..., dim]` -> `[..., dim]`."""
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        if not _can_gate(self) or w2.bias is not None:
+            return super().forward(x)
+        assert isinstance(w1, Float8Linear)
+        assert isinstance(w2, Float8Linear)
+        assert isinstance(w3, Float8Linear)
+        return gated_feed_forward(x, w1, w3, w2) if w2.config == w1.config else super().forward(x)
 
     def hidden(self, x: Any) -> Any:
         """`[..., dim]` -> what w2 reads, `[..., hidden_dim]`."""

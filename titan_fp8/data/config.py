@@ -98,7 +98,7 @@ class TrainingSection(Section):
 
     loss_chunk_tokens: int = key(0, ge=0, unit="tokens")
     """Compute the logits and their loss for so many tokens of a rank at a time, so that those of all tokens never exist
-    at once. 0 computes all at once."""
+    at once. 0 computes all at once. A float8 output layer rounds it up to a multiple of 16, blockwise of 128."""
 
     gc_freq: int = key(50, ge=1, unit="steps")
     """Python's garbage is collected every so many steps, on all ranks at the same step, and not in between."""

@@ -9,7 +9,7 @@ from titan_fp8.models.attention_backends import Backend, Mask, causal_attention
 from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import Distribution, TruncatedNormal
 from titan_fp8.models.linear import Linear
-from titan_fp8.models.rope import RopeTables, apply_rope
+from titan_fp8.models.rope import RopeTables, rotate_queries_and_keys
 
 
 class Attention(nn.Module):
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
         # The heads held here may be fewer than the model's, and the tokens may come as one row of B * S.
         q, k, v = (self._heads(linear(x), rope) for linear in (self.wq, self.wk, self.wv))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)  # [B, S, H, D] and [B, S, G, D]
+        q, k = rotate_queries_and_keys(q, k, rope)  # [B, S, H, D] and [B, S, G, D]
         attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(attended.transpose(1, 2).flatten(-2))  # [B, S, H * D]
 

@@ -6,6 +6,8 @@
 | flash     | CPU; CUDA from SM80 in bf16 or fp16  | CPU: dense mask  | PyTorch's fused kernel                       |
 | efficient | CUDA                                 | dense mask       | memory-efficient kernel, float32 too         |
 | cudnn     | CUDA from SM80 in bf16 or fp16       | no               | cuDNN's fused kernel; not deterministic      |
+| flash4    | SM90 in bf16 or fp16, with its       | no               | FlashAttention 4 (`flash4.py`); not          |
+|           | package installed                    |                  | deterministic                                |
 | flex      | CUDA                                 | block mask       | flex_attention, compiled by Triton           |
 
 `auto` is a static rule, so that all processes of a job and all of its restarts agree; it never tries kernels out:
@@ -13,9 +15,10 @@
 - CPU: flash.
 - CUDA with documents masked: flex.
 - CUDA in float32: efficient.
-- CUDA in bf16 or fp16: cudnn on Hopper and data-centre Blackwell (measured on an H200, sequence 8192, head width 128:
-  641 TFLOP/s forward, 495 backward, against 337 and 284 for flash) unless deterministic algorithms are asked for;
-  otherwise flash, and efficient before SM80.
+- CUDA in bf16 or fp16: flash4 where it runs; cudnn on Hopper and data-centre Blackwell; neither if deterministic
+  algorithms are asked for; otherwise flash, and efficient before SM80. `docs/performance.md` has the figures.
+
+flash4 is there where its package is installed, so all machines of a job should have the same packages.
 
 Legend: B sequences, S tokens, H query heads, G key and value heads (H is a multiple of G), D head width.
 """
@@ -31,11 +34,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from titan_fp8.models import flash4
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
 
-Backend = Literal["math", "flash", "efficient", "cudnn", "flex"]
+Backend = Literal["math", "flash", "efficient", "cudnn", "flash4", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Mask = Tensor | BlockMask | None
 """None (causal), a bool `[B, 1, S, S]` that is True where a query may look, or a flex block mask."""
@@ -47,8 +51,7 @@ _SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _HALF = (torch.bfloat16, torch.float16)
-_CUDNN_MAX_HEAD_DIM = 128
-_FLASH_MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = {"flash": 256, "cudnn": 128, "flash4": flash4.MAX_HEAD_DIM}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def _choose(task: AttentionTask) -> Backend:
         return "flash"
     if task.document_masking:
         return "flex"
+    if _obstacle("flash4", task) is None:
+        return "flash4"
     capability = task.device.compute_capability
     is_fast_in_cudnn = capability is not None and capability[0] in (9, 10)
     if is_fast_in_cudnn and _obstacle("cudnn", task) is None:
@@ -115,7 +120,7 @@ def _obstacle(backend: Backend, task: AttentionTask) -> str | None:
         return None
     if not task.is_cuda:
         return None if backend == "flash" else f"it needs a CUDA device, and this is a {task.device.kind.upper()}"
-    if backend in ("flash", "cudnn"):
+    if backend in ("flash", "cudnn", "flash4"):
         return _half_precision_obstacle(backend, task)
     return None
 
@@ -128,12 +133,19 @@ def _half_precision_obstacle(backend: Backend, task: AttentionTask) -> str | Non
         return f"it needs compute capability 8.0, and {task.device.name} has {task.device.compute_capability}"
     if task.document_masking:
         return "it takes no mask, and training.document_masking is set"
-    limit = _CUDNN_MAX_HEAD_DIM if backend == "cudnn" else _FLASH_MAX_HEAD_DIM
+    limit = _MAX_HEAD_DIM[backend]
     if task.head_dim > limit or task.head_dim % 8:
         return f"it takes head widths that are multiples of 8 up to {limit}, and the model's is {task.head_dim}"
     if backend == "cudnn" and task.device.compute_capability is None:
         return f"it needs an NVIDIA GPU, and this is {task.device.name}"
-    if backend == "cudnn" and task.deterministic:
+    if backend == "flash4":
+        capability = task.device.compute_capability
+        if capability is None or capability[0] != 9:
+            return f"it is used on compute capability 9.0 alone, and {task.device.name} has {capability}"
+        reason = flash4.obstacle()
+        if reason is not None:
+            return reason
+    if backend in ("cudnn", "flash4") and task.deterministic:
         return "it is not deterministic, and debug.deterministic is set"
     return None
 
@@ -154,6 +166,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Ma
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attention needs the block mask that attention_mask makes"
         return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped)
+    if backend == "flash4":
+        assert mask is None, "FlashAttention 4 is given no mask"
+        return flash4.attend(q, k, v)
     assert mask is None or isinstance(mask, Tensor), f"{backend} attention takes a dense mask"
     if is_grouped and backend == "efficient":  # the one kernel without grouped heads
         repeats = q.shape[1] // k.shape[1]

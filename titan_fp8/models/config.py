@@ -92,7 +92,7 @@ class ModelSection(Section):
     print_after_conversion: bool = False
     """Print the model after the converters have rewritten it."""
 
-    attention_backend: Literal["auto", "math", "flash", "efficient", "cudnn", "flex"] = "auto"
+    attention_backend: Literal["auto", "math", "flash", "efficient", "cudnn", "flash4", "flex"] = "auto"
     """Implementation of the attention. `auto` chooses by device and by whether documents are masked; the others are
     used as named, or refused where they cannot run."""
 

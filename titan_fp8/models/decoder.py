@@ -49,7 +49,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
-        x, normed = self.ffn_norm.add_and_norm(x, self.attention(self.attention_norm(x), rope, mask))
+        x, normed = self.attention_norm.keep_and_norm(x)
+        x, normed = self.ffn_norm.add_and_norm(x, self.attention(normed, rope, mask))
         return x + self.feed_forward(normed)
 
 

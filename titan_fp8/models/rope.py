@@ -14,12 +14,20 @@ tokens, and `context` the original context length:
                                                 s = (context / wavelength - low) / (high - low)
 
 Tables are computed in float64 on the CPU and rounded to float32, so they are the same on every device.
+
+On a GPU queries and keys are turned together by one kernel (`kernels/rope`), in an operator that the compiler does not
+look into and that keeps nothing but the tables for the backward pass, which turns the gradients back.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from titan_fp8.kernels.rope import DTYPES, reference, rotate
 from titan_fp8.models.flavors import RopeScaling
+from titan_fp8.runtime.operators import register_operator
 
 
 class RopeTables:
@@ -62,10 +70,44 @@ def apply_rope(x: Tensor, tables: RopeTables) -> Tensor:
         `[B, S, H, head_dim]` in the dtype of `x`.
     """
     assert tables.cos.dtype == torch.float32, f"rope tables were cast to {tables.cos.dtype}"
-    cos, sin = tables.cos[:, None, :], tables.sin[:, None, :]  # [S, 1, head_dim / 2]
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return reference.rotate(x, tables.cos, tables.sin)
+
+
+def rotate_queries_and_keys(q: Tensor, k: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
+    """`apply_rope` of q `[B, S, H, head_dim]` and k `[B, S, G, head_dim]`, of one dtype: by one kernel on a GPU."""
+    if not _is_for_kernel(q):
+        return apply_rope(q, tables), apply_rope(k, tables)
+    assert tables.cos.dtype == torch.float32, f"rope tables were cast to {tables.cos.dtype}"
+    return _Rotation.apply(q, k, tables.cos, tables.sin)
+
+
+def _is_for_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in DTYPES
+
+
+rotate_op = register_operator(
+    "rotate(Tensor[] xs, Tensor cos, Tensor sin, bool inverse) -> Tensor[]",
+    lambda xs, cos, sin, inverse: rotate(xs, cos, sin, inverse=inverse),
+    lambda xs, cos, sin, inverse: [x.new_empty(x.shape) for x in xs],
+)
+"""`rotate([x [B, S, H, D], ...], cos [S, D / 2], sin, inverse)`: see `kernels.rope.rotate`."""
+
+
+class _Rotation(torch.autograd.Function):
+    """q `[B, S, H, D]`, k `[B, S, G, D]`, cos and sin `[S, D / 2]` -> q and k, turned."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k = rotate_op([q, k], cos, sin, False)
+        return q, k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grad_q, grad_k = rotate_op([grad_q, grad_k], cos, sin, True)
+        return grad_q, grad_k, None, None
 
 
 class RotaryEmbedding(nn.Module):

@@ -80,7 +80,9 @@ class _OnePass(Adam):
         steps = [state["step"] for state in states]
         skip: Tensor | None = getattr(self, "found_inf", None)
         skip = None if skip is None else skip.to(device)
-        torch._foreach_add_(steps, 1 if skip is None else 1 - skip)  # pyright: ignore[reportPrivateImportUsage]
+        # Not one tensor for all, whose value PyTorch would wait for.
+        increments = [torch.ones((), device=device) if skip is None else 1 - skip] * len(steps)
+        torch._foreach_add_(steps, increments)  # pyright: ignore[reportPrivateImportUsage]
         beta1, beta2 = group["betas"]
         constants = Constants(beta1, beta2, group["eps"], group["weight_decay"], self.decoupled)
         factors = adam.step_factors(steps, group["lr"], constants)

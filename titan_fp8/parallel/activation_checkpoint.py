@@ -27,6 +27,7 @@ from torch import nn
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from titan_fp8.models import flash4
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
@@ -47,6 +48,7 @@ _ALWAYS_KEPT = frozenset(
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
+        flash4.forward,
         _aten._scaled_dot_product_fused_attention_overrideable.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         flex_attention,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titan_fp8.models import flash4
+
 _aten = torch.ops.aten
 
 
@@ -38,6 +40,8 @@ def block_kernels(backend: str, device: torch.device) -> BlockKernels:
         return _FLASH if on_gpu else _CPU_FLASH
     if backend == "cudnn":
         return _CUDNN
+    if backend == "flash4":
+        return _FLASH4
     if backend == "efficient":
         return _EFFICIENT
     assert backend == "math", f"{backend} attention has no kernel for blocks"
@@ -62,6 +66,16 @@ def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return _aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, *lengths, 0.0, causal, seed, seed
     )
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, causal: bool):
+    out, lse = flash4.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal)
+    return out.transpose(1, 2), lse
+
+
+def _flash4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
+    by_token = [each.transpose(1, 2).contiguous() for each in (grad, q, k, v, out)]
+    return tuple(each.transpose(1, 2) for each in flash4.backward(*by_token, lse.contiguous(), causal))
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool):
@@ -131,5 +145,6 @@ def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
 _CPU_FLASH = BlockKernels(_cpu_flash, _cpu_flash_backward, rectangular=False)
 _FLASH = BlockKernels(_flash, _flash_backward, rectangular=True)
 _CUDNN = BlockKernels(_cudnn, _cudnn_backward, rectangular=False)
+_FLASH4 = BlockKernels(_flash4, _flash4_backward, rectangular=False)
 _EFFICIENT = BlockKernels(_efficient, _efficient_backward, rectangular=False)
 _MATH = BlockKernels(_math, _math_backward, rectangular=True)

@@ -9,7 +9,7 @@ over ranks while being scattered back to the shards. Units, in the order in whic
 With tied embeddings one parameter belongs to the first and the last unit; then both join the root, which stays gathered
 from the start of the forward pass to the end of the backward pass.
 
-Three decisions:
+Five decisions:
 
 - **Gradients are sums.** The loss of a rank is already divided by the token count of the global batch, so nothing is
   divided here. Collectives are told to sum, which NCCL and gloo both do.
@@ -23,22 +23,29 @@ Three decisions:
   (`quantization/fsdp_weight.py`), so its unit is gathered in the dtype of the activations, codes aside. The weight's
   gradient is rounded to that dtype, too, before it is summed in the reduce dtype. Where it leaves its product in a
   wider one, or a bias is added, which happens in the master dtype, the unit stays in the master dtype.
+- **How it travels.** The blocks' weights and gradients move between GPUs of one host by copies from memory to memory,
+  which leave all multiprocessors to the computation (`fsdp_exchange.py`); everything else, and on CPUs all, by the
+  collectives of the process group.
 - **Copies without shards are HSDP with shards of length 1.** Nothing is gathered then, only cast; gradients are
   all-reduced unit by unit while the backward pass goes on. One mechanism, and names, checkpoints, CPU offload and
   accumulation are the same everywhere.
 """
 
+import os
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.peer_memory import check_peer_memory, has_peer_access
 
 
 def apply_fsdp(
@@ -55,29 +62,37 @@ def apply_fsdp(
     Args:
         model: on the meta device or a real one; every parameter of one dtype.
         mesh: from `build_mesh`.
-        parallelism: for `fsdp_reshard_after_forward`.
+        parallelism: for `fsdp_reshard_after_forward` and `fsdp_exchange`.
         param_dtype: dtype in which units that do not need master weights are gathered: that of the activations.
         reduce_dtype: dtype in which gradients are summed over ranks.
         cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
 
     Raises:
-        UserError: `cpu_offload` on a CPU.
+        UserError: `cpu_offload` on a CPU, or an exchange that the GPUs cannot do.
     """
     check_cpu_offload(cpu_offload, mesh.device_mesh.device_type)
+    by_peers = _exchanges_by_peers(mesh, parallelism)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     units = _units(model)
     root: list[nn.Module] = [model]
+    peer_units: list[nn.Module] = []
     for number, modules in enumerate([*units, root]):
         reads_master = any(_reads_master(part, param_dtype) for module in modules for part in _own_modules(module))
+        by_peer_memory = by_peers and isinstance(modules[0], TransformerBlock)
+        if by_peer_memory:
+            peer_units.append(modules[0])
+        # Between peers gradients travel in their own dtype; what adds them up knows the dtype of the sums.
+        travels_in = param_dtype if by_peer_memory and not reads_master else reduce_dtype
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
             reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= len(units) - 1),
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=None if reads_master else param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+                param_dtype=None if reads_master else param_dtype, reduce_dtype=travels_in, cast_forward_inputs=False
             ),
             offload_policy=offload,
         )
+    _exchange_by_peers(peer_units, mesh, reduce_dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -105,6 +120,40 @@ def set_gradient_sync(model: nn.Module, mesh: ParallelMesh, *, is_last_microbatc
     """
     if isinstance(model, FSDPModule) and mesh.degrees.data_parallel_replicate > 1:
         model.set_requires_all_reduce(is_last_microbatch)
+
+
+def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> bool:
+    """Whether blocks are exchanged through peer memory: `parallelism.fsdp_exchange`, or what it finds possible. Every
+    rank finds the same.
+
+    Raises:
+        UserError: it was asked for by name, and cannot be.
+    """
+    choice = parallelism.fsdp_exchange
+    group = mesh.shards.get_group()
+    if choice == "collectives" or group.size() == 1 or mesh.device_mesh.device_type != "cuda":
+        return False
+    if choice == "auto":
+        ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        possible = has_peer_access(dist.get_process_group_ranks(group), ranks_per_host)
+        everywhere = torch.tensor(possible, dtype=torch.int32, device="cuda")
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        if mesh.degrees.pipeline > 1 or not bool(everywhere):
+            return False
+    check_peer_memory(group, torch.device("cuda", torch.cuda.current_device()), "parallelism.fsdp_exchange")
+    return True
+
+
+def _exchange_by_peers(units: list[nn.Module], mesh: ParallelMesh, reduce_dtype: torch.dtype) -> None:
+    """Have these units, one after the other, exchanged through peer memory."""
+    if not units:
+        return
+    group = mesh.shards.get_group()
+    gather, reduce = PeerAllGather(group), PeerReduceScatter(group, reduce_dtype)
+    for unit in units:
+        assert isinstance(unit, FSDPModule)
+        unit.set_custom_all_gather(gather)
+        unit.set_custom_reduce_scatter(reduce)
 
 
 def _units(model: Decoder) -> list[list[nn.Module]]:

@@ -41,15 +41,23 @@ def reduced_amax(x: Tensor, axis: Axis | None) -> Tensor:
 
 
 def cast_activation(
-    x: Tensor, recipe: Float8Recipe, dtype: torch.dtype, *, rows: bool, columns: bool, axis: Axis | None = None
+    x: Tensor,
+    recipe: Float8Recipe,
+    dtype: torch.dtype,
+    *,
+    rows: bool,
+    columns: bool,
+    axis: Axis | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Codes | None, Codes | None]:
     """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other.
 
     axis: ranks that hold other parts of the same tensor, which has one scale where a tensor has one.
+    amax: the bits of a bound on the whole tensor, from which that one scale is computed; None: it is measured.
     """
     match recipe.granularity:
         case Granularity.TENSOR:
-            return _cast_tensor(x, dtype, rows, columns, axis)
+            return _cast_tensor(x, dtype, rows, columns, reduced_amax(x, axis) if amax is None else amax)
         case Granularity.ROW:
             return _cast_rows(x, dtype, rows, columns)
         case Granularity.BLOCK:
@@ -57,9 +65,8 @@ def cast_activation(
 
 
 def _cast_tensor(
-    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, axis: Axis | None
+    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, amax: Tensor
 ) -> tuple[Codes | None, Codes | None]:
-    amax = reduced_amax(x, axis)
     if rows and columns:
         codes, codes_t, scale = ops.cast_tensor_both(x, amax, dtype)
         return Codes(codes, scale), Codes(codes_t, scale)

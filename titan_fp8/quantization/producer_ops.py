@@ -5,7 +5,8 @@ What they return depends on what is asked for, so each returns a list, in a fixe
     rms_norm_cast            rstd, [output], codes, scale, [codes_t, [scale_t]]
     add_rms_norm_cast        sum, and as rms_norm_cast
     swiglu_cast              [output], codes, scale, [codes_t, [scale_t]]
-    swiglu_backward_cast     for grad_gate and then for grad_up: [output], [codes, scale], [codes_t, [scale_t]]
+    swiglu_backward_cast     for grad_gate and then for grad_up: [output], [codes, scale], [codes_t, [scale_t]]; then,
+                             if asked, for the output of the forward pass: codes_t and its scale
 
 One scale for the tensor belongs to both layouts and comes once, as `scale`. `forms` sorts such a list.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from titan_fp8.kernels import blockwise, float8, producers
 from titan_fp8.kernels.producers import BLOCK, TENSOR, Cast, Produced
+from titan_fp8.kernels.producers.reference import output_cast
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.runtime.operators import register_operator
 
@@ -106,13 +108,16 @@ def _swiglu(gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
     return _given(*producers.swiglu(gate, up, _cast(*cast)))
 
 
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
-    of_gate, of_up = producers.swiglu_backward(grad, gate, up, _cast(*cast))
-    return _given(*of_gate, *of_up)
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *options: Any) -> list[Tensor]:
+    cast, (output_columns,) = options[:6], options[6:] or (None,)  # a default is not passed on
+    of_gate, of_up, output = producers.swiglu_backward(grad, gate, up, _cast(*cast), output_columns)
+    return _given(*of_gate, *of_up, *(output or ()))
 
 
-def _fake_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
-    return _given(*_fake_forms(gate, _cast(*cast)), *_fake_forms(gate, _cast(*cast)))
+def _fake_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *options: Any) -> list[Tensor]:
+    cast, (output_columns,) = _cast(*options[:6]), options[6:] or (None,)
+    output = () if output_columns is None else _fake_forms(gate, output_cast(cast, output_columns))
+    return _given(*_fake_forms(gate, cast), *_fake_forms(gate, cast), *output)
 
 
 def _cast(granularity: str, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool, emit: bool) -> Cast:
@@ -132,11 +137,13 @@ add_rms_norm_cast = register_operator(
 """`add_rms_norm_cast(x [T, K], branch [T, K], weight [K], eps, *Cast)`: x + branch, and its RMSNorm as float8."""
 
 rms_norm_backward = register_operator(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad=None)"
+    " -> (Tensor, Tensor)",
     producers.rms_norm_backward,
-    lambda grad, x, weight, rstd: (x.new_empty(x.shape), x.new_empty(weight.shape)),
+    lambda grad, x, weight, rstd, residual_grad=None: (x.new_empty(x.shape), x.new_empty(weight.shape)),
 )
-"""`rms_norm_backward(grad [T, K], x [T, K], weight [K], rstd [T])` -> grad_x [T, K], grad_weight [K], in x's dtype."""
+"""`rms_norm_backward(grad [T, K], x [T, K], weight [K], rstd [T], residual_grad [T, K])` -> grad_x [T, K],
+grad_weight [K], in x's dtype."""
 
 swiglu_cast = register_operator(
     f"swiglu_cast(Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
@@ -146,8 +153,9 @@ swiglu_cast = register_operator(
 """`swiglu_cast(gate [T, H], up [T, H], *Cast)`: silu(gate) * up, as float8."""
 
 swiglu_backward_cast = register_operator(
-    f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}) -> Tensor[]",
+    f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}, ScalarType? output_columns=None) -> Tensor[]",
     _swiglu_backward,
     _fake_swiglu_backward,
 )
-"""`swiglu_backward_cast(grad [T, H], gate [T, H], up [T, H], *Cast)`: the gradients of gate and up, as float8."""
+"""`swiglu_backward_cast(grad [T, H], gate [T, H], up [T, H], *Cast, output_columns)`: the gradients of gate and up, as
+float8, and if asked the columns of silu(gate) * up in the format `output_columns`."""

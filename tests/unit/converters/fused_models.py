@@ -73,16 +73,16 @@ def same_bits(results: dict[str, Tensor], expected: dict[str, Tensor]) -> list[s
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         flat = x.flatten(0, -2)
         _, rstd, output = reference.norm_output(flat, None, weight, eps)
         ctx.save_for_backward(flat, weight, rstd)
-        return output.view(x.shape)
+        return x.clone(), output.view(x.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, of_stream: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = reference.norm_backward(grad.flatten(0, -2), x, weight, rstd)
+        grad_x, grad_weight = reference.norm_backward(grad.flatten(0, -2), x, weight, rstd, of_stream.flatten(0, -2))
         return grad_x.view(grad.shape), grad_weight.to(weight.dtype), None
 
 
@@ -100,7 +100,7 @@ class _SwiGLU(torch.autograd.Function):
 class OnceRoundedNorm(RMSNorm):
     """RMSNorm with the fused one's rounding points, in high precision."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def keep_and_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _Norm.apply(x, self.weight, self.eps)
 
 

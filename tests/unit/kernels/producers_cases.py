@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tests.unit.kernels import interpreter
 from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
-from tests.unit.kernels.test_producers_reference import ulps_apart
+from tests.unit.kernels.test_producers_reference import norm_gradients_off, ulps_apart
 from titan_fp8.kernels.float8 import E4M3, E5M2, bits
 from titan_fp8.kernels.producers import BLOCK, ROW, TENSOR, Cast, Produced, reference
+from titan_fp8.kernels.producers import norm_backward_kernel as norm_backward
 from titan_fp8.kernels.producers import norm_kernel as norm
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu
 
@@ -35,6 +36,8 @@ def shrink_blocks() -> None:
     tile = bits.Tile(16, 16, 4, 2)
     norm.ROWS_TILE = norm.COLUMNS_TILE = norm.BOTH_TILE = tile
     norm.ROW_VALUES, norm.AMAX_PROGRAMS, norm.PROGRAMS = 1024, 2, 3
+    norm_backward.ROW_VALUES, norm_backward.SUM_PROGRAMS, norm_backward.SUM_FEATURES = 256, 2, 16
+    norm_backward.SHORT_ROWS, norm_backward.LONG_ROWS = norm_backward.Walk(5, 4, 3), norm_backward.Walk(3, 4, 2)
     swiglu.FORWARD_ROWS_TILE = swiglu.FORWARD_TILE = tile
     swiglu.BACKWARD_TILE = swiglu.BACKWARD_ROW_TILE = tile
     swiglu.FORWARD_AMAX = swiglu.BACKWARD_AMAX = swiglu.Amax(8, 16, 2, 4)
@@ -115,6 +118,43 @@ def compare_norm(
     return "; ".join(filter(None, texts))
 
 
+def gradients_of_norm(
+    grad: Tensor, x: Tensor, weight: Tensor, residual_grad: Tensor | None, *, device: str = "cpu"
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Gradients of x and weight, tensors of the CPU, by the kernel on a device and by the reference."""
+    _, rstd, _ = reference.norm_output(x, None, weight, EPS)
+    on_device = (None if t is None else on(device, t) for t in (grad, x, weight, rstd, residual_grad))
+    grad_x, grad_weight = norm_backward.rms_norm_backward(*on_device)
+    expected = reference.norm_backward(grad, x, weight, rstd, residual_grad)
+    return (grad_x.cpu(), grad_weight.cpu()), expected
+
+
+def compare_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor, *, device: str = "cpu") -> str:
+    """The backward of RMSNorm, with and without the residual's gradient, on a device; against fp64, and repeated."""
+    texts = []
+    for residual_grad in (residual, None):
+        results, _ = gradients_of_norm(grad, x, weight, residual_grad, device=device)
+        texts.append(norm_gradients_off(results, grad, x, weight, residual_grad))
+        again, _ = gradients_of_norm(grad, x, weight, residual_grad, device=device)
+        if not all(map(torch.equal, results, again)):
+            texts.append("a second call gives other bits")
+    return "; ".join(filter(None, texts))
+
+
+def compare_special_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor, *, device: str = "cpu"
+) -> str:
+    """The same where something is NaN or infinite: as in the reference, and seen in the gradient of x."""
+    results, expected = gradients_of_norm(grad, x, weight, residual, device=device)
+    texts = ["grad_x is finite"] if results[0].isfinite().all() else []
+    for name, result, exact in zip(("grad_x", "grad_weight"), results, expected, strict=True):
+        try:
+            torch.testing.assert_close(result, exact, rtol=2**-7, atol=2**-7, equal_nan=True)
+        except AssertionError as error:
+            texts.append(f"{name}: {error}")
+    return "; ".join(texts)
+
+
 def compare_swiglu(
     grad: Tensor, gate: Tensor, up: Tensor, granularity: str, *, wide: bool = False, device: str = "cpu"
 ) -> str:
@@ -129,7 +169,21 @@ def compare_swiglu(
         )
         if wide or cast.columns:
             gradients = reference.swiglu_gradients(grad, gate, up)
-            texts.append(check(lambda c: swiglu.swiglu_backward(*inputs, c), gradients, cast, wide=wide))
+            texts.append(check(lambda c: swiglu.swiglu_backward(*inputs, c, None)[:2], gradients, cast, wide=wide))
+            texts.append(compare_output_columns(inputs, cast))
+    return "; ".join(filter(None, texts))
+
+
+def compare_output_columns(inputs: list[Tensor], cast: Cast) -> str:
+    """The backward of SwiGLU that makes the output's columns again: those of the forward, beside the same gradients."""
+    texts = []
+    alone = swiglu.swiglu_backward(*inputs, cast, None)
+    assert alone[2] is None
+    for dtype in (E4M3, E5M2):
+        expected = swiglu.swiglu(*inputs[1:], reference.output_cast(cast, dtype))
+        for result, wanted in zip(swiglu.swiglu_backward(*inputs, cast, dtype), (*alone[:2], expected), strict=True):
+            assert result is not None
+            texts.append(difference(to_cpu(result), to_cpu(wanted)))
     return "; ".join(filter(None, texts))
 
 
@@ -187,6 +241,46 @@ def case_norm_of_rows_too_long_for_a_program() -> str:
     longest, norm.ROW_BLOCK_MAX = norm.ROW_BLOCK_MAX, 32
     try:
         return "; ".join(compare_norm(*inputs(g)[:2], torch.ones(SIZES[g][1]), g) for g in SIZES)
+    finally:
+        norm.ROW_BLOCK_MAX = longest
+
+
+def random_gradients(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad, x, weight, residual."""
+    grad, x, residual = (random(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    return grad, x, 1 + random(shape[1], seed=3, dtype=torch.float32) / 8, residual
+
+
+def case_norm_backward() -> str:
+    # Several rows at a time and one, whole blocks and not, fewer rows than programs, one row, few features.
+    sizes = [(35, 96), (64, 128), (19, 23), (37, 300), (2, 512), (1, 16), (11, 5)]
+    return "; ".join(f"{size}: {text}" for size in sizes if (text := compare_norm_backward(*random_gradients(*size))))
+
+
+def case_norm_backward_of_other_dtypes() -> str:
+    texts = [compare_norm_backward(*random_gradients(23, 80, dtype=d)) for d in (torch.float32, torch.float16)]
+    grad, x, weight, residual = random_gradients(23, 80)
+    return "; ".join(filter(None, [*texts, compare_norm_backward(grad, x, weight.bfloat16(), residual)]))
+
+
+def case_norm_backward_of_strided_rows() -> str:
+    grad, x, residual = random(70, 48, seed=0)[::2], random(35, 96, seed=1)[:, 16:64], random(105, 48, seed=2)[::3]
+    return compare_norm_backward(grad, x, torch.rand(48), residual)
+
+
+def case_norm_backward_with_nan_and_inf() -> str:
+    texts = []
+    for place, bad in itertools.product(range(4), (torch.nan, torch.inf, -torch.inf)):
+        tensors = random_gradients(19, 40)
+        tensors[place].view(-1)[7] = bad
+        texts.append(compare_special_norm_backward(*tensors))
+    return "; ".join(filter(None, texts))
+
+
+def case_norm_backward_of_rows_too_long_for_a_program() -> str:
+    longest, norm.ROW_BLOCK_MAX = norm.ROW_BLOCK_MAX, 32
+    try:
+        return compare_norm_backward(*random_gradients(9, 40))
     finally:
         norm.ROW_BLOCK_MAX = longest
 

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from titan_fp8.kernels.float8.bits import Tile  # noqa: E402
+from titan_fp8.kernels.producers import norm_backward_kernel as norm_backward  # noqa: E402
 from titan_fp8.kernels.producers import norm_kernel as norm  # noqa: E402
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu  # noqa: E402
 from titan_fp8.kernels.producers.tiles import LAUNCH  # noqa: E402
@@ -87,6 +88,33 @@ def test_the_second_pass_of_a_norm_compiles(granularity: str, rows: bool, tile: 
     assert_wide_and_exact(compile_ptx(norm._norm_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
 
 
+@pytest.mark.parametrize(
+    ("features", "walk"), [(4096, norm_backward.SHORT_ROWS), (8192, norm_backward.LONG_ROWS)], ids=["short", "long"]
+)
+def test_the_backward_of_a_norm_compiles_and_loads_rows_ahead(features: int, walk: norm_backward.Walk) -> None:
+    arguments = ["*bf16"] * 3 + ["*fp32", "*fp32", "*bf16", "*fp32"] + ["i32", "i32+", "i32", "i32+", "i32+", "i32+"]
+    constants = {"ADD": True, "EXACT_BITS": False, "BLOCK_T": 1, "BLOCK_K": features, "STAGES": walk.stages}
+    registers = norm_backward.REGISTERS
+    ptx = compile_ptx(norm_backward._rms_norm_backward_kernel, arguments, walk.warps, registers, **constants)
+    assert_wide_and_exact(ptx, writes_codes=False)
+    # 16 values a thread of each of three operands, and rstd, for each row on its way and once in the loop.
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*\], \[.*\], (\w+)", ptx)
+    assert copies.count("0x10") == 3 * 2 * walk.stages
+    assert copies.count("0x4") == walk.stages
+    assert set(re.findall(r"st\.global\.([\w.]+)", ptx)) == {"v4.b32"}
+
+
+def test_the_sum_over_programs_compiles() -> None:
+    constants = {
+        "EXACT_BITS": False,
+        "BLOCK_P": norm_backward.SUM_PROGRAMS,
+        "BLOCK_K": norm_backward.SUM_FEATURES,
+    }
+    arguments = ["*fp32", "*bf16", "i32", "i32+"]
+    ptx = compile_ptx(norm_backward._rms_norm_backward_sum_kernel, arguments, norm_backward.SUM_WARPS, **constants)
+    assert "ld.global.v4.b32" in ptx
+
+
 def blocks_of(tile: Tile) -> dict[str, int]:
     return {"BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band}
 
@@ -102,17 +130,25 @@ def blocks_of(tile: Tile) -> dict[str, int]:
     ],
 )
 def test_swiglu_compiles(backward: bool, granularity: str, tile: Tile) -> None:
-    pointers = ["*i32", "*i32", *FORMS] * 2
+    pointers = ["*i32", "*i32", *FORMS] * 2 + ["*i32", "*u8", "*fp32"]
     arguments = ["*bf16"] * 3 + pointers + ["i32"] + ["i32+"] * 5
     flags = {"BACKWARD": backward, "GRANULARITY": granularity, "ROWS": True, "COLUMNS": True, "EMIT": False, **CODES}
+    flags |= {"OUTPUT": backward, "OUTPUT_GRANULARITY": granularity, "OUTPUT_E5M2": False}
     assert_wide_and_exact(compile_ptx(swiglu._swiglu_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
 
 
-@pytest.mark.parametrize(("backward", "tensor"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("backward", "tensor"), [(False, True), (True, True), (True, False)])
 def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
     block = swiglu.BACKWARD_AMAX if backward else swiglu.FORWARD_AMAX
-    arguments = ["*bf16"] * 3 + ["*i32"] * 4 + ["i32"] + ["i32+"] * 4
-    flags = {"BACKWARD": backward, "TENSOR": tensor, "ROWS": not tensor, "COLUMNS": not tensor, "EXACT_BITS": False}
+    arguments = ["*bf16"] * 3 + ["*i32"] * 5 + ["i32"] + ["i32+"] * 4
+    flags = {
+        "BACKWARD": backward,
+        "OUTPUT": backward,
+        "TENSOR": tensor,
+        "ROWS": not tensor,
+        "COLUMNS": not tensor,
+        "EXACT_BITS": False,
+    }
     blocks = {"BLOCK_T": block.tokens, "BLOCK_K": block.features, "STEPS": block.steps, "STAGES": block.stages}
     ptx = compile_ptx(swiglu._swiglu_amax_kernel, arguments, block.warps, **flags, **blocks)
     assert_wide_and_exact(ptx, writes_codes=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -103,6 +104,18 @@ def test_amax_is_not_searched_for_again_in_the_per_op_mode(tiny_decoder: Build) 
     _, _, _, kept = _run(tiny_decoder(LAYERS, "tensorwise"), _section(mode="none"))
     _, _, _, per_op = _run(tiny_decoder(LAYERS, "tensorwise"), _section(selective_ac_option="op"))
     assert per_op.of({amax_op}) == kept.of({amax_op})
+
+
+@pytest.mark.parametrize("option", ["op", "1"])
+def test_rotations_are_computed_again_and_not_kept(
+    option: str, monkeypatch: pytest.MonkeyPatch, tiny_decoder: Build
+) -> None:
+    monkeypatch.setattr(rope, "_is_for_kernel", lambda x: True)
+    loss, grads, forward, kept = _run(tiny_decoder(LAYERS), _section(mode="none"))
+    other_loss, other_grads, _, again = _run(tiny_decoder(LAYERS), _section(selective_ac_option=option))
+    assert [count.of({rope.rotate_op}) for count in (forward, kept, again)] == [LAYERS, LAYERS, 2 * LAYERS]
+    assert torch.equal(other_loss, loss)
+    assert all(torch.equal(other_grads[name], grad) for name, grad in grads.items())
 
 
 def test_early_stop_leaves_out_the_end_of_the_block(tiny_decoder: Build) -> None:

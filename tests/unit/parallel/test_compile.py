@@ -8,6 +8,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -69,6 +70,26 @@ def test_all_blocks_share_one_graph(recipe: str | None, mode: str, graphs: list,
         assert torch.equal(grads[name], grad), name
 
 
+@pytest.mark.parametrize("recipe", [None, "rowwise"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_rotations_by_operator_are_compiled_in_one_graph_and_change_no_bit(
+    recipe: str | None, mode: str, monkeypatch: pytest.MonkeyPatch, tiny_decoder: Build
+) -> None:
+    expected_loss, expected_grads = _step(tiny_decoder(2, recipe))
+    monkeypatch.setattr(rope, "_is_for_kernel", lambda x: True)
+    torch._dynamo.reset()
+    model = tiny_decoder(2, recipe)
+    section = ActivationCheckpointSection(mode=mode, selective_ac_option="op")
+    compile_config = CompileSection(enable=True, backend="aot_eager_decomp_partition")
+    apply_activation_checkpointing(model, section, compile_config=compile_config)
+    apply_compile(model, compile_config)
+    loss, grads = _step(model)
+    assert torch.equal(loss, expected_loss)
+    for name, grad in expected_grads.items():
+        assert torch.equal(grads[name], grad), name
+    torch._dynamo.reset()
+
+
 def _saved_bytes(model: Decoder) -> int:
     """Of the tensors that autograd holds between the passes, the parameters left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -85,8 +106,12 @@ def _saved_bytes(model: Decoder) -> int:
 
 
 @pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
-def test_full_recomputation_keeps_the_inputs_of_compiled_blocks_alone(recipe: str | None, tiny_decoder: Build) -> None:
+@pytest.mark.parametrize("rotates_by_operator", [False, True])
+def test_full_recomputation_keeps_the_inputs_of_compiled_blocks_alone(
+    rotates_by_operator: bool, recipe: str | None, monkeypatch: pytest.MonkeyPatch, tiny_decoder: Build
+) -> None:
     """The more blocks, the more is saved: per block, one tensor `[T, dim]` and what attention's random state takes."""
+    monkeypatch.setattr(rope, "_is_for_kernel", lambda x: rotates_by_operator)
     saved = []
     for n_layers in (2, 6):
         torch._dynamo.reset()

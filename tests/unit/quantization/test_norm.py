@@ -4,14 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_fp8.quantization import producer_ops
 from titan_fp8.quantization.casts import cast_activation
-from titan_fp8.quantization.norm import add_rms_norm, rms_norm
+from titan_fp8.quantization.norm import add_rms_norm, keep_and_rms_norm, rms_norm
 from titan_fp8.quantization.recipes import RECIPES
 
 EPS = 1e-5
 ALL_RECIPES = pytest.mark.parametrize("recipe", RECIPES)
 FULLY_FLOAT8 = pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if r.grad_weight_in_float8])
+
+ADDS = pytest.mark.parametrize("adds", [False, True])
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +26,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]
 
 
 @FULLY_FLOAT8
-@pytest.mark.parametrize("adds", [False, True])
+@ADDS
 def test_codes_are_those_that_a_linear_makes_of_the_norm(recipe: str, adds: bool) -> None:
     x, branch, weight = inputs()
     if adds:
@@ -43,39 +47,107 @@ def test_codes_are_those_that_a_linear_makes_of_the_norm(recipe: str, adds: bool
         assert ours.stride() == theirs.stride()
 
 
+class Operators(TorchDispatchMode):
+    """Lists what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def outputs(
+    x: Tensor, branch: Tensor | None, weight: Tensor, recipe: str = "rowwise"
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The stream and the norm's value, of x + branch or of x alone; and what wants gradients of them."""
+    if branch is None:
+        stream, normed = keep_and_rms_norm(x, weight, EPS, RECIPES[recipe], columns=False, emit=False)
+        return (stream, normed.value), (x, weight)
+    stream, normed = add_rms_norm(x, branch, weight, EPS, RECIPES[recipe], columns=False, emit=False)
+    return (stream, normed.value), (x, branch, weight)
+
+
 @ALL_RECIPES
+@ADDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_gradient_is_that_of_the_plain_expression(recipe: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)], ids=["both", "stream", "norm"])
+def test_every_gradient_is_that_of_the_plain_expression_rounded_once(
+    recipe: str, dtype: torch.dtype, adds: bool, used: tuple[bool, bool]
+) -> None:
     x, branch, weight = inputs(dtype)
-    grad_sum, grad = (torch.randn(2, 9, 128).to(dtype) for _ in range(2))
-    total, normed = add_rms_norm(x, branch, weight, EPS, RECIPES[recipe], columns=False, emit=False)
-    results = torch.autograd.grad((total, normed.value), (x, branch, weight), (grad_sum, grad))
-    doubles = [t.detach().double().requires_grad_() for t in (x, branch, weight)]
-    exact_total = doubles[0] + doubles[1]
-    exact = torch.autograd.grad(
-        (exact_total, F.rms_norm(exact_total, (128,), doubles[2], EPS)), doubles, (grad_sum.double(), grad.double())
+    results, leaves = outputs(x, branch if adds else None, weight, recipe)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    *streams, exact_weight = doubles
+    # The sum and the weight are rounded, which gradients do not see.
+    total = results[0].detach().double() + sum(t - t.detach() for t in streams)
+    rounded = weight.detach().to(dtype).double() + exact_weight - exact_weight.detach()
+    exact = total, F.rms_norm(total, (128,), rounded, EPS)
+    grads = [torch.randn(2, 9, 128).to(dtype) for _ in range(2)]
+
+    chosen = [index for index in range(2) if used[index]]
+    ours = torch.autograd.grad([results[i] for i in chosen], leaves, [grads[i] for i in chosen], allow_unused=True)
+    theirs = torch.autograd.grad(
+        [exact[i] for i in chosen], doubles, [grads[i].double() for i in chosen], allow_unused=True
     )
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    for result, expected, leaf in zip(results, exact, (x, branch, weight), strict=True):
-        assert result.dtype == leaf.dtype
-        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+    for result, expected, leaf in zip(ours, theirs, leaves, strict=True):
+        assert (result is None) == (expected is None)
+        if result is not None and expected is not None:
+            assert result.dtype == leaf.dtype
+            rounding = torch.finfo(dtype).eps / 2
+            torch.testing.assert_close(result.double(), expected, rtol=rounding + 2.0**-21, atol=1e-5)
 
 
-def test_a_gradient_of_one_output_alone_is_enough() -> None:
+@ADDS
+def test_a_gradient_of_one_output_alone_is_enough(adds: bool) -> None:
     x, branch, weight = inputs()
     both = [torch.randn(2, 9, 128).bfloat16() for _ in range(2)]
+    (stream, value), leaves = outputs(x, branch if adds else None, weight)
+    of_stream = torch.autograd.grad(stream, leaves, both[0], retain_graph=True, allow_unused=True)
+    of_norm = torch.autograd.grad(value, leaves, both[1], retain_graph=True)
+    of_both = torch.autograd.grad((stream, value), leaves, both)
+    assert torch.equal(of_stream[0], both[0])
+    assert of_stream[-1] is None
+    assert torch.equal(of_both[-1], of_norm[-1])
+    torch.testing.assert_close(of_both[0], of_stream[0] + of_norm[0], rtol=2**-6, atol=2**-6)
 
-    def gradients(use_sum: bool, use_norm: bool) -> tuple[Tensor | None, ...]:
-        outputs = add_rms_norm(x, branch, weight, EPS, RECIPES["rowwise"], columns=False, emit=False)
-        chosen = [(outputs[0], both[0])] * use_sum + [(outputs[1].value, both[1])] * use_norm
-        differentiated, grads = zip(*chosen, strict=True)
-        return torch.autograd.grad(differentiated, (x, branch, weight), grads, allow_unused=True)
 
-    of_sum, of_norm, of_both = gradients(True, False), gradients(False, True), gradients(True, True)
-    assert torch.equal(of_sum[0], both[0])
-    assert of_sum[2] is None
-    assert torch.equal(of_both[1], of_sum[1] + of_norm[1])
-    assert torch.equal(of_both[2], of_norm[2])
+def test_a_stream_that_is_kept_is_not_copied() -> None:
+    x, _, weight = inputs()
+    stream, _ = keep_and_rms_norm(x, weight, EPS, RECIPES["rowwise"], columns=True, emit=False)
+    assert stream.data_ptr() == x.data_ptr()
+    assert stream.shape == x.shape
+
+
+@ADDS
+def test_one_operator_makes_the_gradient_of_stream_and_norm(adds: bool) -> None:
+    x, branch, weight = inputs()
+    (stream, value), leaves = outputs(x, branch if adds else None, weight)
+    with Operators() as operators:
+        torch.autograd.grad((stream, value), leaves, [torch.randn(2, 9, 128).bfloat16() for _ in range(2)])
+    assert operators.calls.count(producer_ops.rms_norm_backward) == 1
+    assert torch.ops.aten.add.Tensor not in operators.calls
+
+
+@ADDS
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_are_those_of_eager_mode(adds: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    x, branch, weight = inputs()
+
+    def go_on(x: Tensor, branch: Tensor, weight: Tensor) -> Tensor:
+        (stream, value), _ = outputs(x * 1, branch if adds else None, weight)
+        return stream * 3 + value.nan_to_num(1.0) * 2
+
+    grad = torch.randn(2, 9, 128).bfloat16()
+    expected = torch.autograd.grad(go_on(x, branch, weight), (x, weight), grad)
+    compiled = torch.compile(go_on, fullgraph=True, backend=backend)
+    for result, exact in zip(
+        torch.autograd.grad(compiled(x, branch, weight), (x, weight), grad), expected, strict=True
+    ):
+        assert torch.equal(result, exact)
 
 
 @FULLY_FLOAT8

@@ -33,6 +33,8 @@ CALLS = [
 ]
 CALLS += [
     (ops.rms_norm_backward, (X, Y, WEIGHT, torch.ones(21))),
+    (ops.rms_norm_backward, (X, Y, WEIGHT, torch.ones(21), Z)),
+    *((ops.swiglu_backward_cast, (X, Y, Z, *cast, dtype)) for cast in CASTS for dtype in (E4M3, E5M2)),
     (ops.swiglu_cast, (X.t().contiguous().t(), Y[:, :].clone(), *CASTS[1])),
     (ops.add_rms_norm_cast, (X.t().contiguous().t(), Y, WEIGHT, 1e-5, *CASTS[1])),
 ]
@@ -60,7 +62,7 @@ def test_schema_and_fake_implementation_pass_the_check_of_pytorch(op, arguments:
 
 @pytest.mark.parametrize("cast", CASTS, ids=str)
 def test_forms_take_each_result_to_its_place(cast: Cast) -> None:
-    expected = producers.swiglu_backward(X, Y, Z, cast)
+    expected = producers.swiglu_backward(X, Y, Z, cast)[:2]
     results = iter(ops.swiglu_backward_cast(X, Y, Z, *cast))
     for produced in expected:
         output, rows, columns = ops.forms(results, cast)
@@ -72,3 +74,18 @@ def test_forms_take_each_result_to_its_place(cast: Cast) -> None:
             assert (result is None) == (exact is None)
             assert result is None or torch.equal(result.float(), exact.float())
     assert not list(results)
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=str)
+def test_the_columns_that_swiglu_makes_again_in_backward_are_those_of_its_forward(cast: Cast) -> None:
+    wanted = cast._replace(dtype=E4M3, rows=False, columns=True, emit=False)
+    expected = ops.swiglu_cast(Y, Z, *wanted)
+    plain = ops.swiglu_backward_cast(X, Y, Z, *cast)
+    results = ops.swiglu_backward_cast(X, Y, Z, *cast, E4M3)
+    assert len(results) == len(plain) + 2
+    again = ops.forms(iter(results[len(plain) :]), wanted).columns
+    first = ops.forms(iter(expected), wanted).columns
+    assert again is not None
+    assert first is not None
+    for one, other in zip((*results[: len(plain)], *again), (*plain, *first), strict=True):
+        assert torch.equal(one.float(), other.float())

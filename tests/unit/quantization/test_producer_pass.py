@@ -65,7 +65,7 @@ class _Pass(DropUnusedLayouts):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         drop_unused_columns(graph)
-        self.asked += [node.args[-2] for node in graph.nodes if node.target is ops.swiglu_cast]
+        self.asked += [node.args[-2] for node in graph.nodes if node.target is ops.rms_norm_cast]
 
 
 class _Checkpointed(nn.Module):

@@ -1,9 +1,12 @@
 """Producers that write float8: RMSNorm (with the residual add before it if asked), SwiGLU, and the backward of SwiGLU.
 
 `reference.py` says what they compute and where they round; `norm_kernel.py` and `swiglu_kernel.py` compute it on a GPU
-without writing the output in high precision. Each function here checks its input and takes the Triton kernels for CUDA
-tensors where Triton is installed, otherwise the reference. Codes and scales are, in both, bit for bit the plain cast of
-the producer's own output, which `Cast.emit` returns.
+without writing the output in high precision. The backward of RMSNorm (`norm_backward_kernel.py`) writes no float8: what
+it makes is the gradient of the residual stream.
+
+Each function here checks its input and takes the Triton kernels for CUDA tensors where Triton is installed, otherwise
+the reference. Codes and scales are, in both, bit for bit the plain cast of the producer's own output, which `Cast.emit`
+returns.
 
 Inputs are 2-D bf16, fp16 or fp32 tensors of any strides; outputs are contiguous. What is not asked for is neither
 computed nor allocated.
@@ -44,18 +47,27 @@ def _norm_kernel() -> ModuleType:
 
 
 @functools.cache
+def _norm_backward_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.producers.norm_backward_kernel")
+
+
+@functools.cache
 def _swiglu_kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.producers.swiglu_kernel")
 
 
-def _check(cast: Cast, x: Tensor, *others: Tensor) -> None:
-    float8.check_input(x, cast.dtype)
+def _check_alike(x: Tensor, *others: Tensor) -> None:
     for other in others:
         if other.shape != x.shape or other.dtype != x.dtype:
             raise ValueError(
                 f"expected tensors of one shape and dtype, got {x.dtype} {list(x.shape)} and {other.dtype} "
                 f"{list(other.shape)}"
             )
+
+
+def _check(cast: Cast, x: Tensor, *others: Tensor) -> None:
+    float8.check_input(x, cast.dtype)
+    _check_alike(x, *others)
     if cast.granularity not in GRANULARITIES:
         raise ValueError(f"granularity {cast.granularity!r}: expected one of {', '.join(GRANULARITIES)}")
     if cast.granularity == BLOCK and x.shape[1] % _BLOCK_SIZE:
@@ -98,7 +110,9 @@ def rms_norm(
     return _norm_kernel().rms_norm(_contiguous_rows(x), branch, weight.contiguous(), eps, cast)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of x `[T, K]` and weight `[K]`, both in x's dtype, for `grad [T, K]` of the norm of x.
 
     Args:
@@ -106,11 +120,19 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
         x: what was normed, `[T, K]`; of `rms_norm` with a branch, the sum.
         weight: `[K]` of any float dtype.
         rstd: fp32 `[T]`, as `rms_norm` gave it.
+        residual_grad: `[T, K]` in x's dtype, added to the gradient of x before that is rounded: what came for x from
+            its other readers.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
     """
-    if not x.is_cuda or x.numel() == 0:
-        return reference.norm_backward(grad, x, weight, rstd)
-    backward = torch.ops.aten._fused_rms_norm_backward.default
-    return backward(grad.contiguous(), x.contiguous(), x.shape[1:], rstd.unsqueeze(1), weight.to(x.dtype), [True, True])
+    residual = () if residual_grad is None else (_contiguous_rows(residual_grad),)
+    float8.check_input(x)
+    _check_alike(x, grad, *residual)
+    if not float8.uses_kernel(x):
+        return reference.norm_backward(grad, x, weight, rstd, *residual)
+    backward = _norm_backward_kernel().rms_norm_backward
+    return backward(_contiguous_rows(grad), _contiguous_rows(x), weight.contiguous(), rstd, *residual)
 
 
 def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
@@ -125,13 +147,25 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
     return _swiglu_kernel().swiglu(_contiguous_rows(gate), _contiguous_rows(up), cast)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None = None
+) -> tuple[Produced, Produced, Produced | None]:
     """Gradients of gate and of up `[T, H]`, for `grad [T, H]` of `silu(gate) * up`, in the forms that `cast` asks for.
+
+    Args:
+        output_columns: float8 format of the columns of the output itself, which the next weight's gradient reads; they
+            are made here again, of the same bits as in `swiglu`, so that nobody need keep them. None: not wanted.
+
+    Returns:
+        The gradients of gate and of up; and the output's columns, or None.
 
     Raises:
         ValueError: for shapes, dtypes or a cast that do not fit.
     """
     _check(cast, gate, up, grad)
+    if output_columns is not None:
+        float8.check_input(gate, output_columns)
     if not float8.uses_kernel(gate):
-        return reference.swiglu_backward(grad, gate, up, cast)
-    return _swiglu_kernel().swiglu_backward(_contiguous_rows(grad), _contiguous_rows(gate), _contiguous_rows(up), cast)
+        return reference.swiglu_backward(grad, gate, up, cast, output_columns)
+    inputs = [_contiguous_rows(each) for each in (grad, gate, up)]
+    return _swiglu_kernel().swiglu_backward(*inputs, cast, output_columns)

@@ -19,7 +19,8 @@ Rounding points of the output, for activations in bf16:
     RMSNorm   (x * rstd) * weight in fp32 with the weight rounded to bf16 first, rounded once: as `F.rms_norm` does
     SwiGLU    silu(gate) * up in fp32, rounded once. The eager expression `F.silu(gate) * up` rounds silu as well, so
               the two differ by up to that rounding.
-    backward  grad_gate and grad_up in fp32, each rounded once
+    backward  grad_gate and grad_up in fp32, each rounded once; of a norm, the gradient of x in fp32 with that of the
+              residual stream added, rounded once (two operators, a norm's backward and an add, would round twice)
 
 The kernels equal the second step bit for bit; the first to within one unit in the last place of the output, because
 sums run in another order and exponentials are approximated.
@@ -101,11 +102,16 @@ def norm_output(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) ->
     return total, rstd, output.to(x.dtype).contiguous()
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x `[T, K]`, in its dtype, and of weight `[K]`, in x's dtype, for `grad [T, K]` of the output."""
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x `[T, K]` and of weight `[K]`, in x's dtype, for `grad [T, K]` of the output, and for
+    `residual_grad [T, K]` of x itself where it is read beside the norm."""
     normed = x.float() * rstd.unsqueeze(1)
     scaled = grad.float() * weight.to(x.dtype).float()
     grad_x = rstd.unsqueeze(1) * (scaled - normed * (scaled * normed).mean(1, keepdim=True))
+    if residual_grad is not None:
+        grad_x = grad_x + residual_grad.float()
     return grad_x.to(x.dtype).contiguous(), (grad.float() * normed).sum(0).to(x.dtype)
 
 
@@ -137,7 +143,17 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
     return quantize(swiglu_output(gate, up), cast)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
+def output_cast(cast: Cast, dtype: torch.dtype) -> Cast:
+    """How the backward of SwiGLU, whose gradients are cast by `cast`, makes the columns of its output in `dtype`."""
+    return cast._replace(dtype=dtype, rows=False, columns=True, emit=False)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None
+) -> tuple[Produced, Produced, Produced | None]:
     """See `titan_fp8.kernels.producers.swiglu_backward`."""
     grad_gate, grad_up = swiglu_gradients(grad, gate, up)
-    return quantize(grad_gate, cast), quantize(grad_up, cast)
+    output = None
+    if output_columns is not None:
+        output = quantize(swiglu_output(gate, up), output_cast(cast, output_columns))
+    return quantize(grad_gate, cast), quantize(grad_up, cast), output

@@ -19,11 +19,13 @@ T tokens, H hidden features.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels.blockwise.reference import BLOCK as BLOCK_SIZE
+from titan_fp8.kernels.float8 import E5M2
 from titan_fp8.kernels.float8.bits import (
     Tile,
     _abs_bits,
@@ -35,7 +37,7 @@ from titan_fp8.kernels.float8.bits import (
 )
 from titan_fp8.kernels.launch import cdiv, fast, next_power_of_2
 from titan_fp8.kernels.producers import tiles
-from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced
+from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced, output_cast
 from titan_fp8.kernels.producers.tiles import _rounded, _store_codes
 
 
@@ -77,17 +79,29 @@ def _sigmoid(x, EXACT_BITS: tl.constexpr):
 
 
 @triton.jit
+def _unrounded(gate, up, EXACT_BITS: tl.constexpr):
+    """`silu(gate) * up` of fp32 tiles."""
+    return gate * _sigmoid(gate, EXACT_BITS) * up
+
+
+@triton.jit
 def _output(gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
     """`silu(gate) * up` of fp32 tiles, rounded to dtype."""
-    return _rounded(gate * _sigmoid(gate, EXACT_BITS) * up, dtype, EXACT_BITS)
+    return _rounded(_unrounded(gate, up, EXACT_BITS), dtype, EXACT_BITS)
+
+
+@triton.jit
+def _unrounded_gradients(grad, gate, up, EXACT_BITS: tl.constexpr):
+    """`(grad_gate, grad_up)` of fp32 tiles."""
+    sigmoid = _sigmoid(gate, EXACT_BITS)
+    return grad * (up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))), grad * (gate * sigmoid)
 
 
 @triton.jit
 def _gradients(grad, gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
     """`(grad_gate, grad_up)` of fp32 tiles, rounded to dtype."""
-    sigmoid = _sigmoid(gate, EXACT_BITS)
-    grad_gate = grad * (up * (sigmoid * (1.0 + gate * (1.0 - sigmoid))))
-    return _rounded(grad_gate, dtype, EXACT_BITS), _rounded(grad * (gate * sigmoid), dtype, EXACT_BITS)
+    grad_gate, grad_up = _unrounded_gradients(grad, gate, up, EXACT_BITS)
+    return _rounded(grad_gate, dtype, EXACT_BITS), _rounded(grad_up, dtype, EXACT_BITS)
 
 
 @triton.jit
@@ -96,17 +110,30 @@ def _load(x_ptr, t, k, stride, mask):
 
 
 @triton.jit
-def _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS: tl.constexpr):
-    """The larger of `largest` and |value| as bits; with ROWS, each row's maximum goes to row_amax_ptr."""
+def _rounded_bits(bits, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """Of the largest |value| as bits, those of the largest rounded |value|: rounding keeps the order."""
+    return _abs_bits(_rounded(bits.to(tl.float32, bitcast=True), dtype, EXACT_BITS))
+
+
+@triton.jit
+def _accumulate_amax(
+    value, largest, row_amax_ptr, t, tokens, ROWS: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr
+):  # fmt: skip
+    """The larger of `largest` and |value| as bits, not rounded; with ROWS, each row's maximum, rounded, goes to
+    row_amax_ptr."""
     bits = _abs_bits(value)
     if ROWS:
-        tl.atomic_max(row_amax_ptr + t, tl.max(bits, axis=1), mask=t < tokens, sem="relaxed")
+        of_rows = _rounded_bits(tl.max(bits, axis=1), dtype, EXACT_BITS)
+        tl.atomic_max(row_amax_ptr + t, of_rows, mask=t < tokens, sem="relaxed")
     return tl.maximum(largest, bits)
 
 
 @triton.jit
-def _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR: tl.constexpr, COLUMNS: tl.constexpr):
-    of_columns = tl.max(largest, axis=0)
+def _store_amax(
+    largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR: tl.constexpr, COLUMNS: tl.constexpr,
+    dtype: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    of_columns = _rounded_bits(tl.max(largest, axis=0), dtype, EXACT_BITS)
     if TENSOR:
         tl.atomic_max(row_amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
     elif COLUMNS:
@@ -115,13 +142,14 @@ def _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR: tl.
 
 @triton.jit(do_not_specialize=["tokens"])
 def _swiglu_amax_kernel(
-    grad_ptr, gate_ptr, up_ptr, row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr,
+    grad_ptr, gate_ptr, up_ptr, row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr, output_amax_ptr,
     tokens, features, stride_grad, stride_gate, stride_up,
-    BACKWARD: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT_BITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Integer maxima of the output, or of grad_gate and grad_up, into zeroed int32: TENSOR: of everything, at
-    row_amax_ptr; ROWS: of each row; COLUMNS: of each column."""
+    row_amax_ptr; ROWS: of each row; COLUMNS: of each column. OUTPUT: of the output as well, of everything or of each
+    column, at output_amax_ptr."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     blocks_k = tl.cdiv(features, BLOCK_K)
     pid = tl.program_id(0)
@@ -129,20 +157,25 @@ def _swiglu_amax_kernel(
     first = (pid // blocks_k).to(tl.int64) * (BLOCK_T * STEPS)
     largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
     up_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
+    output_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
     for step in tl.range(STEPS, num_stages=STAGES):
         t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (t < tokens)[:, None] & (k < features)[None, :]
         gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
         if BACKWARD:
             grad = _load(grad_ptr, t, k, stride_grad, mask)
-            value, up_value = _gradients(grad, gate, up, dtype, EXACT_BITS)
-            up_largest = _accumulate_amax(up_value, up_largest, up_row_amax_ptr, t, tokens, ROWS)
+            value, up_value = _unrounded_gradients(grad, gate, up, EXACT_BITS)
+            up_largest = _accumulate_amax(up_value, up_largest, up_row_amax_ptr, t, tokens, ROWS, dtype, EXACT_BITS)
+            if OUTPUT:
+                output_largest = tl.maximum(output_largest, _abs_bits(_unrounded(gate, up, EXACT_BITS)))
         else:
-            value = _output(gate, up, dtype, EXACT_BITS)
-        largest = _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS)
-    _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR, COLUMNS)
+            value = _unrounded(gate, up, EXACT_BITS)
+        largest = _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS, dtype, EXACT_BITS)
+    _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR, COLUMNS, dtype, EXACT_BITS)
     if BACKWARD:
-        _store_amax(up_largest, up_row_amax_ptr, up_column_amax_ptr, k, features, TENSOR, COLUMNS)
+        _store_amax(up_largest, up_row_amax_ptr, up_column_amax_ptr, k, features, TENSOR, COLUMNS, dtype, EXACT_BITS)
+    if OUTPUT:
+        _store_amax(output_largest, output_amax_ptr, output_amax_ptr, k, features, TENSOR, True, dtype, EXACT_BITS)
 
 
 @triton.jit
@@ -172,6 +205,16 @@ def _values(grad, gate, up, BACKWARD: tl.constexpr, dtype: tl.constexpr, EXACT_B
 
 
 @triton.jit
+def _again(
+    gate_ptr, up_ptr, t, k, tokens, features, stride_gate, stride_up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr
+):  # fmt: skip
+    """The output at rows t: fp32, rounded, zero outside."""
+    mask = (t < tokens)[:, None] & (k < features)[None, :]
+    gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
+    return _output(gate, up, dtype, EXACT_BITS)
+
+
+@triton.jit
 def _emit(output_ptr, a, b, c, d, quad, k, tokens, features, dtype: tl.constexpr):
     """Store a tile in the activations' dtype, given as the four rows of each quad."""
     t = 4 * quad
@@ -188,13 +231,15 @@ def _swiglu_tiles_kernel(
     grad_ptr, gate_ptr, up_ptr,
     row_amax_ptr, column_amax_ptr, output_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     up_row_amax_ptr, up_column_amax_ptr, up_output_ptr, up_rows_ptr, up_row_scale_ptr, up_columns_ptr,
-    up_column_scale_ptr,
+    up_column_scale_ptr, output_amax_ptr, output_columns_ptr, output_scale_ptr,
     tokens, features, padded_tokens, stride_grad, stride_gate, stride_up,
-    BACKWARD: tl.constexpr, GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
+    BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, OUTPUT_GRANULARITY: tl.constexpr, OUTPUT_E5M2: tl.constexpr,
+    GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
     E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile of the output, or of grad_gate and grad_up (the pointers that begin with `up_`)."""
+    """Codes of one tile of the output, or of grad_gate and grad_up (the pointers that begin with `up_`) and, with
+    OUTPUT, of the output by columns."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     pid_t, pid_k = _tile_of_program(tl.program_id(0), tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
@@ -230,6 +275,17 @@ def _swiglu_tiles_kernel(
             a_up, b_up, c_up, d_up, pid_t, pid_k, tokens, features, padded_tokens,
             up_row_amax_ptr, up_column_amax_ptr, up_rows_ptr, up_row_scale_ptr, up_columns_ptr, up_column_scale_ptr,
             GRANULARITY, ROWS, COLUMNS, E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
+    if OUTPUT:
+        # Gate and up are loaded again, from a cache: kept until here, they would take registers from the gradients.
+        a = _again(gate_ptr, up_ptr, t, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
+        b = _again(gate_ptr, up_ptr, t + 1, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
+        c = _again(gate_ptr, up_ptr, t + 2, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
+        d = _again(gate_ptr, up_ptr, t + 3, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
+        _store_codes(
+            a, b, c, d, pid_t, pid_k, tokens, features, padded_tokens,
+            output_amax_ptr, output_amax_ptr, output_columns_ptr, output_scale_ptr, output_columns_ptr,
+            output_scale_ptr, OUTPUT_GRANULARITY, False, True, OUTPUT_E5M2, POWER_OF_TWO, EXACT_BITS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
 
 
@@ -271,15 +327,18 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
     if cast.granularity == ROW and cast.rows and not cast.columns:
         _launch_rows(gate, up, forms)
     else:
-        _launch_tiles(None, gate, up, [forms])
+        _launch_tiles(None, gate, up, [forms], None)
     return forms.result()
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, cast: Cast) -> tuple[Produced, Produced]:
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None
+) -> tuple[Produced, Produced, Produced | None]:
     """See `titan_fp8.kernels.producers.swiglu_backward`. Tensors have contiguous rows."""
     forms = [tiles.new_forms(gate, cast) for _ in range(2)]
-    _launch_tiles(grad, gate, up, forms)
-    return forms[0].result(), forms[1].result()
+    output = None if output_columns is None else tiles.new_forms(gate, output_cast(cast, output_columns))
+    _launch_tiles(grad, gate, up, forms, output)
+    return forms[0].result(), forms[1].result(), None if output is None else output.result()
 
 
 def _launch_rows(gate: Tensor, up: Tensor, forms: tiles.Forms) -> None:
@@ -295,27 +354,40 @@ def _launch_rows(gate: Tensor, up: Tensor, forms: tiles.Forms) -> None:
     )  # fmt: skip
 
 
-def _launch_tiles(grad: Tensor | None, gate: Tensor, up: Tensor, forms: list[tiles.Forms]) -> None:
-    """Fill the forms of the output (grad None), or of grad_gate and grad_up."""
+def _launch_tiles(
+    grad: Tensor | None, gate: Tensor, up: Tensor, forms: list[tiles.Forms], output: tiles.Forms | None
+) -> None:
+    """Fill the forms of the output (grad None), or of grad_gate and grad_up and then, if asked, those of the output."""
     tokens, features = gate.shape
     cast, padded_tokens = forms[0].cast, forms[0].padded_tokens
     is_backward = grad is not None
     inputs = (gate if grad is None else grad, gate, up)
     strides = [each.stride(0) for each in inputs]
-    amaxes = [gate] * 4
-    if cast.granularity != BLOCK and (cast.rows or cast.columns):
-        amaxes = _amaxes(inputs, cast, is_backward=is_backward)
+    amaxes = [gate] * 5
+    if cast.granularity != BLOCK and (cast.rows or cast.columns or output is not None):
+        amaxes = _amaxes(inputs, cast, is_backward=is_backward, of_output=output is not None)
     pointers = [
         pointer
         for number in (0, 1)
         for pointer in (*amaxes[2 * number : 2 * number + 2], *forms[number if is_backward else 0].pointers(gate))
     ]
+    pointers += [amaxes[4], *_output_pointers(output, gate)]
     tile = _tile(cast, is_backward=is_backward)
     fast(_swiglu_tiles_kernel)[(cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features),)](
         *inputs, *pointers, tokens, features, padded_tokens, *strides,
-        BACKWARD=is_backward, EMIT=cast.emit, BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band,
+        BACKWARD=is_backward, OUTPUT=output is not None, OUTPUT_GRANULARITY=cast.granularity,
+        OUTPUT_E5M2=output is not None and output.cast.dtype == E5M2, EMIT=cast.emit,
+        BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band,
         num_warps=tile.warps, maxnreg=tile.registers, **tiles.flags(cast, gate.device), **tiles.LAUNCH,
     )  # fmt: skip
+
+
+def _output_pointers(output: tiles.Forms | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scale of the output by columns."""
+    if output is None:
+        return unused, unused
+    *_, scale, columns, column_scale = output.pointers(unused)
+    return columns, scale if output.cast.granularity == TENSOR else column_scale
 
 
 def _tile(cast: Cast, *, is_backward: bool) -> Tile:
@@ -326,18 +398,22 @@ def _tile(cast: Cast, *, is_backward: bool) -> Tile:
     return FORWARD_TILE if cast.columns else FORWARD_ROWS_TILE
 
 
-def _amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: bool) -> list[Tensor]:
-    """`[row_amax, column_amax]` of the output, or of both gradients; unused ones are as long as they need be."""
+def _amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: bool, of_output: bool) -> list[Tensor]:
+    """`[row_amax, column_amax]` of the output, or of both gradients; and the amax of the output or of its columns, for
+    the backward. Unused ones are as long as they need be."""
     tokens, features = inputs[1].shape
     is_tensor = cast.granularity == TENSOR
+    per_column = 1 if is_tensor else features
     sizes = (1 if is_tensor else tokens, 0 if is_tensor else features) * (2 if is_backward else 1)
-    amaxes = tiles.new_amaxes(*sizes, device=inputs[1].device)
-    amaxes *= 1 if is_backward else 2
+    amaxes = tiles.new_amaxes(*sizes, *([per_column] if of_output else []), device=inputs[1].device)
+    if not is_backward:
+        amaxes *= 2
+    amaxes = [*amaxes, amaxes[0]][:5]
     block = BACKWARD_AMAX if is_backward else FORWARD_AMAX
     blocks_t = cdiv(tokens, block.tokens * block.steps)
     fast(_swiglu_amax_kernel)[(blocks_t * cdiv(features, block.features),)](
         *inputs, *amaxes, tokens, features, *[each.stride(0) for each in inputs],
-        BACKWARD=is_backward, TENSOR=is_tensor, ROWS=cast.rows and not is_tensor,
+        BACKWARD=is_backward, OUTPUT=of_output, TENSOR=is_tensor, ROWS=cast.rows and not is_tensor,
         COLUMNS=cast.columns and not is_tensor, BLOCK_T=block.tokens, BLOCK_K=block.features, STEPS=block.steps,
         STAGES=block.stages, EXACT_BITS=exact_bits(inputs[1].device), num_warps=block.warps, **tiles.LAUNCH,
     )  # fmt: skip

@@ -1,0 +1,65 @@
+"""What output layers share that compute the loss of some tokens at a time: sums of products, and a loss whose
+gradients exist already.
+
+T tokens, D features, V words.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """`total + grad_logits.T @ hidden` in fp32 `[V, D]`, in place; None is zero. grad_logits `[T, V]` and hidden
+    `[T, D]` are of one dtype."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        if total is None:
+            return torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32)
+        return torch.addmm(total, grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
+    left, right = grad_logits.t().float(), hidden.float()
+    return left @ right if total is None else total.addmm_(left, right)
+
+
+class LossWithGradients(torch.autograd.Function):
+    """The loss, to autograd a function of hidden and weight, from gradients that were computed along with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss: Tensor,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The loss, fp32 `[]`.
+
+        Args:
+            hidden: `[T, D]`.
+            weight: `[V, D]`.
+            loss: fp32 `[]`.
+            grad_hidden: its gradient for hidden `[T, D]`, in hidden's dtype; None if nobody wants it.
+            grad_weight: its gradient for weight, fp32 `[V, D]`, overwritten in backward; None if nobody wants it.
+            dtype: what grad_weight is rounded to in backward before it is given weight's dtype.
+        """
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype, ctx.weight_dtype = dtype, weight.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            # Of a bf16 tensor and an fp32 [], a GPU rounds the latter to bf16 first.
+            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # In place, for it is large; a second backward pass through what this changes is an error of autograd.
+            grad_weight.mul_(grad)
+            if torch.promote_types(ctx.dtype, ctx.weight_dtype) != ctx.dtype:
+                grad_weight.copy_(grad_weight.to(ctx.dtype))
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None

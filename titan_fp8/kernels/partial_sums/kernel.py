@@ -1,0 +1,48 @@
+"""The sum of ranks' parts as a Triton kernel: each value of each part is read once."""
+
+# Triton's language is not Python's; pyright takes the kernels for ordinary functions.
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titan_fp8.kernels.launch import Plan, cdiv, planned
+
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def _sum_parts_kernel(
+    own_ptr, others_ptr, out_ptr, numel, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK values of the sum."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < numel
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            part = tl.load(own_ptr + offset, mask=mask, other=0).to(tl.float32)
+        else:
+            row: tl.constexpr = rank - (rank > RANK)
+            start = tl.cast(numel, tl.int64) * row
+            part = tl.load(others_ptr + start + offset, mask=mask, other=0).to(tl.float32)
+        total = part if rank == 0 else total + part
+    tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@planned(_sum_parts_kernel)
+def _launch(
+    device: int, numel: int, rank: int, ranks: int, dtypes: tuple[torch.dtype, ...], block: int, warps: int
+) -> Plan:
+    """dtypes: of the parts and of the sum."""
+    constants = {"RANK": rank, "RANKS": ranks, "BLOCK": block, "num_warps": warps}
+    return Plan(cdiv(numel, block), (numel,), constants)
+
+
+def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor) -> None:
+    """See `partial_sums.sum_parts`; nothing is empty but, for one rank, `others`."""
+    key = own.numel(), rank, others.shape[0] + 1, (own.dtype, out.dtype), BLOCK, WARPS
+    _launch((own, others if others.numel() else own, out), *key)
