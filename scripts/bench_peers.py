@@ -11,7 +11,9 @@
 | two-gpus | 2, FSDP2 | 32 | 2, one a GPU |
 | two-gpus-accumulating | 2, FSDP2 | 32 | 16, one a GPU and microbatch |
 
-Tensorwise on two GPUs has FP8 all-gather and scales computed ahead on both sides. A row is run ours, peer, ours, peer
+Ours computes the loss some tokens at a time and, in float8, recomputes nothing (`peer/jobs.py`); the table shows what
+memory each side takes. On two GPUs weights are gathered as codes with scales computed ahead: ours in every recipe, the
+peer's in the one that it has this for, tensorwise. A row is run ours, peer, ours, peer
 and so on, so that a device that slows down with time does so for both. Eager rows are ours alone. A row that
 `--ours-extra NAME=OPTIONS` adds has the job's options (bf16, eager) or, with `@ROW` first, those of that row, and then
 its own.

@@ -16,6 +16,7 @@ LAUNCHER = REPO / "scripts" / "peer" / "launch.py"
 FLOAT8 = "quantize.linear.float8"
 SEQ_LEN = 8192
 LOG_FREQ = 5
+_GATHERS_CODES = (f"{FLOAT8}.enable_fsdp_float8_all_gather", f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp")
 PROFILE = "profile"
 """In place of a repeat's number: the run that is traced."""
 SAME: dict[str, Any] = {
@@ -76,6 +77,7 @@ ROWS = {
         Row("tensorwise-compiled", "tensorwise", True, (OURS, THEIRS)),
         Row("rowwise-compiled", "rowwise", True, (OURS, THEIRS)),
         Row("tensorwise-eager", "tensorwise", False),
+        Row("float8-head", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=",)),
     )
 }
 
@@ -133,8 +135,7 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if run.row.recipe:
         options |= {"model.converters": FLOAT8, f"{FLOAT8}.filter_fqns": "output"}
         if run.row.recipe == "tensorwise" and job.gpus > 1:
-            options[f"{FLOAT8}.enable_fsdp_float8_all_gather"] = True
-            options[f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"] = True
+            options |= dict.fromkeys(_GATHERS_CODES, True)
     if run.repeat == PROFILE:
         options |= {"profiling.enable_profiling": True, "profiling.profile_freq": args.steps}
     return options
@@ -155,11 +156,32 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
         options[f"{FLOAT8}.recipe_name"] = run.row.recipe
     else:
         options["model.converters"] = ""
-    if any(word.startswith("--activation_checkpoint.mode") for word in run.row.extra):
-        # Given beside another mode it would be refused.
-        options.pop("activation_checkpoint.selective_ac_option", None)
-    given = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
+    options |= _own_options(run)
+    for key in [word.removeprefix("--").partition("=")[0] for word in run.row.extra if word.startswith("--")]:
+        options.pop(key, None)
+        if key == "activation_checkpoint.mode":
+            # Given beside another mode it would be refused.
+            options.pop("activation_checkpoint.selective_ac_option", None)
+    given = [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
+        if value is not None
+    ]
     return [*given, *run.row.extra]
+
+
+def _own_options(run: Run) -> dict[str, Any]:
+    """What ours has and the peer has not, in no more memory than the peer takes: the loss some tokens at a time and,
+    since float8 layers keep less, no recomputation. On one GPU gradients leave their products in fp32, and weights are
+    kept by rows alone."""
+    options: dict[str, Any] = {"training.loss_chunk_tokens": 4096}
+    if run.row.recipe:
+        options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
+        if JOBS[run.job].gpus > 1:
+            options |= dict.fromkeys(_GATHERS_CODES, True)  # with any recipe
+        else:
+            options |= {f"{FLOAT8}.grad_weight_dtype": "float32", f"{FLOAT8}.force_recompute_fp8_weight_in_bwd": True}
+    return options
 
 
 def peer_options(run: Run, args: argparse.Namespace) -> list[str]:

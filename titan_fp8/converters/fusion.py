@@ -8,12 +8,14 @@ precision:
     ffn_norm           residual add and RMSNorm -> codes, read by w1 and w3
     feed_forward       SwiGLU -> codes, read by w2; its backward writes the float8 gradients of w1's and w3's outputs
 
+The attention's output is cast twice, in forward by rows and in backward by columns, so that it is kept once.
+
 A module is replaced only where all of its readers are `Float8Linear`s of one recipe; what a reader in high precision
 would read stays a tensor. The new modules hold the old ones' parameters under the old names. Where they cannot know
 who looks at what passes between modules (hooks, autocast), they compute as the modules they replaced.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -44,6 +46,8 @@ def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[s
     fused = []
     for fqn, block in model.named_modules():
         if isinstance(block, TransformerBlock):
+            if not tensor_parallel:
+                _share_attention_output(block)
             for name, new in _fused_parts(block, tensor_parallel).items():
                 setattr(block, name, new)
                 fused.append(f"{fqn}.{name}" if fqn else name)
@@ -71,6 +75,13 @@ def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn
             fused = parts[name] = _converted(norm, Float8RMSNorm)
             fused.readers = reader
     return parts
+
+
+def _share_attention_output(block: TransformerBlock) -> None:
+    """Let `wo` keep what it reads, which attention keeps for its own backward, in place of its codes."""
+    wo = block.attention.wo
+    if _is_plain(wo) and wo.config.recipe.grad_weight_in_float8:
+        wo.config = replace(wo.config, keeps_input=True)
 
 
 def _converted(module: nn.Module, kind: type[_Module]) -> _Module:

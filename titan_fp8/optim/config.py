@@ -28,7 +28,8 @@ class OptimizerSection(Section):
     """Weight decay, multiplied by the learning rate at each step."""
 
     implementation: Literal["for-loop", "foreach", "fused", "one_pass"] = "fused"
-    """How the update runs: one parameter at a time, in groups, in one fused kernel, or in one that also clips."""
+    """How the update runs: one parameter at a time, in groups, or in one pass over memory that also clips: `one_pass`,
+    and on GPUs `fused`, which on CPUs is PyTorch's own kernel."""
 
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there, and free the gradient. Needs `training.max_norm = 0` and

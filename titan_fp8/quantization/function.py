@@ -8,7 +8,8 @@
 Every operand lies with its summed dimension contiguous, so x and grad_output are needed in both layouts, and one cast
 writes both. Forward gets x and the weight cast already (`activation.py`, `weights.py`), and saves for backward:
 
-    for grad_weight   the columns of x, 8 bits a value, in place of x; where that product is not float8, x itself
+    for grad_weight   the columns of x, 8 bits a value, in place of x; where that product is not float8, or somebody
+                      else keeps x, x itself
     for grad_input    the weight's columns where somebody keeps them anyway; otherwise its row codes, from which
                       backward derives the columns; or the parameter alone, which backward casts again
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.quantization import ops
-from titan_fp8.quantization.casts import Codes, as_matrix, cast_weight, product, weight_columns
+from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation, cast_weight, product, weight_columns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.quantization.tensor_parallel import Split, TensorParallel, cast_gradient
 from titan_fp8.runtime.collectives import Axis, reduce_scatter
@@ -47,6 +48,8 @@ class Float8Config:
         grad_weight_dtype: type in which the weight's gradient leaves its product.
         recompute_weight_in_backward: keep no codes of the weight between forward and backward: cast it again, or
             derive its columns again from cached or gathered row codes.
+        keeps_input: save x in place of its codes by columns, and cast it again in backward: less memory where whoever
+            made x keeps it for its own backward anyway.
         parallel: the linear's part in a product that several ranks compute; see `tensor_parallel.py`.
     """
 
@@ -55,6 +58,7 @@ class Float8Config:
     fast_accum_in_backward: bool = False
     grad_weight_dtype: torch.dtype = torch.bfloat16
     recompute_weight_in_backward: bool = False
+    keeps_input: bool = False
     parallel: TensorParallel | None = None
 
     @property
@@ -71,6 +75,13 @@ class Float8Config:
     def weight_axis(self) -> Axis | None:
         """The ranks that hold other parts of the same weight."""
         return None if self.parallel is None else self.parallel.axis
+
+    @property
+    def saves_columns(self) -> bool:
+        """Whether x is kept by columns for the weight's gradient; otherwise x itself is. Compiled code makes the
+        columns in its forward graph whatever it is told, since they depend on nothing else, and keeps them."""
+        keeps_input = self.keeps_input and not torch.compiler.is_compiling()
+        return self.recipe.grad_weight_in_float8 and not keeps_input
 
     def gradient_product(self, a: Codes, b: Codes, out_dtype: torch.dtype) -> Tensor:
         """`a [M, K] @ b [N, K].T` as the two gradient products compute it."""
@@ -168,10 +179,10 @@ class Float8LinearFunction(torch.autograd.Function):
                 saved[1:3] = [w_codes, w_scale]
         if needs_grad_weight:
             x_scale_t = x_scale if x_scale_t is None else x_scale_t
-            saved[3:5] = [x_codes_t, x_scale_t] if config.recipe.grad_weight_in_float8 else [x, None]
+            saved[3:5] = [x, None] if x_codes_t is None else [x_codes_t, x_scale_t]
         ctx.save_for_backward(*saved)
         ctx.config, ctx.sink = config, sink
-        ctx.has_columns = w_codes_t is not None
+        ctx.has_columns, ctx.has_x_columns = w_codes_t is not None, x_codes_t is not None
         ctx.needs_grads = needs_grad_input, needs_grad_weight
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -206,6 +217,8 @@ class Float8LinearFunction(torch.autograd.Function):
                 grad_input = grad_input.view(ctx.input_shape)
         if needs_grad_weight:
             kept = Codes(x_or_codes_t, x_scale_t)
+            if columns and not ctx.has_x_columns:
+                kept = _columns_of(kept.codes, recipe)
             grad_weight = later_or_now(
                 ctx.sink, partial(_grad_weight, g_columns, grad_output, kept, config), ctx.weight_dtype
             )
@@ -227,6 +240,13 @@ def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config:
     if g_columns is not None:
         return config.gradient_product(g_columns, x, config.grad_weight_dtype)
     return _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
+
+
+def _columns_of(x: Tensor, recipe: Float8Recipe) -> Codes:
+    """x `[..., K]` by columns, of the bits that one cast into both layouts gives."""
+    _, columns = cast_activation(as_matrix(x), recipe, recipe.input_dtype, rows=False, columns=True)
+    assert columns is not None
+    return columns
 
 
 def columns_of_weight(

@@ -111,7 +111,7 @@ class Float8Linear(nn.Linear):
         if value.shape[-1] != in_features:
             raise ValueError(f"float8 linear with in_features={in_features} got input {list(value.shape)}")
         recipe = self.config.recipe
-        columns = torch.is_grad_enabled() and self.weight.requires_grad and recipe.grad_weight_in_float8
+        columns = torch.is_grad_enabled() and self.weight.requires_grad and self.config.saves_columns
         if isinstance(input, QuantizedActivation):
             if input.recipe != recipe or (columns and input.columns is None):
                 raise ValueError(f"float8 linear with recipe {recipe.name} got an input quantized for something else")

@@ -159,6 +159,22 @@ def test_frozen_weights_cost_no_columns_and_leave_the_other_gradients_as_they_ar
 
 
 @FULLY_FLOAT8
+def test_what_attention_keeps_is_not_kept_again_in_codes(recipe: str) -> None:
+    model = build(recipe, fused=True)
+    block, kept = model.layers["0"], []
+    x = torch.randn(32, 32, 128).bfloat16().requires_grad_() * 1.0
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.element_size() == 1 and t.dim() == 2 and t.shape[1] == 32 * 32:
+            kept.append(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        block(x, model.rope(32, x.device))
+    assert len(set(kept)) == 2  # the columns of both norms; wq, wk and wv share theirs, and w1 and w3
+
+
+@FULLY_FLOAT8
 def test_only_the_second_weight_of_a_feed_forward_may_have_a_gradient(
     recipe: str, casts: list[tuple[str, Cast]]
 ) -> None:

@@ -58,7 +58,7 @@ class LossWithGradients(torch.autograd.Function):
             grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             # In place, for it is large; a second backward pass through what this changes is an error of autograd.
-            grad_weight.mul_(grad)
+            torch._foreach_mul_([grad_weight], grad)  # pyright: ignore[reportPrivateImportUsage]  # twice as fast as mul_
             if torch.promote_types(ctx.dtype, ctx.weight_dtype) != ctx.dtype:
                 grad_weight.copy_(grad_weight.to(ctx.dtype))
             grad_weight = grad_weight.to(ctx.weight_dtype)

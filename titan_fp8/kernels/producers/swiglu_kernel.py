@@ -52,9 +52,9 @@ class Amax(NamedTuple):
 
 
 # Static block sizes: a search at the first step could choose differently on different ranks.
-FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(16, 128, 16, 4, 2)
+FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(8, 128, 16, 4)
 FORWARD_ROWS_TILE, FORWARD_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
-BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(64, 128, 8, 4), Tile(32, 128, 4, 4)
+BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(32, 128, 4, 8), Tile(32, 128, 4, 4)
 FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4), Tile(BLOCK_SIZE, BLOCK_SIZE, 16, 4)
 ROW_BLOCK_MAX = 16384
 """A row of up to this many values stays in registers between its amax and its cast; a longer one is computed twice."""
