@@ -117,10 +117,10 @@ def report(tokens: int, timer: Timer) -> None:
 
 
 def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(beginning of a case's name, granularity) -> values to try for constants of `norm_kernel` and `swiglu_kernel`."""
+    """(beginning of a case's name, granularity) -> values to try for the constants of the kernels' modules."""
     from titan_fp8.kernels.float8.bits import Tile
     from titan_fp8.kernels.producers.norm_backward_kernel import Walk
-    from titan_fp8.kernels.producers.swiglu_kernel import Amax
+    from titan_fp8.kernels.producers.swiglu_amax_kernel import Amax
 
     shapes = [(64, 128, 4, None), (64, 128, 8, None), (128, 128, 8, 128), (64, 256, 8, 128), (32, 256, 4, None)]
     shapes += [(64, 64, 4, None), (64, 64, 4, 96), (32, 128, 4, None), (32, 128, 4, 96), (32, 128, 8, None)]
@@ -181,9 +181,9 @@ def configurations() -> dict[tuple[str, str], list[dict[str, Any]]]:
 @contextlib.contextmanager
 def constants(**values: Any) -> Iterator[None]:
     """Other values for constants of the producers' kernels, inside; `ROW_VALUES_PER_WARP` in both files."""
-    from titan_fp8.kernels.producers import norm_backward_kernel, norm_kernel, swiglu_kernel
+    from titan_fp8.kernels.producers import norm_backward_kernel, norm_kernel, swiglu_amax_kernel, swiglu_kernel
 
-    modules = norm_backward_kernel, norm_kernel, swiglu_kernel
+    modules = norm_backward_kernel, norm_kernel, swiglu_kernel, swiglu_amax_kernel
     owners = [(m, name) for name in values for m in modules if hasattr(m, name)]
     before = [(module, name, getattr(module, name)) for module, name in owners]
     try:

@@ -214,6 +214,7 @@ def _build_part(
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         cpu_offload=training.enable_cpu_offload,
         dump_folder=folder,
+        batch_tokens=training.local_batch_size * training.seq_len // mesh.degrees.context,
     )
     materialize(part, device, cpu_offload=training.enable_cpu_offload)
     initialize(part, seed, device=device)

@@ -133,6 +133,14 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
             "no gradients are summed over data-parallel ranks; leave it out, or raise "
             "parallelism.data_parallel_shard_degree",
         )
+    if job.parallelism.fsdp_exchange == "peer_memory":
+        key = "parallelism.fsdp_exchange"
+        if degrees.shards == 1:
+            yield Problem(key, "nothing is sharded, so nothing is exchanged; leave it out")
+        if degrees.pipeline > 1:
+            yield Problem(
+                key, "a pipeline gathers more blocks at a time than there are buffers in peer memory; leave it out"
+            )
     float8, section = job.quantize.linear.float8, "quantize.linear.float8"
     if float8.enable_fsdp_float8_all_gather and degrees.shards == 1:
         key = f"{section}.enable_fsdp_float8_all_gather"

@@ -193,6 +193,7 @@ def _check_parallelization(job: JobConfig, model: Decoder, device: DeviceCapabil
         cpu_offload=job.training.enable_cpu_offload,
         tensor_ranks=_placement(job).tensor,
         async_tensor_parallel=job.parallelism.enable_async_tensor_parallel,
+        fsdp_exchange=job.parallelism.fsdp_exchange,
     )
 
 

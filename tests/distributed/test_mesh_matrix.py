@@ -268,7 +268,7 @@ def test_a_float8_head_that_computes_the_loss_some_tokens_at_a_time(recipe: str,
     options = converted(recipe) | {
         f"{FLOAT8}.filter_fqns": "layers.0",
         "model.overrides.vocab_size": "384",  # whole blocks
-        "training.seq_len": "160",
+        "training.seq_len": "384",  # as many tokens as rows: the table is gathered, sums are in one order
         "training.global_batch_size": "2",
         "training.max_norm": "0",
         "training.mixed_precision_param": "bfloat16",

@@ -62,7 +62,9 @@ class Case:
     compile_backend: str | None = None
     overlapped: bool = False
     cpu_offload: bool = False
+    batch_tokens: int | None = None
     device_type: str = "cpu"
+    fsdp_exchange: str = "auto"
 
     @property
     def ranks(self) -> int:
@@ -166,6 +168,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         mesh=mesh,
         parallelism=ParallelismSection(
             fsdp_reshard_after_forward=case.reshard,
+            fsdp_exchange=case.fsdp_exchange,
             disable_loss_parallel=not case.loss_parallel,
             enable_async_tensor_parallel=case.overlapped,
         ),
@@ -174,6 +177,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         param_dtype=case.compute_dtype,
         reduce_dtype=case.reduce_dtype,
         cpu_offload=case.cpu_offload,
+        batch_tokens=case.batch_tokens,
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device(case.device_type), cpu_offload=case.cpu_offload)

@@ -46,6 +46,8 @@ TWO_GPUS = {
     "ddp": (Case(replicate=2, device_type="cuda"), FP32),
     "ddp_accumulating": (Case(replicate=2, microbatches=2, device_type="cuda"), FP32),
     "fsdp_offload": (Case(shard=2, cpu_offload=True, device_type="cuda"), FP32),
+    "fsdp_rows": (Case(shard=2, vocab_size=259, batch_tokens=64, device_type="cuda"), FP32),
+    "fsdp_rows_bf16": (Case(shard=2, vocab_size=259, batch_tokens=64, microbatches=2, **BF16_JOB), BF16),
     "fsdp_bf16_tied": (Case(shard=2, tied_embeddings=True, **BF16_JOB), BF16),
     "fsdp_tensorwise_full_ac": (
         Case(shard=2, float8_recipe="tensorwise", activation_checkpoint={"mode": "full"}, **BF16_JOB),

@@ -78,6 +78,16 @@ CASES = {
         {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "training.mixed_precision_reduce": "bfloat16"},
         "no gradients are summed over data-parallel ranks; leave it out",
     ),
+    "exchange of nothing": (
+        2,
+        {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2, "fsdp_exchange": "peer_memory"},
+        "nothing is sharded, so nothing is exchanged",
+    ),
+    "exchange by peers in a pipeline": (
+        4,
+        {"pipeline_parallel_degree": 2, "fsdp_exchange": "peer_memory"},
+        "a pipeline gathers more blocks at a time than there are buffers in peer memory",
+    ),
     "chunks of a compiled loss": (
         1,
         {"training.loss_chunk_tokens": 64, "compile.enable": True, "compile.components": "loss"},

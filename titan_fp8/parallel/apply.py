@@ -21,7 +21,7 @@ from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
-from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload
+from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload, check_exchange
 from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor import apply_tensor_parallel
 from titan_fp8.parallel.tensor_rules import check_tensor_parallel
@@ -41,6 +41,7 @@ def parallelize(
     reduce_dtype: torch.dtype = torch.float32,
     cpu_offload: bool = False,
     dump_folder: Path | None = None,
+    batch_tokens: int | None = None,
 ) -> Decoder:
     """Apply the inner order to `model`, in place, and return it. A model on the meta device stays there.
 
@@ -54,6 +55,8 @@ def parallelize(
         reduce_dtype: dtype in which gradients are summed over ranks (training.mixed_precision_reduce).
         cpu_offload: keep parameters and optimizer state in host memory (training.enable_cpu_offload).
         dump_folder: the run's folder, for pictures that were asked for.
+        batch_tokens: tokens of a local batch on this rank, as many on every rank, by which to choose what FSDP moves
+            for the embedding (`sharded_embedding.py`); None: not known.
 
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
@@ -72,6 +75,7 @@ def parallelize(
             param_dtype=param_dtype,
             reduce_dtype=reduce_dtype,
             cpu_offload=cpu_offload,
+            batch_tokens=batch_tokens,
         )
     return model
 
@@ -85,6 +89,7 @@ def check_parallelization(
     cpu_offload: bool,
     tensor_ranks: int = 1,
     async_tensor_parallel: bool = False,
+    fsdp_exchange: str = "auto",
 ) -> None:
     """What `parallelize` would refuse, all of it at once, before there is a process group or a mesh.
 
@@ -94,6 +99,7 @@ def check_parallelization(
         activation_checkpoint, compile_config, cpu_offload: as for `parallelize`.
         tensor_ranks: length of the mesh's axis `tp`.
         async_tensor_parallel: parallelism.enable_async_tensor_parallel.
+        fsdp_exchange: parallelism.fsdp_exchange.
 
     Raises:
         UserError: one line for each thing that cannot be done.
@@ -105,6 +111,7 @@ def check_parallelization(
         partial(check_backend, compile_config),
         partial(check_cpu_offload, cpu_offload, device_type),
         partial(_check_overlap, async_tensor_parallel, device_type),
+        partial(check_exchange, fsdp_exchange, device_type),
     ):
         try:
             check()

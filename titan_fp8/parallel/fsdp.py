@@ -9,7 +9,7 @@ over ranks while being scattered back to the shards. Units, in the order in whic
 With tied embeddings one parameter belongs to the first and the last unit; then both join the root, which stays gathered
 from the start of the forward pass to the end of the backward pass.
 
-Five decisions:
+Six decisions:
 
 - **Gradients are sums.** The loss of a rank is already divided by the token count of the global batch, so nothing is
   divided here. Collectives are told to sum, which NCCL and gloo both do.
@@ -19,6 +19,11 @@ Five decisions:
   embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in the master
   dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right
   dtype.
+- **Rows in place of the table.** Where the rows of a batch's tokens are fewer bytes than the table, the embedding is no
+  unit. Its table has the same shards as every parameter, but they stay where they are, and the rows of the tokens are
+  exchanged (`sharded_embedding.py`). Its gradient is one sum over the tokens of all ranks, in the master dtype at
+  least. Not with tied embeddings, nor where parameters have copies, are divided over `tp` or are offloaded to host
+  memory.
 - **Float8 all-gather.** A Float8Linear whose weight is gathered as codes reads the master weight in its shard
   (`quantization/fsdp_weight.py`), so its unit is gathered in the dtype of the activations, codes aside. The weight's
   gradient is rounded to that dtype, too, before it is summed in the reduce dtype. Where it leaves its product in a
@@ -43,7 +48,9 @@ from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
 from titan_fp8.parallel.mesh import ParallelMesh
+from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.peer_memory import check_peer_memory, has_peer_access
 
@@ -56,6 +63,7 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     cpu_offload: bool,
+    batch_tokens: int | None = None,
 ) -> None:
     """Shard the parameters of `model` over `mesh`, in place; they become DTensors under the same names.
 
@@ -66,6 +74,7 @@ def apply_fsdp(
         param_dtype: dtype in which units that do not need master weights are gathered: that of the activations.
         reduce_dtype: dtype in which gradients are summed over ranks.
         cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
+        batch_tokens: tokens of a local batch on this rank, as many on every rank; None: not known, or not the same.
 
     Raises:
         UserError: `cpu_offload` on a CPU, or an exchange that the GPUs cannot do.
@@ -73,6 +82,11 @@ def apply_fsdp(
     check_cpu_offload(cpu_offload, mesh.device_mesh.device_type)
     by_peers = _exchanges_by_peers(mesh, parallelism)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    in_place: set[nn.Parameter] = set()
+    if exchanges_rows(model, mesh, batch_tokens=batch_tokens, cpu_offload=cpu_offload):
+        assert model.tok_embeddings is not None
+        axis = Axis.of(mesh.shards.get_group())
+        in_place.add(shard_embedding(model.tok_embeddings, mesh.fsdp_mesh, axis, model.compute_dtype))
     units = _units(model)
     root: list[nn.Module] = [model]
     peer_units: list[nn.Module] = []
@@ -91,6 +105,7 @@ def apply_fsdp(
                 param_dtype=None if reads_master else param_dtype, reduce_dtype=travels_in, cast_forward_inputs=False
             ),
             offload_policy=offload,
+            ignored_params=in_place or None,
         )
     _exchange_by_peers(peer_units, mesh, reduce_dtype)
     for module in model.modules():
@@ -108,6 +123,15 @@ def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
         raise UserError(
             "training.enable_cpu_offload moves parameters from GPU memory to host memory, but this job runs on a CPU, "
             "where they already are; turn it off"
+        )
+
+
+def check_exchange(choice: str, device_type: str) -> None:
+    """Raise a `UserError` if blocks are to be exchanged between GPUs that there are not."""
+    if choice == "peer_memory" and device_type != "cuda":
+        raise UserError(
+            'parallelism.fsdp_exchange = "peer_memory" copies between the memories of GPUs, but this job runs on a '
+            f"{device_type.upper()}; leave it out"
         )
 
 
@@ -131,6 +155,7 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
     """
     choice = parallelism.fsdp_exchange
     group = mesh.shards.get_group()
+    check_exchange(choice, mesh.device_mesh.device_type)
     if choice == "collectives" or group.size() == 1 or mesh.device_mesh.device_type != "cuda":
         return False
     if choice == "auto":
@@ -160,9 +185,9 @@ def _units(model: Decoder) -> list[list[nn.Module]]:
     """The modules gathered together, in the order in which they run; what is in no unit belongs to the root."""
     layers: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
     embedding, output = model.tok_embeddings, model.output
-    if embedding is not None and output is not None and output.weight is embedding.weight:
+    if is_tied(model):
         return layers
-    first: list[list[nn.Module]] = [] if embedding is None else [[embedding]]
+    first: list[list[nn.Module]] = [] if embedding is None or isinstance(embedding, ShardedEmbedding) else [[embedding]]
     return first + layers + ([] if output is None else [[model.norm, output]])
 
 

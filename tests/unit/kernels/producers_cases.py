@@ -21,6 +21,7 @@ from titan_fp8.kernels.float8 import E4M3, E5M2, bits
 from titan_fp8.kernels.producers import BLOCK, ROW, TENSOR, Cast, Produced, reference
 from titan_fp8.kernels.producers import norm_backward_kernel as norm_backward
 from titan_fp8.kernels.producers import norm_kernel as norm
+from titan_fp8.kernels.producers import swiglu_amax_kernel as swiglu_amax
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu
 
 Produce = Callable[[Cast], tuple[Produced, ...]]
@@ -40,7 +41,7 @@ def shrink_blocks() -> None:
     norm_backward.SHORT_ROWS, norm_backward.LONG_ROWS = norm_backward.Walk(5, 4, 3), norm_backward.Walk(3, 4, 2)
     swiglu.FORWARD_ROWS_TILE = swiglu.FORWARD_TILE = tile
     swiglu.BACKWARD_TILE = swiglu.BACKWARD_ROW_TILE = tile
-    swiglu.FORWARD_AMAX = swiglu.BACKWARD_AMAX = swiglu.Amax(8, 16, 2, 4)
+    swiglu_amax.FORWARD_AMAX = swiglu_amax.BACKWARD_AMAX = swiglu_amax.Amax(8, 16, 2, 4)
     swiglu.ROW_BLOCK_MAX, swiglu.ROW_VALUES = 16, 128
     bits.new_codes = poisoned_codes
     # New memory is filled with NaN.

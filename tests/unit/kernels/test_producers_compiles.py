@@ -15,6 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from titan_fp8.kernels.float8.bits import Tile  # noqa: E402
 from titan_fp8.kernels.producers import norm_backward_kernel as norm_backward  # noqa: E402
 from titan_fp8.kernels.producers import norm_kernel as norm  # noqa: E402
+from titan_fp8.kernels.producers import swiglu_amax_kernel as swiglu_amax  # noqa: E402
 from titan_fp8.kernels.producers import swiglu_kernel as swiglu  # noqa: E402
 from titan_fp8.kernels.producers.tiles import LAUNCH  # noqa: E402
 
@@ -139,7 +140,7 @@ def test_swiglu_compiles(backward: bool, granularity: str, tile: Tile) -> None:
 
 @pytest.mark.parametrize(("backward", "tensor"), [(False, True), (True, True), (True, False)])
 def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
-    block = swiglu.BACKWARD_AMAX if backward else swiglu.FORWARD_AMAX
+    block = swiglu_amax.BACKWARD_AMAX if backward else swiglu_amax.FORWARD_AMAX
     arguments = ["*bf16"] * 3 + ["*i32"] * 5 + ["i32"] + ["i32+"] * 4
     flags = {
         "BACKWARD": backward,
@@ -150,7 +151,7 @@ def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
         "EXACT_BITS": False,
     }
     blocks = {"BLOCK_T": block.tokens, "BLOCK_K": block.features, "STEPS": block.steps, "STAGES": block.stages}
-    ptx = compile_ptx(swiglu._swiglu_amax_kernel, arguments, block.warps, **flags, **blocks)
+    ptx = compile_ptx(swiglu_amax._swiglu_amax_kernel, arguments, block.warps, **flags, **blocks)
     assert_wide_and_exact(ptx, writes_codes=False)
 
 

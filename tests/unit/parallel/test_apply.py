@@ -78,6 +78,7 @@ def test_all_that_cannot_be_done_is_said_at_once_without_a_mesh() -> None:
             compile_config=CompileSection(enable=True, backend="inducter"),
             cpu_offload=True,
             async_tensor_parallel=True,
+            fsdp_exchange="peer_memory",
         )
     lines = str(error.value).split("\n")
     assert [line.partition(" ")[0] for line in lines] == [
@@ -85,6 +86,7 @@ def test_all_that_cannot_be_done_is_said_at_once_without_a_mesh() -> None:
         "compile.backend",
         "training.enable_cpu_offload",
         "parallelism.enable_async_tensor_parallel",
+        "parallelism.fsdp_exchange",
     ]
 
 

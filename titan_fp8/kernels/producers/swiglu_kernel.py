@@ -1,8 +1,9 @@
 """SwiGLU -> float8 and its backward straight to float8 gradients, as Triton kernels.
 
     _swiglu_tiles_kernel   the output (or both gradients) of one tile, and its codes in the layouts asked for
-    _swiglu_amax_kernel    before it, where a scale spans tiles: amax of the tensor, or of rows and columns
-    _swiglu_rows_kernel    in place of both for rowwise codes by rows alone: a program owns whole rows
+    _swiglu_rows_kernel    in its place for rowwise codes by rows alone: a program owns whole rows
+
+Where a scale spans tiles, `swiglu_amax_kernel.py` comes first: the amax of the tensor, or of rows and columns.
 
 A program of 128 x 128 values owns the blocks of both layouts, so blockwise is one pass. The others compute the output
 twice and never store it: reading gate and up again costs as many bytes as writing the output and reading it back, and
@@ -10,14 +11,14 @@ in backward fewer; no temporary is allocated. Bytes moved for tensors of `a` val
 
     blockwise: 6a / 10a     tensorwise, rowwise: 10a / 16a     rowwise, rows alone: 5a forward
 
+and a more for the output's columns, made again in backward.
+
 T tokens, H hidden features.
 """
 
 # Triton's language is not Python's; pyright takes the kernels for ordinary functions.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -33,26 +34,14 @@ from titan_fp8.kernels.float8.bits import (
     _scales,
     _tile_of_program,
     _to_codes,
-    exact_bits,
 )
 from titan_fp8.kernels.launch import cdiv, fast, next_power_of_2
-from titan_fp8.kernels.producers import tiles
+from titan_fp8.kernels.producers import swiglu_amax_kernel, tiles
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced, output_cast
-from titan_fp8.kernels.producers.tiles import _rounded, _store_codes
-
-
-class Amax(NamedTuple):
-    """Blocks of the amax kernel: it walks `steps` tiles down the tokens, `stages` of them on their way at a time."""
-
-    tokens: int
-    features: int
-    steps: int
-    warps: int
-    stages: int = 1
-
+from titan_fp8.kernels.producers.swiglu_values import _gradients, _load, _output
+from titan_fp8.kernels.producers.tiles import _store_codes
 
 # Static block sizes: a search at the first step could choose differently on different ranks.
-FORWARD_AMAX, BACKWARD_AMAX = Amax(32, 128, 16, 4, 2), Amax(8, 128, 16, 4)
 FORWARD_ROWS_TILE, FORWARD_TILE = Tile(64, 128, 8, 1), Tile(64, 128, 8, 4)
 BACKWARD_TILE, BACKWARD_ROW_TILE = Tile(32, 128, 4, 8), Tile(32, 128, 4, 4)
 FORWARD_BLOCK_TILE, BACKWARD_BLOCK_TILE = Tile(BLOCK_SIZE, BLOCK_SIZE, 8, 4), Tile(BLOCK_SIZE, BLOCK_SIZE, 16, 4)
@@ -61,121 +50,6 @@ ROW_BLOCK_MAX = 16384
 ROW_VALUES, ROW_VALUES_PER_WARP, ROW_REGISTERS = 4096, 2048, 128
 """Short rows are cast several at a time, up to so many values in a program; the values of a warp; and the registers of
 a thread, so that more than one program fits a multiprocessor."""
-
-
-@triton.jit
-def _sigmoid(x, EXACT_BITS: tl.constexpr):
-    """`1 / (1 + exp(-x))` in fp32, to a relative 2^-17 for any |x| < 88."""
-    if EXACT_BITS:
-        value = 1.0 / (1.0 + tl.exp(-x))
-    else:
-        # An exponential that underflows adds nothing to 1, so it may be flushed to zero; the reciprocal may not be.
-        value = tl.inline_asm_elementwise(
-            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
-            " rcp.approx.f32 $0, e; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return value
-
-
-@triton.jit
-def _unrounded(gate, up, EXACT_BITS: tl.constexpr):
-    """`silu(gate) * up` of fp32 tiles."""
-    return gate * _sigmoid(gate, EXACT_BITS) * up
-
-
-@triton.jit
-def _output(gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """`silu(gate) * up` of fp32 tiles, rounded to dtype."""
-    return _rounded(_unrounded(gate, up, EXACT_BITS), dtype, EXACT_BITS)
-
-
-@triton.jit
-def _unrounded_gradients(grad, gate, up, EXACT_BITS: tl.constexpr):
-    """`(grad_gate, grad_up)` of fp32 tiles."""
-    sigmoid = _sigmoid(gate, EXACT_BITS)
-    return grad * (up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))), grad * (gate * sigmoid)
-
-
-@triton.jit
-def _gradients(grad, gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """`(grad_gate, grad_up)` of fp32 tiles, rounded to dtype."""
-    grad_gate, grad_up = _unrounded_gradients(grad, gate, up, EXACT_BITS)
-    return _rounded(grad_gate, dtype, EXACT_BITS), _rounded(grad_up, dtype, EXACT_BITS)
-
-
-@triton.jit
-def _load(x_ptr, t, k, stride, mask):
-    return tl.load(x_ptr + t[:, None] * stride + k[None, :], mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _rounded_bits(bits, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """Of the largest |value| as bits, those of the largest rounded |value|: rounding keeps the order."""
-    return _abs_bits(_rounded(bits.to(tl.float32, bitcast=True), dtype, EXACT_BITS))
-
-
-@triton.jit
-def _accumulate_amax(
-    value, largest, row_amax_ptr, t, tokens, ROWS: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr
-):  # fmt: skip
-    """The larger of `largest` and |value| as bits, not rounded; with ROWS, each row's maximum, rounded, goes to
-    row_amax_ptr."""
-    bits = _abs_bits(value)
-    if ROWS:
-        of_rows = _rounded_bits(tl.max(bits, axis=1), dtype, EXACT_BITS)
-        tl.atomic_max(row_amax_ptr + t, of_rows, mask=t < tokens, sem="relaxed")
-    return tl.maximum(largest, bits)
-
-
-@triton.jit
-def _store_amax(
-    largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR: tl.constexpr, COLUMNS: tl.constexpr,
-    dtype: tl.constexpr, EXACT_BITS: tl.constexpr,
-):  # fmt: skip
-    of_columns = _rounded_bits(tl.max(largest, axis=0), dtype, EXACT_BITS)
-    if TENSOR:
-        tl.atomic_max(row_amax_ptr, tl.max(of_columns, axis=0), sem="relaxed")
-    elif COLUMNS:
-        tl.atomic_max(column_amax_ptr + k, of_columns, mask=k < features, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _swiglu_amax_kernel(
-    grad_ptr, gate_ptr, up_ptr, row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr, output_amax_ptr,
-    tokens, features, stride_grad, stride_gate, stride_up,
-    BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Integer maxima of the output, or of grad_gate and grad_up, into zeroed int32: TENSOR: of everything, at
-    row_amax_ptr; ROWS: of each row; COLUMNS: of each column. OUTPUT: of the output as well, of everything or of each
-    column, at output_amax_ptr."""
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    blocks_k = tl.cdiv(features, BLOCK_K)
-    pid = tl.program_id(0)
-    k = (pid % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = (pid // blocks_k).to(tl.int64) * (BLOCK_T * STEPS)
-    largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-    up_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-    output_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
-    for step in tl.range(STEPS, num_stages=STAGES):
-        t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
-        mask = (t < tokens)[:, None] & (k < features)[None, :]
-        gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
-        if BACKWARD:
-            grad = _load(grad_ptr, t, k, stride_grad, mask)
-            value, up_value = _unrounded_gradients(grad, gate, up, EXACT_BITS)
-            up_largest = _accumulate_amax(up_value, up_largest, up_row_amax_ptr, t, tokens, ROWS, dtype, EXACT_BITS)
-            if OUTPUT:
-                output_largest = tl.maximum(output_largest, _abs_bits(_unrounded(gate, up, EXACT_BITS)))
-        else:
-            value = _unrounded(gate, up, EXACT_BITS)
-        largest = _accumulate_amax(value, largest, row_amax_ptr, t, tokens, ROWS, dtype, EXACT_BITS)
-    _store_amax(largest, row_amax_ptr, column_amax_ptr, k, features, TENSOR, COLUMNS, dtype, EXACT_BITS)
-    if BACKWARD:
-        _store_amax(up_largest, up_row_amax_ptr, up_column_amax_ptr, k, features, TENSOR, COLUMNS, dtype, EXACT_BITS)
-    if OUTPUT:
-        _store_amax(output_largest, output_amax_ptr, output_amax_ptr, k, features, TENSOR, True, dtype, EXACT_BITS)
 
 
 @triton.jit
@@ -365,7 +239,7 @@ def _launch_tiles(
     strides = [each.stride(0) for each in inputs]
     amaxes = [gate] * 5
     if cast.granularity != BLOCK and (cast.rows or cast.columns or output is not None):
-        amaxes = _amaxes(inputs, cast, is_backward=is_backward, of_output=output is not None)
+        amaxes = swiglu_amax_kernel.amaxes(inputs, cast, is_backward=is_backward, of_output=output is not None)
     pointers = [
         pointer
         for number in (0, 1)
@@ -396,25 +270,3 @@ def _tile(cast: Cast, *, is_backward: bool) -> Tile:
     if is_backward:
         return BACKWARD_TILE if cast.granularity == TENSOR else BACKWARD_ROW_TILE
     return FORWARD_TILE if cast.columns else FORWARD_ROWS_TILE
-
-
-def _amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: bool, of_output: bool) -> list[Tensor]:
-    """`[row_amax, column_amax]` of the output, or of both gradients; and the amax of the output or of its columns, for
-    the backward. Unused ones are as long as they need be."""
-    tokens, features = inputs[1].shape
-    is_tensor = cast.granularity == TENSOR
-    per_column = 1 if is_tensor else features
-    sizes = (1 if is_tensor else tokens, 0 if is_tensor else features) * (2 if is_backward else 1)
-    amaxes = tiles.new_amaxes(*sizes, *([per_column] if of_output else []), device=inputs[1].device)
-    if not is_backward:
-        amaxes *= 2
-    amaxes = [*amaxes, amaxes[0]][:5]
-    block = BACKWARD_AMAX if is_backward else FORWARD_AMAX
-    blocks_t = cdiv(tokens, block.tokens * block.steps)
-    fast(_swiglu_amax_kernel)[(blocks_t * cdiv(features, block.features),)](
-        *inputs, *amaxes, tokens, features, *[each.stride(0) for each in inputs],
-        BACKWARD=is_backward, OUTPUT=of_output, TENSOR=is_tensor, ROWS=cast.rows and not is_tensor,
-        COLUMNS=cast.columns and not is_tensor, BLOCK_T=block.tokens, BLOCK_K=block.features, STEPS=block.steps,
-        STAGES=block.stages, EXACT_BITS=exact_bits(inputs[1].device), num_warps=block.warps, **tiles.LAUNCH,
-    )  # fmt: skip
-    return amaxes

@@ -1,0 +1,87 @@
+"""Exchanges of FSDP through peer memory on two GPUs: they give what NCCL gives, and trainings are the same."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_parallel import Case, assert_same, train_on_ranks
+from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.runtime.config import CommSection
+from titan_fp8.runtime.peer_memory import check_peer_memory
+
+pytestmark = pytest.mark.gpu
+PLAIN = Case(
+    shard=2, vocab_size=68, dims={"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 512, "n_layers": 3},
+    device_type="cuda", compute_dtype=torch.bfloat16,
+)  # fmt: skip
+CASES = {
+    "bf16": PLAIN,
+    "compiled": replace(PLAIN, compile_backend="inductor"),
+    "tensorwise": replace(PLAIN, float8_recipe="tensorwise"),
+    "full_ac": replace(PLAIN, activation_checkpoint={"mode": "full"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+
+
+def _exchange(rank: int, world_size: int, folder: str) -> list[str]:
+    """What differs from NCCL in many rounds of changing sizes."""
+    init_distributed(CommSection(), local_device("cuda"), folder)
+    wrong = []
+    try:
+        group, device = dist.group.WORLD, torch.device("cuda", rank)
+        check_peer_memory(group, device, "test")
+        gather, reduce = PeerAllGather(group), PeerReduceScatter(group, torch.float32)
+        torch.manual_seed(rank)
+        for round_ in range(40):
+            n = (1 << 20, 1 << 12, 3 << 18)[round_ % 3]
+            shard = torch.randn(n, device=device).bfloat16()
+            output = gather.allocate((2 * n,), dtype=torch.bfloat16, device=device)
+            output[rank * n : (rank + 1) * n] = shard
+            gather(output, output[rank * n : (rank + 1) * n], group)
+            expected = torch.empty_like(output)
+            dist.all_gather_into_tensor(expected, shard)
+            wrong += [] if torch.equal(output, expected) else [f"gather {round_}"]
+            del output
+            gradients = torch.randn(2 * n, device=device).bfloat16()
+            buffer = reduce.allocate((2 * n,), dtype=torch.bfloat16, device=device)
+            buffer.copy_(gradients)
+            sums = reduce.allocate((n,), dtype=torch.bfloat16, device=device)
+            reduce(sums, buffer, group, dist.ReduceOp.SUM)
+            expected = torch.empty(n, device=device)
+            dist.reduce_scatter_tensor(expected, gradients.float())
+            wrong += [] if torch.equal(sums, expected) else [f"reduce {round_}"]
+    finally:
+        destroy()
+    return wrong
+
+
+def test_gathers_and_sums_are_those_of_nccl_bit_for_bit(tmp_path) -> None:
+    for wrong in run_distributed(_exchange, 2, str(tmp_path), init=False, timeout_s=200.0):
+        assert wrong == []
+
+
+def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list:
+    init_distributed(CommSection(), local_device("cuda"), folder)
+    try:
+        return [train_on_ranks(rank, world_size, case) for case in cases]
+    finally:
+        destroy()
+
+
+def test_trainings_are_those_with_collectives(tmp_path) -> None:
+    cases = [
+        replace(case, fsdp_exchange=choice) for case in CASES.values() for choice in ("peer_memory", "collectives")
+    ]
+    results = run_distributed(_train, 2, cases, str(tmp_path), init=False, timeout_s=500.0)[0]
+    for number, name in enumerate(CASES):
+        print(name)
+        assert_same(results[2 * number], results[2 * number + 1], 1e-2)

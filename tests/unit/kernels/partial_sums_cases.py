@@ -1,0 +1,52 @@
+"""Compares the kernel that adds up ranks' parts with the reference in Triton's interpreter; run by
+test_partial_sums.py.
+
+    TRITON_INTERPRET=1 python -m tests.unit.kernels.partial_sums_cases OUT.json
+"""
+
+import itertools
+
+import torch
+
+from tests.unit.kernels import interpreter
+from titan_fp8.kernels.partial_sums import kernel, reference
+
+
+def shrink_blocks() -> None:
+    """Tiny blocks; and memory that shows what is not written."""
+    kernel.BLOCK = 64
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def compare(ranks: int, rank: int, numel: int, dtype: torch.dtype, out_dtype: torch.dtype) -> str:
+    """One sum: "" or what differs."""
+    generator = torch.Generator().manual_seed(97 * ranks + numel)
+    parts = (torch.randn(ranks, numel, generator=generator) * 10 ** torch.randn(ranks, numel)).to(dtype)
+    others = torch.cat([parts[:rank], parts[rank + 1 :]])
+    results = [torch.empty(numel, dtype=out_dtype) for _ in range(2)]
+    for sum_parts, out in zip((kernel.sum_parts, reference.sum_parts), results, strict=True):
+        sum_parts(parts[rank], others, rank, out)
+    return "" if torch.equal(*results) else f"{ranks} ranks, {rank}, {numel} values, {dtype}, {out_dtype}"
+
+
+def case_every_rank_of_up_to_five() -> str:
+    pairs = [(ranks, rank) for ranks in range(1, 6) for rank in range(ranks)]
+    return "; ".join(compare(*pair, 150, torch.bfloat16, torch.float32) for pair in pairs)
+
+
+def case_sizes_and_dtypes() -> str:
+    sizes, dtypes = (1, 64, 65, 256), (torch.float32, torch.float16)
+    return "; ".join(compare(3, 1, *each) for each in itertools.product(sizes, dtypes, dtypes))
+
+
+def case_nan_and_infinity() -> str:
+    parts = torch.zeros(2, 70)
+    parts[0, 65], parts[1, 3] = float("nan"), float("inf")
+    out = torch.empty(70)
+    kernel.sum_parts(parts[0], parts[1:], 0, out)
+    return "" if out[65].isnan() and out[3].isinf() and out.nan_to_num(0, 0, 0).abs().sum() == 0 else str(out)
+
+
+if __name__ == "__main__":
+    interpreter.main(interpreter.cases_of(globals()), shrink_blocks)

@@ -1,0 +1,64 @@
+"""The sum of ranks' parts: its order and rounding, its kernel in Triton's interpreter, what is refused."""
+
+import re
+
+import pytest
+import torch
+
+from titan_fp8.kernels.partial_sums import sum_parts
+
+CASES = ["every_rank_of_up_to_five", "nan_and_infinity", "sizes_and_dtypes"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    pytest.importorskip("triton")
+    from tests.unit.kernels.interpreter import results_of
+
+    return results_of("partial_sums_cases", tmp_path_factory.mktemp("partial_sums"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_equals_the_reference(results: dict[str, str], case: str) -> None:
+    assert results[case] == ""
+
+
+def test_no_case_is_left_out(results: dict[str, str]) -> None:
+    assert set(results) == set(CASES)
+
+
+def test_the_kernel_moves_16_bytes_at_a_time() -> None:
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    from tests.unit.kernels.test_float8_compiles import compile_ptx
+    from titan_fp8.kernels.partial_sums import kernel
+
+    constants = {"RANK": 1, "RANKS": 2, "BLOCK": kernel.BLOCK}
+    ptx = compile_ptx(kernel._sum_parts_kernel, ["*bf16", "*bf16", "*fp32", "i32+"], 90, kernel.WARPS, **constants)
+    assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)) == 2 * len(re.findall(r"ld\.global", ptx)) // 2 > 0
+    assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
+
+
+def test_every_rank_gets_the_sum_in_the_order_of_the_ranks_rounded_once() -> None:
+    parts = torch.tensor([[1.0], [2.0**-9], [2.0**-9], [-1.0]], dtype=torch.bfloat16)
+    for rank in range(4):
+        out = torch.empty(1)
+        sum_parts(parts[rank], torch.cat([parts[:rank], parts[rank + 1 :]]), rank, out)
+        assert out.item() == 2.0**-8  # in bf16 each small part would be lost beside the one
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "rank", "out"),
+    [
+        (torch.zeros(4), torch.zeros(1, 4), 2, torch.zeros(4)),
+        (torch.zeros(4), torch.zeros(1, 5), 0, torch.zeros(4)),
+        (torch.zeros(4), torch.zeros(1, 4), 0, torch.zeros(5)),
+        (torch.zeros(4), torch.zeros(1, 4).half(), 0, torch.zeros(4)),
+        (torch.zeros(4).double(), torch.zeros(1, 4).double(), 0, torch.zeros(4)),
+        (torch.zeros(8)[::2], torch.zeros(1, 4), 0, torch.zeros(4)),
+    ],
+)
+def test_what_does_not_fit_is_refused(own: torch.Tensor, others: torch.Tensor, rank: int, out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected contiguous parts"):
+        sum_parts(own, others, rank, out)

@@ -1,0 +1,172 @@
+"""Exchanges of FSDP through peer memory: what is copied where, in which order, and who waits for whom; with ordinary
+memory of one process in the place of several GPUs'. On GPUs: tests/gpu/test_fsdp_exchange.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_fp8.parallel import fsdp_exchange
+from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.fsdp import _exchanges_by_peers
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.runtime.peer_memory import has_peer_access
+
+CPU = torch.device("cpu")
+
+
+class Group:
+    """One rank's view of a group of `ranks`; all views share `memory`."""
+
+    def __init__(self, rank: int, ranks: int, memory: dict[Any, Tensor], log: list[tuple[Any, ...]]) -> None:
+        self._rank, self._ranks, self.memory, self.log = rank, ranks, memory, log
+        self.made = 0
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._ranks
+
+
+class Buffer:
+    """A `PeerBuffer` whose peers' memory is at hand; it notes who does what in which round."""
+
+    def __init__(self, group: Group, size: int, device: torch.device) -> None:
+        self.group, self.rank, self.number = group, group.rank(), group.made
+        group.made += 1
+        self.size, self.round = size, 0
+        self.peers = [(self.rank + i) % group.size() for i in range(1, group.size())]
+        self.memory = group.memory[self.number, self.rank] = torch.full((size,), 0xAA, dtype=torch.uint8)
+
+    def _note(self, what: str, *more: Any) -> None:
+        self.group.log.append((self.rank, self.number, self.round, what, *more))
+
+    def begin(self) -> Tensor:
+        self.round += 1
+        self._note("begin")
+        return self.memory
+
+    def publish(self) -> None:
+        self._note("publish")
+
+    def read(self, peer: int, start: int, into: Tensor) -> None:
+        self._note("read", peer)
+        into.copy_(self.group.memory[self.number, peer][start : start + into.numel()])
+
+    def end(self) -> None:
+        self._note("end")
+
+
+class Stream:
+    """Notes nothing: events and streams that ordinary memory does not need."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: Stream()
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fsdp_exchange, "PeerBuffer", Buffer)
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+
+    def make(count: int) -> list[Group]:
+        memory: dict[Any, Tensor] = {}
+        log: list[tuple[Any, ...]] = []
+        return [Group(rank, count, memory, log) for rank in range(count)]
+
+    return make
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_every_rank_gathers_all_shards_in_order(ranks, count: int, dtype: torch.dtype) -> None:
+    groups = ranks(count)
+    gathers = [PeerAllGather(group) for group in groups]
+    for round_ in range(5):
+        shards = (torch.arange(count * 4).view(count, 4) + 50 * round_).to(dtype)
+        outputs = [gather.allocate((count * 4,), dtype=dtype, device=CPU) for gather in gathers]
+        for rank, output in enumerate(outputs):
+            output[rank * 4 : (rank + 1) * 4] = shards[rank]
+        for rank, output in enumerate(outputs):
+            gathers[rank](output, output[rank * 4 : (rank + 1) * 4], groups[rank])
+        assert all(torch.equal(output, shards.flatten()) for output in outputs)
+        del outputs
+    rounds = [entry[1:3] for entry in groups[0].log if entry[0] == 0 and entry[3] == "begin"]
+    assert rounds == [(0, 1), (1, 1), (0, 2), (1, 2), (0, 3)], "two buffers take turns"
+    own = [entry[3:] for entry in groups[0].log if entry[:3] == (1, 0, 1)]
+    reads = [("read", (1 + i) % count) for i in range(1, count)]
+    assert own == [("begin",), ("publish",), *reads, ("end",)]
+
+
+def test_a_third_gather_before_the_first_was_used_is_an_error(ranks) -> None:
+    (group,) = ranks(1)
+    gather = PeerAllGather(group)
+    kept = [gather.allocate((4,), dtype=torch.uint8, device=CPU) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"set parallelism\.fsdp_exchange to collectives"):
+        gather.allocate((4,), dtype=torch.uint8, device=CPU)
+    kept.pop(0)
+    gather.allocate((4,), dtype=torch.uint8, device=CPU)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.bfloat16])
+def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(ranks, count: int, sum_dtype: torch.dtype) -> None:
+    groups = ranks(count)
+    reduces = [PeerReduceScatter(group, sum_dtype) for group in groups]
+    for size in (6, 6, 10, 6):  # units of two sizes have buffers of their own
+        gradients = torch.randn(count, count * size).bfloat16()
+        inputs, outputs = [], []
+        for reduce in reduces:
+            inputs.append(reduce.allocate((count * size,), dtype=torch.bfloat16, device=CPU))
+            outputs.append(reduce.allocate((size,), dtype=torch.bfloat16, device=CPU))
+        for rank in range(count):
+            inputs[rank].copy_(gradients[rank])
+        for rank in range(count):
+            assert reduces[rank](outputs[rank], inputs[rank], groups[rank], dist.ReduceOp.SUM) is None
+        exact = torch.zeros(count * size)
+        for part in gradients:
+            exact = exact + part.float()
+        assert all(output.dtype == sum_dtype for output in outputs)
+        assert torch.equal(torch.cat(outputs), exact.to(sum_dtype))
+
+
+def test_other_reductions_than_sums_are_refused(ranks) -> None:
+    (group,) = ranks(1)
+    reduce = PeerReduceScatter(group, torch.float32)
+    buffer = reduce.allocate((4,), dtype=torch.float32, device=CPU)
+    with pytest.raises(AssertionError):
+        reduce(reduce.allocate((4,), dtype=torch.float32, device=CPU), buffer, group, dist.ReduceOp.AVG)
+
+
+def mesh(shards: int, device_type: str, pipeline: int = 1) -> Any:
+    group = SimpleNamespace(size=lambda: shards)
+    return SimpleNamespace(
+        shards=SimpleNamespace(get_group=lambda: group),
+        device_mesh=SimpleNamespace(device_type=device_type),
+        degrees=SimpleNamespace(pipeline=pipeline),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shards", "device_type", "choice"), [(1, "cuda", "auto"), (2, "cpu", "auto"), (2, "cuda", "collectives")]
+)
+def test_without_gpus_and_shards_there_are_collectives(shards: int, device_type: str, choice: str) -> None:
+    assert not _exchanges_by_peers(mesh(shards, device_type), ParallelismSection(fsdp_exchange=choice))
+
+
+def test_peers_are_gpus_of_one_host_with_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) != (3, 0))
+    assert has_peer_access([0, 1, 2], 4)
+    assert has_peer_access([5, 6], 4)
+    assert not has_peer_access([0, 3], 4), "one cannot read the other"
+    assert not has_peer_access([3, 4], 4), "two hosts"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a process that sees its own GPU alone
+    assert not has_peer_access([0, 1], 4)
