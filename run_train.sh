@@ -54,8 +54,6 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 # Memory of one stream's size classes serves others too; without it a tenth and more of the GPU's lies idle in pieces.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
-# Streams that wait for other GPUs must not share a hardware queue with those that the others wait for.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 # One process needs no launcher, whose trace would bury what the trainer says: only what a launcher sets.
 if [ "$NGPU" = 1 ] && [ "$NNODES" = 1 ]; then
   export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0

@@ -171,9 +171,8 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
 
 
 def _own_options(run: Run) -> dict[str, Any]:
-    """What ours has and the peer has not, in no more memory than the peer takes: the loss some tokens at a time and,
-    since float8 layers keep less, no recomputation. On one GPU gradients leave their products in fp32, and weights are
-    kept by rows alone."""
+    """What ours has and the peer has not: the loss some tokens at a time and, since float8 layers keep less, no
+    recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone."""
     options: dict[str, Any] = {"training.loss_chunk_tokens": 4096}
     if run.row.recipe:
         options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}

@@ -186,6 +186,21 @@ def test_a_frozen_embedding_and_an_evaluation_leave_no_gradient() -> None:
     run_distributed(_frozen_or_not, 2)
 
 
+def _without_tokens(rank: int, world_size: int) -> None:
+    model, _ = spread(ROWS2)
+    embedding = model.tok_embeddings
+    assert isinstance(embedding, ShardedEmbedding)
+    rows = embedding(torch.empty(0, SEQ_LEN, dtype=torch.int64))
+    assert rows.shape == (0, SEQ_LEN, embedding.embedding_dim)
+    rows.sum().backward()
+    assert embedding.weight.grad is not None
+    assert not _whole(embedding.weight.grad).any()
+
+
+def test_a_batch_without_tokens_has_no_rows_and_no_gradient() -> None:
+    run_distributed(_without_tokens, 2)
+
+
 # ---- what travels
 
 

@@ -89,4 +89,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return backward(grad.contiguous(), *ctx.saved_tensors, True)
+        return backward(grad.contiguous(), *(saved.contiguous() for saved in ctx.saved_tensors), True)

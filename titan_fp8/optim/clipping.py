@@ -82,23 +82,32 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 class GradNorm:
-    """The norm of gradients that do not live at the same time: each is added before it is dropped."""
+    """The norm of gradients that do not live at the same time: each is added before it is dropped.
+
+    On a GPU they may come on several streams (FSDP's are those of its reductions), so nothing is added up before
+    `take`, which is called when all of them are done.
+    """
 
     def __init__(self) -> None:
-        self._squares: dict[_Layout, Tensor] = {}
+        self._squares: dict[_Layout, list[Tensor]] = {}
 
     @torch.no_grad()
     def add(self, grad: Tensor) -> None:
         """Take one gradient, a plain tensor or a DTensor."""
         layout, local = _layout(grad), _local(grad)
         square = torch.linalg.vector_norm(local, dtype=torch.float32).square()
-        self._squares[layout] = self._squares[layout] + square if layout in self._squares else square
+        self._squares.setdefault(layout, []).append(square)
 
     @torch.no_grad()
     def take(self) -> Tensor:
         """The norm of what was added since the last call, as `clip_grad_norm_` returns it, by all ranks together. Not
         for a pipeline, whose stages have other parameters."""
-        squares = [_over_ranks(layout, square) for layout, square in self._squares.items()]
+        squares = []
+        for layout, parts in self._squares.items():
+            for part in parts:
+                if part.is_cuda:  # its memory belongs to the stream that it came on
+                    part.record_stream(torch.cuda.current_stream(part.device))
+            squares.append(_over_ranks(layout, torch.stack(parts).sum()))
         self._squares = {}
         return _root_of_sum(squares)
 

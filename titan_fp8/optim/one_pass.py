@@ -115,6 +115,11 @@ class OnePassAdamW(_OnePass, AdamW):
         self._step_supports_amp_scaling = False
 
 
+def takes_one_pass(parameter: Tensor) -> bool:
+    """Whether a parameter is one on a GPU that the kernel updates."""
+    return parameter.is_cuda and parameter.dtype in _DTYPES and parameter.is_contiguous()
+
+
 def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: list[Any]) -> None:
     """Give those of `parameters`, all of `group`, that have no state yet the one that Adam's first step would give."""
     on_device = group["fused"] or group["capturable"]

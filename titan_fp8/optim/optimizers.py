@@ -36,7 +36,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from titan_fp8.optim.clipping import GradNorm, clip_factor, clip_grad_norm_
 from titan_fp8.optim.config import OptimizerSection
-from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW, create_missing_state
+from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW, create_missing_state, takes_one_pass
 from titan_fp8.runtime.errors import UserError
 
 _OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
@@ -237,9 +237,9 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    # On a GPU one pass is what fused means; on a CPU PyTorch's own kernel is the faster one.
-    fused_on_gpu = config.implementation == "fused" and all(parameter.is_cuda for parameter in parameters)
-    if config.implementation == "one_pass" or fused_on_gpu:
+    # On a GPU one pass is what fused means; on a CPU, and for a parameter at a time, PyTorch's own kernel is faster.
+    fused_on_gpu = config.implementation == "fused" and all(map(takes_one_pass, parameters))
+    if config.implementation == "one_pass" or (fused_on_gpu and not config.early_step_in_backward):
         return _ONE_PASS[config.name](parameters, **options)
     options |= {name: config.implementation == name for name in ("foreach", "fused")}
     return _OPTIMIZERS[config.name](parameters, **options)

@@ -46,12 +46,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import ParallelismSection
+from titan_fp8.parallel.distributed import any_rank
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.logging import info_once
 from titan_fp8.runtime.peer_memory import check_peer_memory, has_peer_access
 
 
@@ -89,25 +91,18 @@ def apply_fsdp(
         in_place.add(shard_embedding(model.tok_embeddings, mesh.fsdp_mesh, axis, model.compute_dtype))
     units = _units(model)
     root: list[nn.Module] = [model]
-    peer_units: list[nn.Module] = []
     for number, modules in enumerate([*units, root]):
-        reads_master = any(_reads_master(part, param_dtype) for module in modules for part in _own_modules(module))
-        by_peer_memory = by_peers and isinstance(modules[0], TransformerBlock)
-        if by_peer_memory:
-            peer_units.append(modules[0])
-        # Between peers gradients travel in their own dtype; what adds them up knows the dtype of the sums.
-        travels_in = param_dtype if by_peer_memory and not reads_master else reduce_dtype
+        travels_by_peers = by_peers and isinstance(modules[0], TransformerBlock)
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
             reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= len(units) - 1),
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=None if reads_master else param_dtype, reduce_dtype=travels_in, cast_forward_inputs=False
-            ),
+            mp_policy=_precision(modules, param_dtype, reduce_dtype, travels_by_peers=travels_by_peers),
             offload_policy=offload,
             ignored_params=in_place or None,
         )
-    _exchange_by_peers(peer_units, mesh, reduce_dtype)
+    if by_peers:
+        _exchange_by_peers([unit for (unit, *_) in units if isinstance(unit, TransformerBlock)], mesh, reduce_dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -115,6 +110,18 @@ def apply_fsdp(
     if isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_unshard_in_backward(False)  # the gradient of a table needs no table
     _prefetch(model, units)
+
+
+def _precision(
+    modules: list[nn.Module], param_dtype: torch.dtype, reduce_dtype: torch.dtype, *, travels_by_peers: bool
+) -> MixedPrecisionPolicy:
+    """In which dtypes a unit's weights and gradients travel."""
+    reads_master = any(_reads_master(part, param_dtype) for module in modules for part in _own_modules(module))
+    # Between peers gradients travel in their own dtype; what adds them up knows the dtype of the sums.
+    of_gradients = param_dtype if travels_by_peers and not reads_master else reduce_dtype
+    return MixedPrecisionPolicy(
+        param_dtype=None if reads_master else param_dtype, reduce_dtype=of_gradients, cast_forward_inputs=False
+    )
 
 
 def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
@@ -160,13 +167,22 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
         return False
     if choice == "auto":
         ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        possible = has_peer_access(dist.get_process_group_ranks(group), ranks_per_host)
-        everywhere = torch.tensor(possible, dtype=torch.int32, device="cuda")
-        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        if mesh.degrees.pipeline > 1 or not bool(everywhere):
+        out_of_reach = not has_peer_access(dist.get_process_group_ranks(group), ranks_per_host)
+        if mesh.degrees.pipeline > 1 or any_rank(out_of_reach):
             return False
-    check_peer_memory(group, torch.device("cuda", torch.cuda.current_device()), "parallelism.fsdp_exchange")
-    return True
+    problem = None
+    try:
+        check_peer_memory(group, torch.device("cuda", torch.cuda.current_device()), "parallelism.fsdp_exchange")
+    except UserError as error:
+        problem = error
+    if not any_rank(problem is not None):
+        info_once("FSDP exchanges blocks through peer memory")
+        return True
+    problem = problem or UserError("parallelism.fsdp_exchange: other GPUs of the job cannot read each other's memory")
+    if choice == "peer_memory":
+        raise problem
+    info_once(f"FSDP exchanges blocks by collectives: {problem}")
+    return False
 
 
 def _exchange_by_peers(units: list[nn.Module], mesh: ParallelMesh, reduce_dtype: torch.dtype) -> None:

@@ -11,7 +11,9 @@ multiprocessors compute:
 Gradients travel in the dtype in which they were computed, and the sums are in the reduce dtype: a sum of bf16 gradients
 in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the same in every run.
 
-Two buffers take turns, so that a unit's exchange can begin while the one before is still read. n elements of a shard.
+Two buffers of a size take turns, so that a unit's exchange can begin while the one before is still read. FSDP itself
+waits, before it gathers or reduces a unit, for what it has still to do with the unit before the last; a buffer that is
+in use all the same is an error. n elements of a shard.
 """
 
 import weakref
@@ -28,58 +30,68 @@ from titan_fp8.runtime.peer_memory import PeerBuffer
 _BUFFERS = 2
 
 
-class _Turns:
-    """Peer buffers of one size that take turns, made when they are first needed, by all ranks of the group."""
+class _Place:
+    """A buffer, and what it is used for."""
+
+    def __init__(self, buffer: PeerBuffer) -> None:
+        self.buffer = buffer
+        self.given_out: weakref.ref[Tensor] | None = None
+        self.was_read: torch.Event | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody holds what was given out of it last."""
+        return self.given_out is None or self.given_out() is None
+
+    def give_out(self, dtype: torch.dtype) -> Tensor:
+        """All of it, to be written on the current stream."""
+        tensor = self.buffer.begin().view(dtype)
+        self.given_out = weakref.ref(tensor)
+        return tensor
+
+
+class _Places:
+    """Peer buffers of each size that take turns, made when they are first needed, by all ranks of the group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self._buffers: dict[int, list[PeerBuffer]] = {}
-        self._turn = 0
+        self._places: dict[int, list[_Place]] = {}
 
-    def next(self, size: int, device: torch.device) -> PeerBuffer:
-        """The buffer whose turn it is."""
-        buffers = self._buffers.setdefault(size, [])
-        self._turn = (self._turn + 1) % _BUFFERS
-        if len(buffers) < _BUFFERS:
-            buffers.append(PeerBuffer(self.group, size, device))
-            return buffers[-1]
-        buffers.append(buffers.pop(0))
-        return buffers[-1]
+    def next(self, size: int, device: torch.device) -> _Place:
+        """The one whose turn it is."""
+        places = self._places.setdefault(size, [])
+        if len(places) < _BUFFERS:
+            places.append(_Place(PeerBuffer(self.group, size, device)))
+            return places[-1]
+        places.append(places.pop(0))
+        if not places[-1].is_free:
+            raise RuntimeError(
+                f"more units are exchanged at a time than the {_BUFFERS} buffers in peer memory hold; set "
+                "parallelism.fsdp_exchange to collectives"
+            )
+        return places[-1]
 
 
 class PeerAllGather(AllGather):
     """Gathers shards `[n]` to `[ranks * n]` in a peer buffer.
 
     One object serves all units of one group, whose gathers follow one another. FSDP reads what was gathered on the
-    stream on which it computes, and lets go of it before the gather after the next.
+    stream on which it computes, and lets go of it when the streams of its gathers have been told to wait for that.
 
     Args:
         group: the ranks that hold shards.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._turns = _Turns(group)
-        self._outstanding: list[weakref.ref[Tensor]] = []
+        self._places = _Places(group)
         self._in_use: dict[int, PeerBuffer] = {}
-        self._was_read: torch.Event | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where to gather; on the stream that will write this rank's shard into it."""
-        self._outstanding = [ref for ref in self._outstanding if ref() is not None]
-        if len(self._outstanding) >= _BUFFERS:
-            raise RuntimeError(
-                f"{_BUFFERS + 1} units were gathered before the first was used, and {_BUFFERS} buffers hold them; set "
-                "parallelism.fsdp_exchange to collectives"
-            )
-        stream = torch.cuda.current_stream()
-        if self._was_read is not None:  # by the computation: what lay in this buffer
-            stream.wait_event(self._was_read)
-        self._was_read = torch.cuda.default_stream(device).record_event()
         (numel,) = size
-        buffer = self._turns.next(int(numel) * dtype.itemsize, device)
-        output = buffer.begin().view(dtype)
-        self._outstanding.append(weakref.ref(output))
-        self._in_use[output.data_ptr()] = buffer
+        place = self._places.next(int(numel) * dtype.itemsize, device)
+        output = place.give_out(dtype)
+        self._in_use[output.data_ptr()] = place.buffer
         return output
 
     def __call__(
@@ -107,10 +119,11 @@ class PeerReduceScatter(ReduceScatter):
     """
 
     def __init__(self, group: dist.ProcessGroup, sum_dtype: torch.dtype) -> None:
-        self._turns = _Turns(group)
+        self._places = _Places(group)
         self._ranks = group.size()
         self._sum_dtype = sum_dtype
-        self._buffer: PeerBuffer | None = None
+        self._place: _Place | None = None
+        self._of_gradients: torch.cuda.Stream | None = None
         self._output_numel: int | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -119,17 +132,26 @@ class PeerReduceScatter(ReduceScatter):
         if self._output_numel is not None:
             assert numel == self._output_numel
             self._output_numel = None
-            # The sums live until the optimizer's step. Of the memory of the stream on which they are computed nothing
-            # else would be made in between; that of the computation serves its activations as well. It may be taken,
-            # for this stream has just waited for all that was computed so far; and given back when it is done.
-            stream = torch.cuda.current_stream(device)
-            with torch.cuda.stream(torch.cuda.default_stream(device)):
-                sums = torch.empty(numel, dtype=self._sum_dtype, device=device)
-            sums.record_stream(stream)
-            return sums
+            return self._new_sums(numel, device)
         self._output_numel = numel // self._ranks
-        self._buffer = self._turns.next(numel * dtype.itemsize, device)
-        return self._buffer.begin().view(dtype)
+        self._of_gradients = torch.cuda.current_stream(device)
+        self._place = self._places.next(numel * dtype.itemsize, device)
+        if self._place.was_read is not None:  # by the sum of this rank's own part
+            self._of_gradients.wait_event(self._place.was_read)
+        return self._place.give_out(dtype)
+
+    def _new_sums(self, numel: int, device: torch.device) -> Tensor:
+        """Memory for the sums, which live until the optimizer's step.
+
+        Of the memory of the stream on which they are computed nothing else would be made in between; that of the
+        gradients' stream serves the activations as well. It may be taken, for the stream of the sums has just waited
+        for all that was computed there so far; and it is given back when the sums are computed.
+        """
+        stream = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._of_gradients):
+            sums = torch.empty(numel, dtype=self._sum_dtype, device=device)
+        sums.record_stream(stream)
+        return sums
 
     def __call__(
         self,
@@ -142,8 +164,9 @@ class PeerReduceScatter(ReduceScatter):
         """`output_tensor [n]` becomes the sum of the ranks' parts of `input_tensor [ranks * n]`."""
         assert not async_op
         assert op == dist.ReduceOp.SUM
-        buffer = self._buffer
-        assert buffer is not None
+        place = self._place
+        assert place is not None
+        buffer = place.buffer
         buffer.publish()
         numel, rank = output_tensor.numel(), buffer.rank
         others = torch.empty(self._ranks - 1, numel, dtype=input_tensor.dtype, device=input_tensor.device)
@@ -152,3 +175,4 @@ class PeerReduceScatter(ReduceScatter):
             buffer.read(peer, rank * into.numel(), into)
         buffer.end()
         sum_parts(input_tensor[rank * numel : (rank + 1) * numel], others, rank, output_tensor)
+        place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()

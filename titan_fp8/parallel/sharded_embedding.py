@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -70,6 +71,7 @@ class ShardedEmbedding(nn.Embedding):
     compute_dtype: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
+        """Codes `[B, S]`, int64 -> `[B, S, D]`."""
         return _ExchangeRows.apply(local_tensor(self.weight), input, self.num_embeddings, self.compute_dtype, self.axis)
 
 
@@ -123,15 +125,17 @@ class _ExchangeRows(torch.autograd.Function):
         for part, places in zip(found.split(_FORWARD_TOKENS), wanted.split(_FORWARD_TOKENS), strict=True):
             part.copy_(F.embedding(places, table))
         found.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
-        return reduce_scatter(found.view(*codes.shape, -1), axis)
+        return reduce_scatter(found.view(*codes.shape, table.shape[1]), axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradient of this rank's rows, for that of its tokens `[B, S, D]`."""
         index, elsewhere = ctx.saved_tensors
         grads = all_gather(grad, ctx.axis).flatten(0, -2)  # [W T, D]
         if not ctx.rows:
             return grads.new_zeros(0, grads.shape[1], dtype=ctx.dtype), None, None, None, None
-        columns = max(1, _BACKWARD_ELEMENTS // len(grads))
+        columns = max(1, _BACKWARD_ELEMENTS // max(1, len(grads)))
         sums = [_sum_by_row(part, index, elsewhere, ctx.rows).to(ctx.dtype) for part in grads.split(columns, dim=1)]
         return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1), None, None, None, None
 

@@ -113,10 +113,11 @@ def check_peer_memory(group: dist.ProcessGroup, device: torch.device, key: str) 
                 raise RuntimeError(f"rank {peer}'s memory shows other bytes than it has written")
         probe.end()
     except (RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
         raise UserError(
-            f"{key}: the GPUs of the group of ranks {', '.join(map(str, dist.get_process_group_ranks(group)))} cannot "
-            f"read each other's memory ({str(error).strip().splitlines()[0]}); keep the group within one host whose "
-            "GPUs have peer access, or choose another value"
+            f"{key}: the GPUs of the group of ranks {ranks} cannot read each other's memory ({reason}); keep the group "
+            "within one host whose GPUs have peer access, or choose another value"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Exchanges of FSDP through peer memory: what is copied where, in which order, and who waits for whom; with ordinary
 memory of one process in the place of several GPUs'. On GPUs: tests/gpu/test_fsdp_exchange.py."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_fp8.parallel import fsdp_exchange
+from titan_fp8.parallel import fsdp, fsdp_exchange
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.fsdp import _exchanges_by_peers
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.peer_memory import has_peer_access
 
 CPU = torch.device("cpu")
@@ -73,7 +75,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fsdp_exchange, "PeerBuffer", Buffer)
     for name in ("current_stream", "default_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
 
     def make(count: int) -> list[Group]:
@@ -105,14 +107,22 @@ def test_every_rank_gathers_all_shards_in_order(ranks, count: int, dtype: torch.
     assert own == [("begin",), ("publish",), *reads, ("end",)]
 
 
-def test_a_third_gather_before_the_first_was_used_is_an_error(ranks) -> None:
+def test_a_buffer_that_is_still_in_use_is_not_given_out_again(ranks) -> None:
     (group,) = ranks(1)
     gather = PeerAllGather(group)
-    kept = [gather.allocate((4,), dtype=torch.uint8, device=CPU) for _ in range(2)]
+
+    def allocate(size: int = 4) -> Tensor:
+        return gather.allocate((size,), dtype=torch.uint8, device=CPU)
+
+    first = allocate()
+    allocate()  # and let go of
     with pytest.raises(RuntimeError, match=r"set parallelism\.fsdp_exchange to collectives"):
-        gather.allocate((4,), dtype=torch.uint8, device=CPU)
-    kept.pop(0)
-    gather.allocate((4,), dtype=torch.uint8, device=CPU)
+        allocate()
+    first.fill_(1)
+    assert allocate(8).numel() == 8, "another size has other buffers"
+    del first
+    for _ in range(4):
+        allocate()
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -159,6 +169,39 @@ def mesh(shards: int, device_type: str, pipeline: int = 1) -> Any:
 )
 def test_without_gpus_and_shards_there_are_collectives(shards: int, device_type: str, choice: str) -> None:
     assert not _exchanges_by_peers(mesh(shards, device_type), ParallelismSection(fsdp_exchange=choice))
+
+
+@pytest.mark.parametrize("choice", ["auto", "peer_memory"])
+@pytest.mark.parametrize(("here", "anywhere"), [(True, True), (False, True), (False, False)])
+def test_all_ranks_take_collectives_or_end_where_one_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, choice: str, here: bool, anywhere: bool
+) -> None:
+    def check(*args: Any) -> None:
+        if here:
+            raise UserError("rank 0 cannot read")
+
+    answers = []
+    monkeypatch.setattr(fsdp, "check_peer_memory", check)
+    monkeypatch.setattr(fsdp, "has_peer_access", lambda *args: True)
+    monkeypatch.setattr(
+        fsdp, "any_rank", lambda flag: answers.append(flag) or (anywhere and len(answers) > (choice == "auto"))
+    )
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    section = ParallelismSection(fsdp_exchange=choice)
+    if choice == "peer_memory" and anywhere:
+        with pytest.raises(UserError, match="rank 0 cannot read" if here else "other GPUs of the job"):
+            _exchanges_by_peers(mesh(2, "cuda"), section)
+    else:
+        assert _exchanges_by_peers(mesh(2, "cuda"), section) == (not anywhere)
+    assert answers[-1] == here, "what this rank found is what it tells the others"
+
+
+def test_auto_leaves_pipelines_to_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsdp, "has_peer_access", lambda *args: True)
+    monkeypatch.setattr(fsdp, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    assert not _exchanges_by_peers(mesh(2, "cuda", pipeline=2), ParallelismSection())
 
 
 def test_peers_are_gpus_of_one_host_with_access(monkeypatch: pytest.MonkeyPatch) -> None:

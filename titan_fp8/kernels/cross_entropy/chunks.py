@@ -52,6 +52,7 @@ class LossWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden and weight, multiplied by that of the loss `[]`."""
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             # Of a bf16 tensor and an fp32 [], a GPU rounds the latter to bf16 first.
