@@ -171,7 +171,9 @@ def compare_swiglu(
         if wide or cast.columns:
             gradients = reference.swiglu_gradients(grad, gate, up)
             texts.append(check(lambda c: swiglu.swiglu_backward(*inputs, c, None)[:2], gradients, cast, wide=wide))
-            texts.append(compare_output_columns(inputs, cast))
+            # Beside both layouts of the gradients, and beside none.
+            if wide and cast.dtype == E4M3 and cast.rows == cast.columns:
+                texts.append(compare_output_columns(inputs, cast))
     return "; ".join(filter(None, texts))
 
 
@@ -180,7 +182,7 @@ def compare_output_columns(inputs: list[Tensor], cast: Cast) -> str:
     texts = []
     alone = swiglu.swiglu_backward(*inputs, cast, None)
     assert alone[2] is None
-    for dtype in (E4M3, E5M2):
+    for dtype in (E4M3, E5M2) if cast.rows else (E4M3,):
         expected = swiglu.swiglu(*inputs[1:], reference.output_cast(cast, dtype))
         for result, wanted in zip(swiglu.swiglu_backward(*inputs, cast, dtype), (*alone[:2], expected), strict=True):
             assert result is not None
