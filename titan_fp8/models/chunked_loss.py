@@ -7,7 +7,7 @@ the forward pass; those two are kept for the backward pass, which multiplies the
 
     numbers                logits at once               some tokens at a time
     logits, gradient       2 T V                        chunk V
-    kept for backward      T V                          T D and, in fp32, V D (two of these while chunks are added up)
+    kept for backward      T V                          T D and V D, in fp32
 
 A chunk's logits are those that `Linear` computes, and the loss is summed in fp32. An output layer in float8 is that of
 `quantization/chunked_head.py`. T tokens, D features, V words. Source: arXiv 2410.10989, section 3.2 (Liger kernels).
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from titan_fp8.kernels.cross_entropy import cross_entropy_
-from titan_fp8.kernels.cross_entropy.chunks import LossWithGradients, add_product
+from titan_fp8.kernels.cross_entropy.chunks import LossWithGradients, add_product, wide_product
 from titan_fp8.models.linear import Linear
 from titan_fp8.runtime.errors import UserError
 
@@ -77,11 +77,11 @@ def _chunked_cross_entropy(
     needs_grad_hidden: bool,
     needs_grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden `[T, D]`, weight `[V, D]`, labels `[T]` -> the loss, fp32 `[]`, and its gradients, each if needed: that of
-    hidden in hidden's dtype, that of the weight in fp32."""
+    """hidden `[T, D]`, weight `[V, D]`, labels `[T]` -> the loss, fp32 `[]`, and its gradients in fp32, each if
+    needed."""
     cast = weight.to(hidden.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else None
+    grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs_grad_hidden else None
     grad_weight: Tensor | None = None
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
@@ -89,7 +89,7 @@ def _chunked_cross_entropy(
         losses = cross_entropy_(logits, labels[rows], grad=needs_grad_hidden or needs_grad_weight)
         loss += losses.sum()
         if grad_hidden is not None:
-            torch.mm(logits, cast, out=grad_hidden[rows])
+            grad_hidden[rows] = wide_product(logits, cast)
         if needs_grad_weight:
             grad_weight = add_product(grad_weight, logits, hidden[rows])
         del logits  # before the next chunk has its own

@@ -121,11 +121,11 @@ def _chunked_cross_entropy(
     needs_grad_hidden: bool,
     needs_grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, fp32 `[]`, and its gradients, each if needed: that of hidden `[T, D]` in hidden's dtype, that of the
-    weight `[V, D]` in fp32."""
+    """The loss, fp32 `[]`, and its gradients in fp32, each if needed: that of hidden `[T, D]` and that of the weight
+    `[V, D]`."""
     value = x.value
     loss = torch.zeros((), dtype=torch.float32, device=value.device)
-    grad_hidden = torch.empty(value.shape, dtype=value.dtype, device=value.device) if needs_grad_hidden else None
+    grad_hidden = torch.empty(value.shape, dtype=torch.float32, device=value.device) if needs_grad_hidden else None
     grad_weight: Tensor | None = None
     columns = weight.columns
     if needs_grad_hidden and columns is None:
@@ -166,7 +166,7 @@ def _chunk(
     if grad_hidden is not None:
         assert g_rows is not None
         assert weight.columns is not None
-        grad_hidden.copy_(config.gradient_product(g_rows, weight.columns, dtype))
+        grad_hidden.copy_(config.gradient_product(g_rows, weight.columns, torch.float32))
     del g_rows
     if g_columns is not None:
         assert x.columns is not None

@@ -72,6 +72,22 @@ def test_bf16_activations_and_an_fp32_weight() -> None:
         assert (actual.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
 
 
+@pytest.mark.parametrize("tokens_that_count", [255, 256, 257])
+def test_the_number_of_tokens_makes_no_bf16_gradient_longer_or_shorter(tokens_that_count: int) -> None:
+    torch.manual_seed(0)
+    plain, chunked = (Linear(128, 64, bias=False) for _ in range(2))
+    chunked.load_state_dict(plain.state_dict())
+    chunk_loss(chunked, 50)
+    x, labels = torch.randn(4, 64, 128).bfloat16(), torch.randint(64, (4, 64))
+    left, right = x.clone().requires_grad_(), x.float().requires_grad_()
+    (chunked(left, labels) / tokens_that_count).backward()
+    (_whole(plain, right, labels) / tokens_that_count).backward()
+    assert left.grad is not None
+    assert right.grad is not None
+    along = (left.grad.double() * right.grad).sum() / right.grad.double().square().sum()
+    assert along.item() == pytest.approx(1, abs=5e-4)
+
+
 def test_gradients_of_several_microbatches_add_up() -> None:
     plain, chunked = _head(7)
     x, labels = _inputs()

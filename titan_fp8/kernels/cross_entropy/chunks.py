@@ -11,15 +11,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a [M, K] @ b [K, N]` of one dtype, in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
     """`total + grad_logits.T @ hidden` in fp32 `[V, D]`, in place; None is zero. grad_logits `[T, V]` and hidden
     `[T, D]` are of one dtype."""
+    if total is None:
+        return wide_product(grad_logits.t(), hidden)
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        if total is None:
-            return torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32)
         return torch.addmm(total, grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
-    left, right = grad_logits.t().float(), hidden.float()
-    return left @ right if total is None else total.addmm_(left, right)
+    return total.addmm_(grad_logits.t().float(), hidden.float())
 
 
 class LossWithGradients(torch.autograd.Function):
@@ -41,12 +47,14 @@ class LossWithGradients(torch.autograd.Function):
             hidden: `[T, D]`.
             weight: `[V, D]`.
             loss: fp32 `[]`.
-            grad_hidden: its gradient for hidden `[T, D]`, in hidden's dtype; None if nobody wants it.
+            grad_hidden: its gradient for hidden, fp32 `[T, D]`; None if nobody wants it. Rounded to hidden's dtype
+                before it is multiplied, and again after, all of it would be too long or too short, by a sixth of a
+                percent where the factor is just below or above a power of two.
             grad_weight: its gradient for weight, fp32 `[V, D]`, overwritten in backward; None if nobody wants it.
             dtype: what grad_weight is rounded to in backward before it is given weight's dtype.
         """
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype, ctx.weight_dtype = dtype, weight.dtype
+        ctx.dtype, ctx.weight_dtype, ctx.hidden_dtype = dtype, weight.dtype, hidden.dtype
         return loss.clone()
 
     @staticmethod
@@ -55,8 +63,7 @@ class LossWithGradients(torch.autograd.Function):
         """The gradients of hidden and weight, multiplied by that of the loss `[]`."""
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # Of a bf16 tensor and an fp32 [], a GPU rounds the latter to bf16 first.
-            grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden * grad).to(ctx.hidden_dtype)
         if grad_weight is not None:
             # In place, for it is large; a second backward pass through what this changes is an error of autograd.
             torch._foreach_mul_([grad_weight], grad)  # pyright: ignore[reportPrivateImportUsage]  # twice as fast as mul_
