@@ -52,7 +52,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || echo 1)
   export OMP_NUM_THREADS=$(( cores / NGPU > 0 ? cores / NGPU : 1 ))
 fi
-# Memory of one stream's size classes serves others too; without it a tenth and more of the GPU's lies idle in pieces.
+# Segments grow, so that what is freed in one size serves another, in place of lying idle in pieces.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
 # One process needs no launcher, whose trace would bury what the trainer says: only what a launcher sets.
 if [ "$NGPU" = 1 ] && [ "$NNODES" = 1 ]; then

@@ -45,8 +45,8 @@ def per_call(call: Callable[[], Any], calls: int = PRODUCTS, beside: Callable[[]
 def main() -> None:
     """Compare, measure, print on rank 0."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when CUDA starts
     torch.cuda.set_device(device)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     dist.init_process_group("nccl", device_id=device)
     group = dist.group.WORLD
     assert group is not None

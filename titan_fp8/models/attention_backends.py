@@ -15,8 +15,9 @@
 - CPU: flash.
 - CUDA with documents masked: flex.
 - CUDA in float32: efficient.
-- CUDA in bf16 or fp16: flash4 where it runs; cudnn on Hopper and data-centre Blackwell; neither if deterministic
-  algorithms are asked for; otherwise flash, and efficient before SM80. `docs/performance.md` has the figures.
+- CUDA in bf16 or fp16: flash4 where it runs; cudnn on Hopper and data-centre Blackwell (measured on an H200, sequence
+  8192, head width 128: 641 TFLOP/s forward, 495 backward, against 337 and 284 for flash); neither if deterministic
+  algorithms are asked for; otherwise flash, and efficient before SM80.
 
 flash4 is there where its package is installed, so all machines of a job should have the same packages.
 

@@ -53,6 +53,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # Gradients come out with the strides of q, k and v.
+    q, k, v, out, grad, lse = (each.contiguous() for each in (q, k, v, out, grad, lse))
     grad_q, grad_k, grad_v = _interface()._flash_attn_bwd(q, k, v, out, grad, lse, causal=causal)[:3]
     return grad_q, grad_k, grad_v
 
@@ -89,4 +91,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return backward(grad.contiguous(), *(saved.contiguous() for saved in ctx.saved_tensors), True)
+        return backward(grad, *ctx.saved_tensors, True)

@@ -74,8 +74,8 @@ def _flash4(q: Tensor, k: Tensor, v: Tensor, causal: bool):
 
 
 def _flash4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    by_token = [each.transpose(1, 2).contiguous() for each in (grad, q, k, v, out)]
-    return tuple(each.transpose(1, 2) for each in flash4.backward(*by_token, lse.contiguous(), causal))
+    by_token = [each.transpose(1, 2) for each in (grad, q, k, v, out)]
+    return tuple(each.transpose(1, 2) for each in flash4.backward(*by_token, lse, causal))
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool):

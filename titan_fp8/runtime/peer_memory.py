@@ -46,7 +46,6 @@ class PeerBuffer:
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
         self.rank, ranks = group.rank(), group.size()
-        self.size = size
         start = -(-size // _FLAG_BYTES) * _FLAG_BYTES
         self._memory = _symm.empty(start + 2 * ranks * _FLAG_BYTES, dtype=torch.uint8, device=device)
         self._memory[start:].zero_()
