@@ -40,12 +40,20 @@ def test_the_kernel_moves_16_bytes_at_a_time() -> None:
     assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
 
 
-def test_every_rank_gets_the_sum_in_the_order_of_the_ranks_rounded_once() -> None:
+def test_every_rank_gets_the_sum_in_fp32() -> None:
     parts = torch.tensor([[1.0], [2.0**-9], [2.0**-9], [-1.0]], dtype=torch.bfloat16)
     for rank in range(4):
         out = torch.empty(1)
         sum_parts(parts[rank], torch.cat([parts[:rank], parts[rank + 1 :]]), rank, out)
         assert out.item() == 2.0**-8  # in bf16 each small part would be lost beside the one
+
+
+def test_the_order_is_that_of_the_ranks_on_every_rank() -> None:
+    parts = torch.tensor([[2.0**-24], [2.0**-24], [1.0]])  # beside the one each of the others would be lost
+    for rank in range(3):
+        out = torch.empty(1)
+        sum_parts(parts[rank], torch.cat([parts[:rank], parts[rank + 1 :]]), rank, out)
+        assert out.item() == 1 + 2.0**-23
 
 
 @pytest.mark.parametrize(

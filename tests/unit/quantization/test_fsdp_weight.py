@@ -4,6 +4,8 @@ when codes are stale, checkpoints, refusals. `tests/distributed/test_fsdp_float8
 import copy
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -421,3 +423,22 @@ def test_gathered_codes_can_be_turned_back_into_numbers(recipe: str) -> None:
     weight = torch.randn(N, K)
     gathered = GatheredFloat8Weight(*cast_weight(weight, RECIPES[recipe]), RECIPES[recipe], torch.bfloat16)
     assert (gathered.dequantize() - weight).norm() < 0.05 * weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "ranks", "given"),
+    [(torch.bfloat16, 2, torch.bfloat16), (None, 2, torch.float32), (torch.bfloat16, 3, torch.uint8)],
+)
+def test_codes_are_given_out_in_the_dtype_of_the_unit_unless_fsdp_pads(
+    param_dtype: torch.dtype | None, ranks: int, given: torch.dtype
+) -> None:
+    weight = weight_of(make())
+    codes, scale = cast(weight)
+    mesh: Any = SimpleNamespace(size=lambda: ranks)
+    policy = SimpleNamespace(param_dtype=param_dtype)
+    (sent,), metadata = weight.fsdp_pre_all_gather(mesh, weight.shape, None, nn.Module(), policy)
+    assert sent.dtype == given
+    assert torch.equal(sent.view(torch.uint8), codes)
+    gathered, _ = weight.fsdp_post_all_gather((sent,), metadata, torch.bfloat16)
+    assert torch.equal(gathered.codes.view(torch.uint8), codes)
+    assert torch.equal(gathered.scale, scale)
