@@ -95,6 +95,19 @@ def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: flo
             assert ((p - q).abs() <= 16 * eps * (old.abs() + 10 * moved)).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_an_update_finds_the_largest_value_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype, skip: float) -> None:
+    torch.manual_seed(0)
+    w, g, m = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    constants = adam.Constants(0.9, 0.95, 1e-8, 0.1, decoupled=True)
+    factors = adam.step_factors([torch.ones((), device="cuda")], 0.1, constants)[0]
+    amax = torch.zeros((), dtype=torch.int32, device="cuda")
+    adam.update(w, g, m, m.square(), factors, constants, skip=torch.tensor(skip, device="cuda"), amax=amax)
+    assert amax == w.float().abs().max().view(torch.int32)
+
+
 def test_sums_of_squares_repeat_to_the_bit_and_see_what_is_not_finite() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(shape, device="cuda") for shape in SHAPES]

@@ -2,7 +2,8 @@
 
 `torch.optim`'s fused update reads and writes weights and moments in one pass, but clipping before it takes another over
 all gradients, and AMP's way of scaling inside of it writes them back. Here the clip factor is an input of the update
-(`kernels/adam`), which leaves gradients as they are. All else is `torch.optim`'s: parameter groups, state by the same
+(`kernels/adam`), which leaves gradients as they are. And a weight that will be cast to float8 with one scale is told the
+largest value that it now has, so that the cast need not read it once more. All else is `torch.optim`'s: parameter groups, state by the same
 names and of the same dtypes, hooks, and `found_inf`, a tensor by which the device skips a step.
 
     optimizer = OnePassAdamW(model.parameters(), lr=3e-4)
@@ -23,6 +24,7 @@ from titan_fp8.kernels.adam import Constants
 from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SLOT = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
 
 
 class _OnePass(Adam):
@@ -35,6 +37,7 @@ class _OnePass(Adam):
 
     clip: Tensor | None = None
     decoupled: bool
+    reports_writes = True  # to weights in float8, which then need not take every step for one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim`.
@@ -86,13 +89,16 @@ class _OnePass(Adam):
         beta1, beta2 = group["betas"]
         constants = Constants(beta1, beta2, group["eps"], group["weight_decay"], self.decoupled)
         factors = adam.step_factors(steps, group["lr"], constants)
-        for parameter, state, row in zip(parameters, states, factors.unbind(), strict=True):
+        largest = torch.zeros(len(parameters), _SLOT, dtype=torch.int32, device=device)
+        rows = zip(parameters, states, factors.unbind(), largest[:, 0].unbind(), strict=True)
+        for parameter, state, row, slot in rows:
+            float8 = _float8_weight(parameter)
+            amax = slot if float8 is not None and float8.state.takes_amax else None
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             weight, grad, mean, square = [_plain(tensor) for tensor in tensors]
-            adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if isinstance(local, ShardableFloat8Weight):
-                local.contents.write()
+            adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip, amax=amax)
+            if float8 is not None:
+                float8.written(amax)
 
 
 class OnePassAdam(_OnePass):
@@ -135,5 +141,14 @@ def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: lis
 
 def _plain(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, as the tensor that a kernel may write to."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor)
     return local.tensor if isinstance(local, ShardableFloat8Weight) else local
+
+
+def _float8_weight(parameter: Any) -> ShardableFloat8Weight | None:
+    local = _local(parameter)
+    return local if isinstance(local, ShardableFloat8Weight) else None
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -176,7 +176,10 @@ def _watch_optimizers() -> None:
 @torch.compiler.disable
 @torch.no_grad()
 def _mark_updated_stale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: the weights that the optimizer updates are stale, also if compiled code did it."""
+    """After a step: the weights that the optimizer updates are stale, also if compiled code did it. Not if the
+    optimizer says by itself what it has written (`ShardableFloat8Weight.written`)."""
+    if getattr(optimizer, "reports_writes", False):
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

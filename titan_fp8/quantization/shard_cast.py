@@ -55,6 +55,7 @@ class Shard:
         first_row: the row of the weight that the shard begins with.
         axis: ranks that hold other parts of the weight that the shard is of, whose one scale, if it has one for all,
             is that of the parts together.
+        amax: int32 `[]`, the bits of the largest |w| of the shard, where that is known and the recipe needs it.
     """
 
     tensor: Tensor
@@ -62,13 +63,20 @@ class Shard:
     rows: int
     first_row: int
     axis: Axis | None = None
+    amax: Tensor | None = None
 
     @classmethod
     def of(
-        cls, tensor: Tensor, recipe: Float8Recipe, rows: int, shards: ShardAxis, axis: Axis | None = None
+        cls,
+        tensor: Tensor,
+        recipe: Float8Recipe,
+        rows: int,
+        shards: ShardAxis,
+        axis: Axis | None = None,
+        amax: Tensor | None = None,
     ) -> "Shard":
         """The shard `tensor [n, K]` of a weight of `rows` rows that is sharded over `shards`."""
-        return cls(tensor, recipe, rows, min(shards.rank * chunk_rows(rows, shards.ranks), rows), axis)
+        return cls(tensor, recipe, rows, min(shards.rank * chunk_rows(rows, shards.ranks), rows), axis, amax)
 
     @property
     def statistics_size(self) -> int:
@@ -139,7 +147,8 @@ def _measure(shard: Shard) -> _Measured:
     tensor, recipe = shard.tensor, shard.recipe
     match recipe.granularity:
         case Granularity.TENSOR:
-            return _Measured(float8.amax(tensor).view(1), 0, None)
+            amax = float8.amax(tensor) if shard.amax is None else shard.amax
+            return _Measured(amax.view(1), 0, None)
         case Granularity.ROW:
             codes, scale = float8.cast_rows(tensor, recipe.weight_dtype)
             return _Measured(scale.view(torch.int32).view(-1), shard.first_row, codes)

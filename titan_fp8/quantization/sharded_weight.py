@@ -15,13 +15,15 @@ some ranks only, and ranks that disagree on what is stale wait for each other fo
 Two kinds of write are not seen: those of compiled code, whose optimizer's step hook or `mark_stale` tells of them; and
 those through the plain tensors of a state dict, which the wrapped tensor's version counter shows.
 
+An optimizer that writes to the wrapped tensor says so (`written`), and may tell the largest value that it wrote.
+
 N out features, K in features, n rows of a shard.
 """
 
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
-from titan_fp8.quantization.recipes import Float8Recipe
+from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_rows
 from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
@@ -64,6 +66,23 @@ class Contents:
         self.blank = False
 
 
+class _State(NamedTuple):
+    """What a weight was when something was found out about it: its contents, and the version of its tensor."""
+
+    contents: object
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, weight: "ShardableFloat8Weight") -> "_State":
+        return cls(weight.contents.value, weakref.ref(weight.tensor), _version(weight.tensor))
+
+    def is_of(self, weight: "ShardableFloat8Weight") -> bool:
+        """Whether nothing has been written to the weight since."""
+        written_around = self.tensor() is weight.tensor and self.version != _version(weight.tensor)
+        return self.contents is weight.contents.value and not written_around
+
+
 class Float8WeightState:
     """The codes of one weight on this rank, and what they were made from.
 
@@ -86,20 +105,32 @@ class Float8WeightState:
         self.axis = axis
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
-        self._made_from: tuple[object, weakref.ref[Tensor], int] | None = None
+        self._made_from: _State | None = None
         self._ahead = False
+        self._amax: tuple[Tensor, _State] | None = None
 
     def mark_stale(self) -> None:
         """The weight may have changed."""
-        self._made_from = None
+        self._made_from = self._amax = None
 
     def is_fresh(self, weight: "ShardableFloat8Weight") -> bool:
         """Whether the codes are those of `weight` as it is now."""
-        if self._made_from is None:
-            return False
-        contents, tensor, version = self._made_from
-        written_around = tensor() is weight.tensor and version != _version(weight.tensor)
-        return contents is weight.contents.value and not written_around
+        return self._made_from is not None and self._made_from.is_of(weight)
+
+    @property
+    def takes_amax(self) -> bool:
+        """Whether the cast needs no more of the weight than its largest value, which whoever writes it may know."""
+        return self.recipe.granularity is Granularity.TENSOR
+
+    def amax_of(self, weight: "ShardableFloat8Weight") -> Tensor | None:
+        """The bits of the largest |w| of `weight` as it is now, int32 `[]` on its device, if who wrote it has told."""
+        if self._amax is None:
+            return None
+        amax, state = self._amax
+        return amax if state.is_of(weight) and amax.device == weight.device else None
+
+    def _tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
+        self._amax = None if amax is None else (amax, _State.of(weight))
 
     def serves(self, weight: "ShardableFloat8Weight") -> bool:
         """Whether a gather can send the codes that there are."""
@@ -115,7 +146,7 @@ class Float8WeightState:
             padded[:rows].copy_(data)
             data = padded
         self.codes = data
-        self._made_from = weight.contents.value, weakref.ref(weight.tensor), _version(weight.tensor)
+        self._made_from = _State.of(weight)
         self._ahead = ahead
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
@@ -196,6 +227,12 @@ class ShardableFloat8Weight(torch.Tensor):
             return _rewrap(result, args[0], args[0].contents.copy() if same else Contents())
         return result
 
+    def written(self, amax: Tensor | None = None) -> None:
+        """Say that the wrapped tensor has been written to; amax: int32 `[]`, the bits of the largest |w| that it holds
+        now, if known and if `state.takes_amax`."""
+        self.contents.write()
+        self.state._tell(amax, self)
+
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
@@ -251,7 +288,7 @@ def refresh(weights: Sequence[ShardableFloat8Weight], rows: Sequence[int], axis:
         ahead: the codes serve every gather until a write is seen, also where nothing is cached.
     """
     shards = [
-        Shard.of(weight.tensor, weight.state.recipe, count, axis, weight.state.axis)
+        Shard.of(weight.tensor, weight.state.recipe, count, axis, weight.state.axis, weight.state.amax_of(weight))
         for weight, count in zip(weights, rows, strict=True)
     ]
     cast = cast_shards(shards, axis.group if axis.ranks > 1 else None)

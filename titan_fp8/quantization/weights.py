@@ -6,8 +6,7 @@ step and a write through `.data` leave a tensor's version counter alone. So seve
 of them suffices:
 
 * a step of any `torch.optim` optimizer in the process (a hook that PyTorch runs after each);
-* `mark_stale(model)`, which the trainer calls after each optimizer step, and which is for whoever writes to a weight
-  by other means;
+* `mark_stale(model)`, which is for whoever writes to a weight by other means;
 * loading a state dict;
 * a change of the tensor's version counter or of its memory.
 

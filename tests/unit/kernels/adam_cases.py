@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.unit.kernels import interpreter
 from titan_fp8.kernels.adam import Constants, kernel, reference
+from titan_fp8.kernels.float8.reference import amax_bits
 
 ADAMW = Constants(0.9, 0.95, 1e-8, 0.1, decoupled=True)
 ADAM = Constants(0.8, 0.999, 1e-6, 0.02, decoupled=False)
@@ -45,9 +46,10 @@ def compare(
     given = [None if value is None else torch.tensor(value) for value in (clip, skip)]
     factors = reference.step_factors([torch.tensor(3.0)], 1e-2, constants)[0]
     ours, theirs = tensors(numel, dtype), tensors(numel, dtype)
-    kernel.update(*ours, factors, *given, constants)
+    amax = torch.zeros((), dtype=torch.int32)
+    kernel.update(*ours, factors, *given, constants, amax)
     reference.update(*theirs, factors, *given, constants)
-    wrong = []
+    wrong = [] if torch.equal(amax, amax_bits(ours[0].view(1, -1))) else ["amax is not that of the weight"]
     for name, actual, expected in zip(("weight", "grad", "mean", "square"), ours, theirs, strict=True):
         if skip or name == "grad":
             wrong += [] if torch.equal(actual, expected) else [f"{name} changed"]
@@ -84,8 +86,9 @@ def case_nan_and_infinity() -> str:
         w, g, m, v = tensors(100)
         g[70] = value
         factors = reference.step_factors([torch.tensor(1.0)], 1e-2, ADAMW)[0]
-        kernel.update(w, g, m, v, factors, None, None, ADAMW)
-        if not bool(w[70].isnan()):
+        amax = torch.zeros((), dtype=torch.int32)
+        kernel.update(w, g, m, v, factors, None, None, ADAMW, amax)
+        if not bool(w[70].isnan()) or not bool(amax.view(torch.float32).isnan()):
             wrong.append(f"{value} does not show")
         if bool(w[:70].isnan().any()):
             wrong.append(f"{value} spreads")

@@ -11,7 +11,7 @@ if triton.knobs.runtime.interpret:
 from tests.unit.kernels.test_float8_compiles import compile_ptx  # noqa: E402
 from titan_fp8.kernels.adam import kernel  # noqa: E402
 
-ARGUMENTS = ["*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "i32+"]
+ARGUMENTS = ["*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*i32", "i32+"]
 CONSTANTS = {
     "BETA1": 0.9,
     "REST1": 0.1,
@@ -24,12 +24,14 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("flags", [(True, True), (False, False)])
-def test_an_update_moves_16_bytes_at_a_time(capability: int, flags: tuple[bool, bool]) -> None:
-    chosen = dict(zip(("CLIPS", "SKIPS"), flags, strict=True))
+@pytest.mark.parametrize("flags", [(True, True, True), (False, False, False)])
+def test_an_update_moves_16_bytes_at_a_time(capability: int, flags: tuple[bool, bool, bool]) -> None:
+    chosen = dict(zip(("CLIPS", "SKIPS", "AMAX"), flags, strict=True))
     ptx = compile_ptx(kernel._update_kernel, ARGUMENTS, capability, kernel.UPDATE_WARPS, **CONSTANTS, **chosen)
     assert re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)
     assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
+    # What is found out costs a program one reduction that waits for nothing.
+    assert len(re.findall(r"\b(?:atom|red)\.", ptx)) == flags[2]
 
 
 def test_a_sum_of_squares_reads_16_bytes_at_a_time() -> None:

@@ -1,6 +1,7 @@
 """Adam and AdamW in one pass: torch's update to a few units in the last place, with the clipping inside."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from titan_fp8.kernels import adam
+from titan_fp8.kernels import adam, float8
 from titan_fp8.optim import build_optimizer, clip_grad_norm_
 from titan_fp8.optim.clipping import clip_factor
 from titan_fp8.optim.config import OptimizerSection
 from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW
+from titan_fp8.quantization.casts import cast_weight
 from titan_fp8.quantization.recipes import RECIPES
-from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight
+from titan_fp8.quantization.shard_cast import ShardAxis
+from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
 
 PAIRS = [(OnePassAdam, torch.optim.Adam), (OnePassAdamW, torch.optim.AdamW)]
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.1}
@@ -167,6 +170,67 @@ def test_a_weight_made_for_the_float8_all_gather_is_seen_to_change() -> None:
     optimizer.step()
     assert not torch.equal(weight.tensor, before)
     assert weight.contents.value is not contents
+
+
+def _float8_weight(recipe: str = "tensorwise") -> tuple[ShardableFloat8Weight, OnePassAdamW]:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(ShardableFloat8Weight(torch.randn(16, 32), Float8WeightState(RECIPES[recipe], caches=True)))
+    parameter.grad = torch.randn(16, 32)
+    assert isinstance(parameter, ShardableFloat8Weight)
+    return parameter, OnePassAdamW([parameter], **OPTIONS)
+
+
+def _cast(weight: ShardableFloat8Weight) -> list[Tensor]:
+    refresh([weight], [16], ShardAxis(None, 0, 1), ahead=True)
+    assert weight.state.codes is not None
+    assert weight.state.scale is not None
+    return [weight.state.codes.clone(), weight.state.scale.clone()]
+
+
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_the_cast_after_a_step_is_told_the_largest_value(monkeypatch: pytest.MonkeyPatch, skip: float | None) -> None:
+    weight, optimizer = _float8_weight()
+    for _ in range(2):
+        if skip is not None:
+            optimizer.found_inf = torch.tensor(skip)
+        optimizer.step()
+        expected = cast_weight(weight.tensor, weight.state.recipe)
+        with monkeypatch.context() as patched:
+            patched.setattr(float8, "amax", None)  # nobody reads the weight for it
+            codes, scale = _cast(weight)
+        assert torch.equal(codes, expected.codes.view(torch.uint8))
+        assert torch.equal(scale, expected.scale)
+
+
+WRITES: dict[str, Callable[[ShardableFloat8Weight], Any]] = {
+    "operator": lambda weight: weight.mul_(3),
+    "data": lambda weight: weight.data.mul_(3),
+    "plain tensor": lambda weight: weight.tensor.mul_(3),
+    "unseen": lambda weight: (weight.tensor.numpy().__imul__(3), weight.state.mark_stale()),
+    "another optimizer": lambda weight: torch.optim.SGD([weight], lr=3.0).step(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("is_cast_between", [False, True])
+def test_what_was_told_is_forgotten_with_the_next_write(write: str, is_cast_between: bool) -> None:
+    weight, optimizer = _float8_weight()
+    optimizer.step()
+    before = _cast(weight)[1] if is_cast_between else None
+    with torch.no_grad():
+        WRITES[write](weight)
+    expected = cast_weight(weight.tensor, weight.state.recipe)
+    codes, scale = _cast(weight)
+    assert torch.equal(codes, expected.codes.view(torch.uint8))
+    assert torch.equal(scale, expected.scale)
+    assert before is None or not torch.equal(scale, before)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
+def test_weights_with_more_scales_than_one_are_told_nothing(recipe: str) -> None:
+    weight, optimizer = _float8_weight(recipe)
+    optimizer.step()
+    assert weight.state.amax_of(weight) is None
 
 
 def test_hooks_of_optimizers_run() -> None:

@@ -34,6 +34,7 @@ def update(
     *,
     clip: Tensor | None = None,
     skip: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> None:
     """One step of one parameter, in place.
 
@@ -42,7 +43,8 @@ def update(
         factors: fp32 `[4]`, a row of `step_factors`.
         constants: of the optimizer.
         clip: fp32 `[]`, what the gradient is multiplied by; None: 1.
-        skip: fp32 `[]`; not zero: nothing is written.
+        skip: fp32 `[]`; not zero: nothing is written but amax.
+        amax: int32 `[]`, zeroed; gets the bits of the largest |w| after the step, as `kernels.float8.amax` finds it.
 
     Raises:
         ValueError: shapes differ, a tensor is not contiguous, or what is to be fp32 beside the weight is not.
@@ -56,12 +58,16 @@ def update(
     for name, scalar in (("factors", factors), ("clip", clip), ("skip", skip)):
         if scalar is not None and (scalar.dtype != torch.float32 or scalar.device != weight.device):
             raise ValueError(f"expected {name} in float32 on {weight.device}, got {scalar.dtype} on {scalar.device}")
+    if amax is not None and (amax.dtype != torch.int32 or amax.device != weight.device or amax.numel() != 1):
+        raise ValueError(f"expected amax as one int32 on {weight.device}, got {amax.dtype} on {amax.device}")
     if weight.numel() == 0:
         return
     if weight.is_cuda and float8.has_triton():
-        _kernel().update(weight, grad, mean, square, factors, clip, skip, constants)
-    else:
-        reference.update(weight, grad, mean, square, factors, clip, skip, constants)
+        _kernel().update(weight, grad, mean, square, factors, clip, skip, constants, amax)
+        return
+    reference.update(weight, grad, mean, square, factors, clip, skip, constants)
+    if amax is not None:
+        amax.copy_(torch.maximum(amax, float8.amax(weight.view(1, -1)).view(amax.shape)))
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:

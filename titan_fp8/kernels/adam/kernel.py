@@ -1,7 +1,8 @@
 """The fused update and the sum of squares as Triton kernels. `reference.py` says what they compute.
 
 An update reads weight, gradient and both means and writes all but the gradient: 28 bytes an element in fp32, in one
-pass that applies the clip factor on the way. A skipped step (`skip` not zero) writes nothing.
+pass that applies the clip factor on the way and finds the largest |w| for the next cast. A skipped step (`skip` not
+zero) writes nothing but that.
 
 One launch a parameter; parameters are contiguous, and their shape does not matter. Offsets are 64-bit. Sums of squares
 are those of the programs, in a vector that is summed after: the same order in every run.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_fp8.kernels.adam.reference import Constants
+from titan_fp8.kernels.float8.bits import _abs_bits
 from titan_fp8.kernels.launch import Plan, cdiv, planned
 
 UPDATE_BLOCK, UPDATE_WARPS = 2048, 4
@@ -28,18 +30,20 @@ SQUARES_BLOCK, SQUARES_STEPS, SQUARES_WARPS = 4096, 8, 8
 
 @triton.jit
 def _update_kernel(
-    weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, clip_ptr, skip_ptr, numel,
+    weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, clip_ptr, skip_ptr, amax_ptr, numel,
     BETA1: tl.constexpr, REST1: tl.constexpr, BETA2: tl.constexpr, REST2: tl.constexpr, EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr, CLIPS: tl.constexpr, SKIPS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr, CLIPS: tl.constexpr, SKIPS: tl.constexpr, AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements. WEIGHT_DECAY: Adam's, added to the gradient; AdamW's is in the factors."""
+    """BLOCK elements. WEIGHT_DECAY: Adam's, added to the gradient; AdamW's is in the factors. AMAX: integer maximum of
+    |w|, as it is stored, into amax_ptr (zeroed)."""
     skips = False
     if SKIPS:
         skips = tl.load(skip_ptr) != 0
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < numel
+    w = tl.load(weight_ptr + offset, mask=mask, other=0).to(tl.float32)
     if not skips:
-        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = offset < numel
-        w = tl.load(weight_ptr + offset, mask=mask, other=0).to(tl.float32)
         g = tl.load(grad_ptr + offset, mask=mask, other=0).to(tl.float32)
         m = tl.load(mean_ptr + offset, mask=mask, other=0).to(tl.float32)
         v = tl.load(square_ptr + offset, mask=mask, other=0).to(tl.float32)
@@ -53,7 +57,12 @@ def _update_kernel(
         w = w * decay - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root_divisor) + EPS)
         tl.store(mean_ptr + offset, m.to(mean_ptr.dtype.element_ty), mask=mask)
         tl.store(square_ptr + offset, v.to(square_ptr.dtype.element_ty), mask=mask)
-        tl.store(weight_ptr + offset, w.to(weight_ptr.dtype.element_ty), mask=mask)
+        stored = w.to(weight_ptr.dtype.element_ty)
+        tl.store(weight_ptr + offset, stored, mask=mask)
+        w = stored.to(tl.float32)
+    if AMAX:
+        largest = tl.max(_abs_bits(tl.where(mask, w, 0.0)), axis=0)
+        tl.atomic_max(amax_ptr, largest, sem="relaxed")
 
 
 @triton.jit
@@ -72,8 +81,9 @@ def _squares_kernel(x_ptr, sums_ptr, numel, BLOCK: tl.constexpr, STEPS: tl.const
 def _launch_update(
     device: int, numel: int, dtypes: tuple[torch.dtype, ...], constants: Constants, options: tuple[Any, ...]
 ) -> Plan:
-    """dtypes: of weight, gradient and means. options: whether it clips and skips; block and warps."""
-    clips, skips, block, warps = options
+    """dtypes: of weight, gradient and means. options: whether it clips, skips and finds amax; block and
+    warps."""
+    clips, skips, finds_amax, block, warps = options
     compile_time = {
         "BETA1": constants.beta1,
         "REST1": 1 - constants.beta1,
@@ -83,6 +93,7 @@ def _launch_update(
         "WEIGHT_DECAY": 0.0 if constants.decoupled else constants.weight_decay,
         "CLIPS": clips,
         "SKIPS": skips,
+        "AMAX": finds_amax,
         "BLOCK": block,
         "num_warps": warps,
     }
@@ -103,12 +114,13 @@ def update(
     clip: Tensor | None,
     skip: Tensor | None,
     constants: Constants,
+    amax: Tensor | None,
 ) -> None:
     """See `adam.update`; all tensors are contiguous, and not empty."""
     unused = factors
-    pointers = tuple(unused if tensor is None else tensor for tensor in (clip, skip))
+    pointers = tuple(unused if tensor is None else tensor for tensor in (clip, skip, amax))
     dtypes = weight.dtype, grad.dtype, mean.dtype, square.dtype
-    options = clip is not None, skip is not None, UPDATE_BLOCK, UPDATE_WARPS
+    options = clip is not None, skip is not None, amax is not None, UPDATE_BLOCK, UPDATE_WARPS
     _launch_update((weight, grad, mean, square, factors, *pointers), weight.numel(), dtypes, constants, options)
 
 
