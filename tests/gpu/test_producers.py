@@ -100,7 +100,7 @@ def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_other_tokens(granul
     grad, gate, up = (x.cuda() for x in inputs(1500, 4096))
     cast = Cast(granularity, E4M3, columns=True, emit=True)
     calls = (
-        lambda n: producers.rms_norm(gate[:n], up[:n], torch.ones(4096, device="cuda"), 1e-5, cast)[2],
+        lambda n: producers.rms_norm(gate[:n], up[:n], torch.ones(4096, device="cuda"), 1e-5, cast)[3],
         lambda n: producers.swiglu(gate[:n], up[:n], cast),
         lambda n: producers.swiglu_backward(grad[:n], gate[:n], up[:n], cast)[0],
     )
@@ -141,20 +141,21 @@ def test_columns_of_a_gradient_that_lie_apart_are_made_contiguous() -> None:
     grad, x = cases.random(256, 150, seed=0).t(), cases.random(150, 256, seed=1)
     weight = torch.rand(256)
     _, rstd, _ = reference.norm_output(x, None, weight, 1e-5)
-    results = producers.rms_norm_backward(*(cases.on("cuda", t) for t in (grad, x, weight, rstd, grad)))
+    grad_there, *others = (cases.on("cuda", t) for t in (grad, x, weight, rstd, grad))
+    results = producers.rms_norm_backward([grad_there], *others)
     grad_x, grad_weight = (result.cpu() for result in results)
-    assert norm_gradients_off((grad_x, grad_weight), grad, x, weight, grad) == ""
+    assert norm_gradients_off((grad_x, grad_weight), [grad], x, weight, grad) == ""
 
 
 def test_no_tokens_give_a_weight_no_gradient() -> None:
     x, weight = torch.empty(0, 128, device="cuda"), torch.ones(128, device="cuda")
-    assert torch.equal(producers.rms_norm_backward(x, x, weight, x[:, 0], x)[1], torch.zeros_like(weight))
+    assert torch.equal(producers.rms_norm_backward([x], x, weight, x[:, 0], x)[1], torch.zeros_like(weight))
 
 
 @GRANULARITY
 def test_no_tokens_give_empty_codes(granularity: str) -> None:
     x = torch.empty(0, 128, device="cuda")
-    _, _, produced = producers.rms_norm(x, x, torch.ones(128, device="cuda"), 1e-5, Cast(granularity, E4M3))
+    _, _, _, produced = producers.rms_norm(x, x, torch.ones(128, device="cuda"), 1e-5, Cast(granularity, E4M3))
     assert produced.codes is not None
     assert produced.codes.shape == (0, 128)
 
@@ -167,7 +168,7 @@ def test_offsets_beyond_32_bits_are_reached(granularity: str) -> None:
     x[-1, -1] = 2.0
     cast = Cast(granularity, E4M3, columns=True)
     one = torch.ones(features, device="cuda")
-    for produce in (lambda: producers.rms_norm(x, None, one, 1e-5, cast)[2], lambda: producers.swiglu(x, x, cast)):
+    for produce in (lambda: producers.rms_norm(x, None, one, 1e-5, cast)[3], lambda: producers.swiglu(x, x, cast)):
         _, codes, scale, codes_t, scale_t = produce()
         scale_t = scale if scale_t is None else scale_t
         last, last_t = (s if s.dim() == 0 else s[-1, -1] for s in (scale, scale_t))
@@ -185,7 +186,7 @@ def test_gradients_of_a_norm_beyond_32_bits_are_reached() -> None:
     residual = torch.zeros_like(x)
     residual[-1, -1] = 3.0
     one, rstd = torch.ones(features, device="cuda"), torch.ones(tokens, device="cuda")
-    grad_x, _ = producers.rms_norm_backward(x, x, one, rstd, residual)
+    grad_x, _ = producers.rms_norm_backward([x], x, one, rstd, residual)
     assert grad_x[-1, -1] == 3.0
     assert grad_x.count_nonzero() == 1
 
@@ -193,7 +194,7 @@ def test_gradients_of_a_norm_beyond_32_bits_are_reached() -> None:
 def test_block_codes_of_the_norm_and_of_the_plain_cast_have_the_same_layout() -> None:
     x = cases.random(300, 1024, seed=0).cuda()
     cast = Cast(BLOCK, E4M3, columns=True, emit=True)
-    _, _, produced = producers.rms_norm(x, None, torch.ones(1024, device="cuda"), 1e-5, cast)
+    _, _, _, produced = producers.rms_norm(x, None, torch.ones(1024, device="cuda"), 1e-5, cast)
     assert produced.output is not None
     plain = reference.quantize(produced.output, cast)
     assert float8.uses_kernel(produced.output)

@@ -34,7 +34,7 @@ from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_f
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear, check_dims
 from titan_fp8.quantization.recipes import RECIPES, Float8Recipe, Granularity
-from titan_fp8.quantization.weights import cache_weights
+from titan_fp8.quantization.weights import cache_weights, mark_stepped
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
@@ -71,9 +71,11 @@ class Float8LinearConverter:
         return report
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
-        """The weights have changed, which their codes have been told; with precomputed scales these are made at once."""
-        for part in model_parts if self._precomputes else ():
-            precompute_float8_dynamic_scale_for_fsdp(part)
+        """The weights have changed, so their codes are stale; with precomputed scales these are made again at once."""
+        for part in model_parts:
+            mark_stepped(part)
+            if self._precomputes:
+                precompute_float8_dynamic_scale_for_fsdp(part)
 
 
 def convert_linears(

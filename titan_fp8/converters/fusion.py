@@ -5,10 +5,12 @@ modules in their places that write the codes at once (`kernels/producers`), so t
 precision:
 
     attention_norm     RMSNorm -> codes, read by wq, wk, wv
+    attention          wq, wk and wv in one function
     ffn_norm           residual add and RMSNorm -> codes, read by w1 and w3
     feed_forward       SwiGLU -> codes, read by w2; its backward writes the float8 gradients of w1's and w3's outputs
 
-The attention's output is cast twice, in forward by rows and in backward by columns, so that it is kept once.
+What is kept for backward is the residual stream, what the products of wq, wk, wv, w1 and w3 give, and the attention's
+output, each once: of the inputs of linears, the codes by columns are made again from these when a gradient needs them.
 
 A module is replaced only where all of its readers are `Float8Linear`s of one recipe; what a reader in high precision
 would read stays a tensor. The new modules hold the old ones' parameters under the old names. Where they cannot know
@@ -21,6 +23,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.models.attention import Attention
 from titan_fp8.models.decoder import TransformerBlock
 from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.norm import RMSNorm, has_hooks
@@ -28,6 +31,7 @@ from titan_fp8.quantization.gated import gated_feed_forward, gated_hidden
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.norm import add_rms_norm, keep_and_rms_norm, rms_norm
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.quantization.shared_input import share_input
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -65,8 +69,10 @@ def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn
             parts["feed_forward"] = _converted(feed_forward, Float8FeedForward)
     if tensor_parallel:
         return parts
+    if type(block.attention) is Attention and _can_share(block.attention.wq, block.attention.wk, block.attention.wv):
+        parts["attention"] = _converted(block.attention, Float8Attention)
     readers = {
-        "attention_norm": Readers(block.attention, ("wq", "wk", "wv")),
+        "attention_norm": Readers(parts.get("attention", block.attention), ("wq", "wk", "wv")),
         "ffn_norm": Readers(parts.get("feed_forward", block.feed_forward), ("w1", "w3")),
     }
     for name, reader in readers.items():
@@ -80,7 +86,7 @@ def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn
 def _share_attention_output(block: TransformerBlock) -> None:
     """Let `wo` keep what it reads, which attention keeps for its own backward, in place of its codes."""
     wo = block.attention.wo
-    if _is_plain(wo) and wo.config.recipe.grad_weight_in_float8:
+    if type(block.attention) is Attention and _is_plain(wo) and wo.config.recipe.grad_weight_in_float8:
         wo.config = replace(wo.config, keeps_input=True)
 
 
@@ -121,6 +127,11 @@ class Readers:
         if len(linears) < len(self.names) or len(recipes) > 1 or has_hooks(self.module):
             return None
         return linears[0].config.recipe
+
+    def shared(self) -> int:
+        """How many of them one function multiplies for; 1 if each is called by itself."""
+        shares = isinstance(self.module, Float8Attention | Float8FeedForward) and self.module.shares_input()
+        return len(self.names) if shares else 1
 
     def need_gradient(self) -> bool:
         """Whether backward will compute the gradient of a weight."""
@@ -165,25 +176,53 @@ class Float8RMSNorm(RMSNorm):
         assert self.eps is not None
         return self.eps
 
-    def _needs(self, recipe: Float8Recipe) -> dict[str, bool]:
+    def _needs(self, recipe: Float8Recipe) -> dict[str, Any]:
         needs_gradient = self.readers.need_gradient()
         in_float8 = recipe.grad_weight_in_float8
-        return {"columns": needs_gradient and in_float8, "emit": needs_gradient and not in_float8}
+        return {
+            "columns": needs_gradient and in_float8,
+            "emit": needs_gradient and not in_float8,
+            "readers": self.readers.shared(),
+        }
+
+
+def _can_share(*linears: nn.Module) -> bool:
+    """Whether one function can compute the products of these linears with one input, without calling them."""
+    first, *_ = linears
+    if not _is_plain(first) or not first.config.recipe.grad_weight_in_float8:
+        return False
+    return all(_is_plain(linear) and linear.bias is None and linear.config == first.config for linear in linears)
+
+
+class Float8Attention(Attention):
+    """Attention that multiplies by wq, wk and wv in one function."""
+
+    def shares_input(self) -> bool:
+        """Whether it does so now."""
+        return _can_share(self.wq, self.wk, self.wv)
+
+    def project(self, x: Any) -> tuple[Tensor, ...]:
+        """As in `Attention`."""
+        linears = [linear for linear in (self.wq, self.wk, self.wv) if isinstance(linear, Float8Linear)]
+        return share_input(x, linears) if self.shares_input() else super().project(x)
 
 
 def _can_gate(feed_forward: FeedForward) -> bool:
     """Whether one function can compute the products of w1 and w3, without calling them, for w2 to read."""
     w1, w2, w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
-    if not (_is_plain(w1) and _is_plain(w2) and _is_plain(w3)):
+    if not (_can_share(w1, w3) and _is_plain(w2)):
         return False
-    recipe = w1.config.recipe
-    is_bare = w1.bias is None and w3.bias is None
-    return is_bare and recipe.grad_weight_in_float8 and w1.config == w3.config and w2.config.recipe == recipe
+    assert isinstance(w1, Float8Linear)
+    return w2.config.recipe == w1.config.recipe
 
 
 class Float8FeedForward(FeedForward):
     """Gated feed-forward whose hidden activation is made as codes for w2, and not kept for backward if w2 computes as
     w1 and w3 do."""
+
+    def shares_input(self) -> bool:
+        """Whether it multiplies by w1 and w3 in one function."""
+        return _can_gate(self)
 
     def forward(self, x: Any) -> Any:
         """`[..., dim]` -> `[..., dim]`."""

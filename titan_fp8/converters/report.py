@@ -94,7 +94,7 @@ class ConversionReport:
         reasons = Counter(row.reason for row in self.rows if row.reason is not None)
         left = "".join(f"; {count} left alone ({reason})" for reason, count in reasons.items())
         weights = f"; weights {self.weights}" if self.weights and self.converted else ""
-        fused = f"; {len(self.fused)} modules before them write float8" if self.fused else ""
+        fused = f"; {len(self.fused)} modules around them are fused with them" if self.fused else ""
         ways = Counter(self.exchanges.values())
         travels = ", ".join(f"{count} as {way}" for way, count in ways.most_common())
         exchanges = f"; between ranks travel {travels}" if travels else ""

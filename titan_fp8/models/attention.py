@@ -40,10 +40,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
         # The heads held here may be fewer than the model's, and the tokens may come as one row of B * S.
-        q, k, v = (self._heads(linear(x), rope) for linear in (self.wq, self.wk, self.wv))
+        q, k, v = (self._heads(projected, rope) for projected in self.project(x))
         q, k = rotate_queries_and_keys(q, k, rope)  # [B, S, H, D] and [B, S, G, D]
         attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.wo(attended.transpose(1, 2).flatten(-2))  # [B, S, H * D]
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries `[..., H * D]`, keys and values `[..., G * D]` of x `[..., dim]`."""
+        return self.wq(x), self.wk(x), self.wv(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Causal attention of q `[B, H, S, D]` over k and v `[B, G, S, D]`: `[B, H, S, D]`. A model that is spread

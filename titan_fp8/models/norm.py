@@ -86,6 +86,6 @@ class _KeepAndNorm(torch.autograd.Function):
         shape = -1, x.shape[-1]
         residual = None if of_stream is None else of_stream.reshape(shape)
         grad_x, grad_scale = producers.rms_norm_backward(
-            grad.reshape(shape), x.reshape(shape), scale, rstd.flatten(), residual
+            [grad.reshape(shape)], x.reshape(shape), scale, rstd.flatten(), residual
         )
         return grad_x.view(x.shape), grad_scale, None

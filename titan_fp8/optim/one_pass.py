@@ -2,9 +2,10 @@
 
 `torch.optim`'s fused update reads and writes weights and moments in one pass, but clipping before it takes another over
 all gradients, and AMP's way of scaling inside of it writes them back. Here the clip factor is an input of the update
-(`kernels/adam`), which leaves gradients as they are. And a weight that will be cast to float8 with one scale is told the
-largest value that it now has, so that the cast need not read it once more. All else is `torch.optim`'s: parameter groups, state by the same
-names and of the same dtypes, hooks, and `found_inf`, a tensor by which the device skips a step.
+(`kernels/adam`), which leaves gradients as they are. And a weight that will be cast to float8 with one scale is told
+the largest value that it now has, so that the cast need not read it once more. All else is `torch.optim`'s: parameter
+groups, state by the same names and of the same dtypes, hooks, and `found_inf`, a tensor by which the device skips a
+step.
 
     optimizer = OnePassAdamW(model.parameters(), lr=3e-4)
     optimizer.clip = (max_norm / (norm + 1e-6)).clamp(max=1)        # of this step alone

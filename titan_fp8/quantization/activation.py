@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation
+from titan_fp8.quantization.later_columns import LaterColumns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.runtime.collectives import Axis
 
@@ -32,14 +33,21 @@ class QuantizedActivation(NamedTuple):
         value: `[..., K]`, the tensor that autograd knows. Where nobody reads it in high precision it is one NaN
             element expanded to that shape: it takes no memory, and whoever reads it after all sees NaN.
         rows: codes `[T, K]`, T the product of value's leading dimensions.
-        columns: codes `[K, padded(T)]`, or None where no linear needs them.
+        columns: codes `[K, padded(T)]`, or what they are made of later; None where no linear needs them.
         recipe: what they were made for.
+        more_values: like value, for further readers, so that the producer gets a gradient from each.
     """
 
     value: Tensor
     rows: Codes
-    columns: Codes | None
+    columns: Codes | LaterColumns | None
     recipe: Float8Recipe
+    more_values: tuple[Tensor, ...] = ()
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """One, or one for each reader."""
+        return self.value, *self.more_values
 
 
 class _Kept(NamedTuple):

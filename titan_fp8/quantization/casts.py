@@ -49,50 +49,54 @@ def cast_activation(
     columns: bool,
     axis: Axis | None = None,
     amax: Tensor | None = None,
+    after: Tensor | None = None,
 ) -> tuple[Codes | None, Codes | None]:
     """Cast x `[T, K]` into the layouts asked for: rows `[T, K]` and columns `[K, padded(T)]`; None for the other.
 
     axis: ranks that hold other parts of the same tensor, which has one scale where a tensor has one.
     amax: the bits of a bound on the whole tensor, from which that one scale is computed; None: it is measured.
+    after: a gradient; of columns alone, the compiler then makes none before there is one (`producer_ops.py`).
     """
     match recipe.granularity:
         case Granularity.TENSOR:
-            return _cast_tensor(x, dtype, rows, columns, reduced_amax(x, axis) if amax is None else amax)
+            return _cast_tensor(x, dtype, rows, columns, reduced_amax(x, axis) if amax is None else amax, after)
         case Granularity.ROW:
-            return _cast_rows(x, dtype, rows, columns)
+            return _cast_rows(x, dtype, rows, columns, after)
         case Granularity.BLOCK:
-            return _cast_blocks(x, dtype, recipe.power_of_two_scales, rows, columns)
+            return _cast_blocks(x, dtype, recipe.power_of_two_scales, rows, columns, after)
 
 
 def _cast_tensor(
-    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, amax: Tensor
+    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, amax: Tensor, after: Tensor | None
 ) -> tuple[Codes | None, Codes | None]:
     if rows and columns:
         codes, codes_t, scale = ops.cast_tensor_both(x, amax, dtype)
         return Codes(codes, scale), Codes(codes_t, scale)
     if rows:
         return Codes(*ops.cast_tensor(x, amax, dtype)), None
-    return None, Codes(*ops.cast_tensor_columns(x, amax, dtype))
+    return None, Codes(*ops.cast_tensor_columns(x, amax, dtype, after))
 
 
-def _cast_rows(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Codes | None, Codes | None]:
+def _cast_rows(
+    x: Tensor, dtype: torch.dtype, rows: bool, columns: bool, after: Tensor | None
+) -> tuple[Codes | None, Codes | None]:
     if rows and columns:
         codes, scale, codes_t, scale_t = ops.cast_rows_and_columns(x, dtype)
         return Codes(codes, scale), Codes(codes_t, scale_t)
     if rows:
         return Codes(*ops.cast_rows(x, dtype)), None
-    return None, Codes(*ops.cast_columns(x, dtype))
+    return None, Codes(*ops.cast_columns(x, dtype, after))
 
 
 def _cast_blocks(
-    x: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool
+    x: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool, after: Tensor | None
 ) -> tuple[Codes | None, Codes | None]:
     if rows and columns:
         codes, scale, codes_t, scale_t = ops.cast_block_both(x, dtype, power_of_two)
         return Codes(codes, scale), Codes(codes_t, scale_t)
     if rows:
         return Codes(*ops.cast_block_rows(x, dtype, power_of_two)), None
-    return None, Codes(*ops.cast_block_columns(x, dtype, power_of_two))
+    return None, Codes(*ops.cast_block_columns(x, dtype, power_of_two, after))
 
 
 def cast_weight(weight: Tensor, recipe: Float8Recipe, axis: Axis | None = None) -> Codes:

@@ -87,10 +87,13 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
         refresh(weights, sizes, axis, ahead=True)
 
 
-def mark_fsdp_weights_stale(model: nn.Module) -> None:
-    """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank."""
+def mark_fsdp_weights_stale(model: nn.Module, *, but_told: bool = False) -> None:
+    """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank.
+    but_told: not those whose optimizer has told, since the last such call, what it wrote to them."""
     for _, state in _wrapped_parameters(model):
-        state.mark_stale()
+        if not (but_told and state.is_told):
+            state.mark_stale()
+        state.is_told = False
 
 
 def check_gathered(weight: Tensor) -> None:

@@ -78,10 +78,8 @@ class Float8Config:
 
     @property
     def saves_columns(self) -> bool:
-        """Whether x is kept by columns for the weight's gradient; otherwise x itself is. Compiled code makes the
-        columns in its forward graph whatever it is told, since they depend on nothing else, and keeps them."""
-        keeps_input = self.keeps_input and not torch.compiler.is_compiling()
-        return self.recipe.grad_weight_in_float8 and not keeps_input
+        """Whether x is kept by columns for the weight's gradient; otherwise x itself is."""
+        return self.recipe.grad_weight_in_float8 and not self.keeps_input
 
     def gradient_product(self, a: Codes, b: Codes, out_dtype: torch.dtype) -> Tensor:
         """`a [M, K] @ b [N, K].T` as the two gradient products compute it."""
@@ -218,7 +216,7 @@ class Float8LinearFunction(torch.autograd.Function):
         if needs_grad_weight:
             kept = Codes(x_or_codes_t, x_scale_t)
             if columns and not ctx.has_x_columns:
-                kept = _columns_of(kept.codes, recipe)
+                kept = _columns_of(kept.codes, recipe, after=grad_output)
             grad_weight = later_or_now(
                 ctx.sink, partial(_grad_weight, g_columns, grad_output, kept, config), ctx.weight_dtype
             )
@@ -242,9 +240,9 @@ def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config:
     return _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
 
 
-def _columns_of(x: Tensor, recipe: Float8Recipe) -> Codes:
-    """x `[..., K]` by columns, of the bits that one cast into both layouts gives."""
-    _, columns = cast_activation(as_matrix(x), recipe, recipe.input_dtype, rows=False, columns=True)
+def _columns_of(x: Tensor, recipe: Float8Recipe, *, after: Tensor) -> Codes:
+    """x `[..., K]` by columns, of the bits that one cast into both layouts gives; made after the gradient `after`."""
+    _, columns = cast_activation(as_matrix(x), recipe, recipe.input_dtype, rows=False, columns=True, after=after)
     assert columns is not None
     return columns
 

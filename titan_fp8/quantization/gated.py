@@ -14,13 +14,11 @@ layouts, without being written in between:
 hidden that grad_w2 multiplies in the same pass. `gated_hidden` is the first half, for a w2 that is another module's or
 computes otherwise (a part of a product that several ranks compute); w2 then keeps those codes.
 
-Everything else is as `function.py` says.
+Everything else is as `function.py` and `shared_input.py` say.
 
 T tokens, K in features, H hidden features.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,60 +28,40 @@ from titan_fp8.kernels.producers import Cast
 from titan_fp8.kernels.producers.reference import output_cast
 from titan_fp8.quantization import producer_ops
 from titan_fp8.quantization.activation import QuantizedActivation
-from titan_fp8.quantization.casts import Codes, as_matrix, product
-from titan_fp8.quantization.function import (
-    Float8Config,
-    WeightOperand,
-    both_layouts,
-    columns_of_weight,
-    differentiable_once,
-    later_or_now,
-)
+from titan_fp8.quantization.casts import Codes, as_matrix
+from titan_fp8.quantization.function import differentiable_once
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.produced import input_cast, quantized, value_of
 from titan_fp8.quantization.producer_ops import Forms
+from titan_fp8.quantization.shared_input import Operands, Plan, Saved, add_part, arguments_of
 from titan_fp8.quantization.tensor_parallel import cast_gradient
-from titan_fp8.runtime.deferred import WeightSink
-
-_OPERANDS = 16
-"""Tensors of the layouts of x, w1, w3 and w2."""
 
 
-class _Plan(NamedTuple):
-    """What one call of a feed-forward does, apart from its tensors. Tuples have an entry for w1, w3 and, if it is a
-    part of the function, w2.
+class _GatedPlan(NamedTuple):
+    """What one call of a feed-forward does, apart from its tensors.
 
     Attributes:
-        config: of all linears.
+        linears: of w1, w3 and, if it is a part of the function, w2.
         cast: how hidden is cast.
-        dtype: of x and of the outputs.
-        saves_weights: save the parameter in place of its codes.
-        has_columns: the weight's columns are kept anyway.
-        needs_grad_input: whether backward will be asked for it.
-        needs_grad_weights: likewise.
-        weight_dtypes: of the parameters.
-        sinks: take the products for the weights' gradients.
     """
 
-    config: Float8Config
+    linears: Plan
     cast: Cast
-    dtype: torch.dtype
-    saves_weights: tuple[bool, ...]
-    has_columns: tuple[bool, ...]
-    needs_grad_input: bool
-    needs_grad_weights: tuple[bool, ...]
-    weight_dtypes: tuple[torch.dtype, ...]
-    sinks: tuple[WeightSink | None, ...]
 
     @property
     def has_w2(self) -> bool:
         """Whether w2 is a part of the function."""
-        return len(self.sinks) > 2
+        return len(self.linears.weights) > 2
+
+    @property
+    def needs_columns(self) -> bool:
+        """Whether a gradient of w1 or w3 is wanted."""
+        return any(weight.needs_grad for weight in self.linears.weights[:2])
 
     @property
     def needs_grad_hidden(self) -> bool:
         """Whether backward goes on beyond w2."""
-        return self.needs_grad_input or any(self.needs_grad_weights[:2])
+        return self.linears.needs_grad_input or self.needs_columns
 
 
 def gated_hidden(
@@ -98,7 +76,8 @@ def gated_hidden(
     """
     recipe = w1.config.recipe
     cast = input_cast(recipe, columns=columns, emit=False)
-    outputs = _apply(x, (w1, w3), cast)
+    *arguments, plan = arguments_of(x, (w1, w3)).flat
+    outputs = _GatedFeedForward.apply(*arguments, _GatedPlan(plan, cast))
     return quantized(outputs[0], outputs[1:], cast, recipe, columns=columns)
 
 
@@ -110,135 +89,84 @@ def gated_feed_forward(x: Tensor | QuantizedActivation, w1: Float8Linear, w3: Fl
             no other ranks add to.
     """
     cast = input_cast(w1.config.recipe, columns=False, emit=False)
-    return _apply(x, (w1, w3, w2), cast)[0]
-
-
-def _apply(x: Tensor | QuantizedActivation, linears: tuple[Float8Linear, ...], cast: Cast) -> tuple[Tensor, ...]:
-    w1, w3, *_ = linears
-    config = w1.config
-    assert all(linear.config == config and linear.bias is None for linear in linears)
-    value, x_rows, x_columns = w1.quantize_input(x)
-    grad = torch.is_grad_enabled()
-    if x_columns is None and grad and w3.weight.requires_grad:
-        value, x_rows, x_columns = w3.quantize_input(x)
-    operands = [linear.weight_operand() for linear in linears]
-    weights = [linear.local_weight() for linear in linears]
-    plan = _Plan(
-        config,
-        cast,
-        value.dtype,
-        tuple(_saves_weight(operand, config) for operand in operands),
-        tuple(operand.columns is not None for operand in operands),
-        grad and value.requires_grad,
-        tuple(grad and linear.weight.requires_grad for linear in linears),
-        tuple(weight.dtype for weight in weights),
-        tuple(linear.weight_sink for linear in linears),
-    )
-    layouts = [both_layouts(x_rows, x_columns), *(both_layouts(each.rows, each.columns) for each in operands)]
-    none = [None] * (3 - len(linears))
-    tensors = [tensor for each in layouts for tensor in each]
-    return _GatedFeedForward.apply(value, *weights, *none, *tensors, *none * 4, plan)
-
-
-def _saves_weight(operand: WeightOperand, config: Float8Config) -> bool:
-    return operand.is_transient and config.recompute_weight_in_backward
+    *arguments, plan = arguments_of(x, (w1, w3), (w2,)).flat
+    return _GatedFeedForward.apply(*arguments, _GatedPlan(plan, cast))[0]
 
 
 class _GatedFeedForward(torch.autograd.Function):
     """`(output,)`, or without w2 `(value, *codes)` of the hidden activation."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor | None, *operands_and_plan: Any
-    ) -> tuple[Tensor, ...]:
-        """x `[..., K]`, of which only shape and dtype are used; w1 and w3 `[H, K]`; w2 `[N, H]` or None; the layouts of
-        x, w1, w3 and w2, each as in `function.Float8LinearFunction`; and a `_Plan`."""
-        *operands, plan = operands_and_plan
-        config: Float8Config = plan.config
-        of_x, *of_weights = (operands[i : i + 4] for i in range(0, _OPERANDS, 4))
-        multiply = partial(product, blockwise=config.blockwise, fast_accum=True, emulate=config.emulate)
-        gate, up = (multiply(Codes(*of_x[:2]), Codes(*layouts[:2]), None, plan.dtype) for layouts in of_weights[:2])
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """`shared_input.Arguments.flat` of w1, w3 and, if it is a part of the function, w2; and a `_GatedPlan`."""
+        *tensors, plan = arguments
+        linears: Plan = plan.linears
+        operands = Operands(tensors, linears)
+        shape = operands.value.shape
+        gate, up = (operands.multiply(operands.x_rows, number, linears) for number in range(2))
         codes = tuple(producer_ops.swiglu_cast(gate, up, *plan.cast))
-        if w2 is None:
-            outputs = value_of(None, (*x.shape[:-1], gate.shape[1]), like=gate), *codes
-            ctx.mark_non_differentiable(*codes)
-        else:
+        if plan.has_w2:
             hidden = producer_ops.forms(iter(codes), plan.cast).rows
             assert hidden is not None
-            output = multiply(hidden, Codes(*of_weights[2][:2]), None, plan.dtype)
-            if x.dim() != 2:  # not a view for autograd: see `function.py`
-                output = torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
+            output = operands.multiply(hidden, 2, linears)
+            if len(shape) != 2:  # not a view for autograd: see `function.py`
+                output = torch.ops.aten._unsafe_view.default(output, [*shape[:-1], output.shape[1]])
             outputs = (output,)
-        saved = [gate, up, *_x_columns(of_x, plan)]
-        for number, weight in enumerate((w1, w3, w2)[: len(plan.sinks)]):
-            saved += _for_grad_input(weight, of_weights[number], number, plan)
-        ctx.save_for_backward(*saved)
+        else:
+            outputs = value_of(None, (*shape[:-1], gate.shape[1]), like=gate), *codes
+            ctx.mark_non_differentiable(*codes)
+        needs_grads = [linears.needs_grad_input] * 2 + [plan.needs_grad_hidden] * plan.has_w2
+        ctx.save_for_backward(gate, up, *operands.for_backward(linears, needs_grads))
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # nobody wants a zero gradient of codes
-        ctx.plan, ctx.input_shape = plan, x.shape
+        ctx.plan, ctx.input_shape, ctx.arguments = plan, shape, len(arguments)
         return outputs
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w1, w3 and w2 for that of the output `[..., N]`, or without w2 of the hidden activation."""
-        grads: list[Tensor | None] = [None] * 4
+        """Gradients of the values of x, of w1, w3 and w2 for that of the output `[..., N]`, or without w2 of the hidden
+        activation."""
+        plan: _GatedPlan = ctx.plan
+        linears = plan.linears
+        of_values: list[Tensor | None] = [None] * linears.values
+        of_weights: list[Tensor | None] = [None] * len(linears.weights)
         if grad is not None:
-            gate, up, x_codes_t, x_scale_t, *weights = ctx.saved_tensors
-            plan: _Plan = ctx.plan
-            g_columns = None
+            gate, up, *kept = ctx.saved_tensors
+            saved, after, g_columns = Saved(kept, linears), grad, None
             if plan.has_w2:
-                grad, g_columns = _through_w2(grad, weights[6:], plan)
+                grad, g_columns = _through_w2(grad, saved, plan)
             of_gate, of_up, hidden = _through_swiglu(grad, gate, up, plan, output=g_columns is not None)
             if not torch.compiler.is_compiling():
                 # The products that follow need memory, and gate and up, as large as what they make, are done with.
                 ctx.maybe_clear_saved_tensors()
-            del gate, up, grad
+            del gate, up, grad, kept
             if g_columns is not None and hidden is not None:
-                grads[3] = _grad_weight(g_columns, hidden, 2, plan)
-            kept = Codes(x_codes_t, x_scale_t)
+                of_weights[2] = saved.grad_weight(g_columns, hidden, 2)
+            x_columns = saved.x_columns(after) if plan.needs_columns else None
             for number, forms in enumerate((of_gate, of_up)):
-                if plan.needs_grad_input:
-                    part = _grad_input(forms.rows, weights[3 * number : 3 * number + 3], number, plan)
-                    grads[0] = part if grads[0] is None else grads[0] + part
-                if plan.needs_grad_weights[number]:
-                    grads[1 + number] = _grad_weight(forms.columns, kept, number, plan)
-        grad_x = None if grads[0] is None else grads[0].view(ctx.input_shape)
-        return grad_x, *grads[1:], *[None] * (_OPERANDS + 1)
+                if linears.needs_grad_input:
+                    add_part(of_values, number, saved.grad_input(forms.rows, number).view(ctx.input_shape))
+                if linears.weights[number].needs_grad:
+                    assert x_columns is not None
+                    of_weights[number] = saved.grad_weight(forms.columns, x_columns, number)
+        return *of_values, *of_weights, *[None] * (ctx.arguments - len(of_values) - len(of_weights))
 
 
-def _x_columns(of_x: Sequence[Tensor | None], plan: _Plan) -> list[Tensor | None]:
-    """What is saved of x: codes and scale by columns."""
-    if not any(plan.needs_grad_weights[:2]):
-        return [None, None]
-    return [of_x[2], of_x[1] if of_x[3] is None else of_x[3]]
-
-
-def _for_grad_input(
-    weight: Tensor | None, layouts: Sequence[Tensor | None], number: int, plan: _Plan
-) -> list[Tensor | None]:
-    """What is saved of a weight: the parameter, or codes and scale by columns or by rows."""
-    codes, scale, codes_t, scale_t = layouts
-    if not (plan.needs_grad_hidden if number == 2 else plan.needs_grad_input):
-        return [None] * 3
-    if codes_t is not None:
-        return [None, codes_t, scale if scale_t is None else scale_t]
-    return [weight, None, None] if plan.saves_weights[number] else [None, codes, scale]
-
-
-def _through_w2(grad: Tensor, w2: Sequence[Tensor | None], plan: _Plan) -> tuple[Tensor | None, Codes | None]:
+def _through_w2(grad: Tensor, saved: Saved, plan: _GatedPlan) -> tuple[Tensor | None, Codes | None]:
     """The gradient of hidden `[T, H]` for that of the output, and that of the output by columns; each if needed."""
-    rows, columns = plan.needs_grad_hidden, plan.needs_grad_weights[2]
-    _, g_rows, g_columns = cast_gradient(as_matrix(grad), plan.config.recipe, None, rows=rows, columns=columns)
-    return _grad_input(g_rows, w2, 2, plan) if rows else None, g_columns
+    rows, columns = plan.needs_grad_hidden, plan.linears.weights[2].needs_grad
+    recipe = plan.linears.config.recipe
+    _, g_rows, g_columns = cast_gradient(as_matrix(grad), recipe, None, rows=rows, columns=columns)
+    return saved.grad_input(g_rows, 2) if rows else None, g_columns
 
 
 def _through_swiglu(
-    grad: Tensor | None, gate: Tensor, up: Tensor, plan: _Plan, *, output: bool
+    grad: Tensor | None, gate: Tensor, up: Tensor, plan: _GatedPlan, *, output: bool
 ) -> tuple[Forms, Forms, Codes | None]:
     """The gradients of gate and up for that of hidden, if there is one; and, if asked, hidden by columns."""
-    recipe = plan.config.recipe
-    rows, columns = plan.needs_grad_input, any(plan.needs_grad_weights[:2])
+    recipe = plan.linears.config.recipe
+    rows, columns = plan.linears.needs_grad_input, plan.needs_columns
     cast = Cast(recipe.granularity.value, recipe.grad_output_dtype, recipe.power_of_two_scales, rows, columns)
     hidden_cast = output_cast(cast, recipe.input_dtype)
     if grad is None:
@@ -248,17 +176,3 @@ def _through_swiglu(
     tensors = iter(producer_ops.swiglu_backward_cast(grad.reshape(gate.shape), gate, up, *cast, dtype))
     of_gate, of_up = (producer_ops.forms(tensors, cast) for _ in range(2))
     return of_gate, of_up, producer_ops.forms(tensors, hidden_cast).columns if output else None
-
-
-def _grad_input(g_rows: Codes | None, saved: Sequence[Tensor | None], number: int, plan: _Plan) -> Tensor:
-    assert g_rows is not None
-    weight, codes, scale = saved
-    w_columns = columns_of_weight(weight, codes, scale, plan.config, has_columns=plan.has_columns[number])
-    return plan.config.gradient_product(g_rows, w_columns, plan.dtype)
-
-
-def _grad_weight(g_columns: Codes | None, x_columns: Codes, number: int, plan: _Plan) -> Tensor | None:
-    """The gradient of a weight, or None where its sink will have it computed."""
-    assert g_columns is not None
-    make = partial(plan.config.gradient_product, g_columns, x_columns, plan.config.grad_weight_dtype)
-    return later_or_now(plan.sinks[number], make, plan.weight_dtypes[number])

@@ -17,11 +17,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.quantization import later_columns
 from titan_fp8.quantization.activation import QuantizedActivation, quantize_activation
 from titan_fp8.quantization.casts import Codes, cast_weight
 from titan_fp8.quantization.fsdp_weight import check_gathered
 from titan_fp8.quantization.function import Float8Config, Float8LinearFunction, WeightOperand, both_layouts
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
+from titan_fp8.quantization.later_columns import LaterColumns
 from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.sharded_weight import Float8WeightState
 from titan_fp8.quantization.tensor_parallel import gathers_codes, local_weight
@@ -102,20 +104,26 @@ class Float8Linear(nn.Linear):
             self.weight_sink,
         )
 
-    def quantize_input(self, input: Tensor | QuantizedActivation) -> tuple[Tensor, Codes, Codes | None]:
-        """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if the weight's gradient needs
-        them."""
+    def quantize_input(
+        self, input: Tensor | QuantizedActivation, *, columns: bool | None = None
+    ) -> tuple[Tensor, Codes, Codes | None]:
+        """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if asked; None: if the weight's
+        gradient needs them."""
         value = input if isinstance(input, Tensor) else input.value
         axis = self.config.sums_over_ranks
         in_features = self.in_features if axis is None else self.in_features // axis.size
         if value.shape[-1] != in_features:
             raise ValueError(f"float8 linear with in_features={in_features} got input {list(value.shape)}")
         recipe = self.config.recipe
-        columns = torch.is_grad_enabled() and self.weight.requires_grad and self.config.saves_columns
+        if columns is None:
+            columns = torch.is_grad_enabled() and self.weight.requires_grad and self.config.saves_columns
         if isinstance(input, QuantizedActivation):
             if input.recipe != recipe or (columns and input.columns is None):
                 raise ValueError(f"float8 linear with recipe {recipe.name} got an input quantized for something else")
-            return value, input.rows, input.columns if columns else None
+            made = input.columns if columns else None
+            if isinstance(made, LaterColumns):
+                made = later_columns.made(made.tensors, made.cast, made.x)
+            return value, input.rows, made
         if torch.is_autocast_enabled(value.device.type):
             value = value.to(torch.get_autocast_dtype(value.device.type))
         return value, *quantize_activation(value, input, recipe, columns=columns, axis=axis)

@@ -59,7 +59,9 @@ def _cast_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     return codes, scale
 
 
-def _cast_tensor_columns(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cast_tensor_columns(
+    x: Tensor, amax: Tensor, dtype: torch.dtype, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _, codes_t, scale = float8.cast_tensor(x, amax, dtype, rows=False, columns=True)
     assert codes_t is not None
     return codes_t, scale
@@ -88,11 +90,12 @@ cast_tensor = register_operator(
 """`cast_tensor(x [T, K], amax [], dtype)` -> codes [T, K], scale []."""
 
 cast_tensor_columns = register_operator(
-    "cast_tensor_columns(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
+    "cast_tensor_columns(Tensor x, Tensor amax, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
     _cast_tensor_columns,
-    lambda x, amax, dtype: (_columns(x, dtype), _scale(x)),
+    lambda x, amax, dtype, after=None: (_columns(x, dtype), _scale(x)),
 )
-"""`cast_tensor_columns(x [T, K], amax [], dtype)` -> codes_t [K, padded(T)], scale []."""
+"""`cast_tensor_columns(x [T, K], amax [], dtype, after)` -> codes_t [K, padded(T)], scale []; `after` is not read, see
+`producer_ops.py`."""
 
 cast_tensor_both = register_operator(
     "cast_tensor_both(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
@@ -109,11 +112,11 @@ cast_rows = register_operator(
 """`cast_rows(x [T, K], dtype)` -> codes [T, K], scale [T, 1], powers of two."""
 
 cast_columns = register_operator(
-    "cast_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
-    float8.cast_columns,
-    lambda x, dtype: (_columns(x, dtype), _scale(x, x.shape[1], 1)),
+    "cast_columns(Tensor x, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda x, dtype, after=None: float8.cast_columns(x, dtype),
+    lambda x, dtype, after=None: (_columns(x, dtype), _scale(x, x.shape[1], 1)),
 )
-"""`cast_columns(x [T, K], dtype)` -> codes_t [K, padded(T)], scale_t [K, 1], powers of two."""
+"""`cast_columns(x [T, K], dtype, after)` -> codes_t [K, padded(T)], scale_t [K, 1], powers of two."""
 
 cast_rows_and_columns = register_operator(
     "cast_rows_and_columns(Tensor x, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -147,12 +150,12 @@ cast_block_rows = register_operator(
 """`cast_block_rows(x [T, K], dtype, power_of_two)` -> codes [T, K], scale [T, K/128] with strides (1, T)."""
 
 cast_block_columns = register_operator(
-    "cast_block_columns(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
-    blockwise.cast_block_columns,
-    lambda x, dtype, power_of_two: (_block_columns(x, dtype), _block_column_scale(x)),
+    "cast_block_columns(Tensor x, ScalarType dtype, bool power_of_two, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda x, dtype, power_of_two, after=None: blockwise.cast_block_columns(x, dtype, power_of_two),
+    lambda x, dtype, power_of_two, after=None: (_block_columns(x, dtype), _block_column_scale(x)),
 )
-"""`cast_block_columns(x [T, K], dtype, power_of_two)` -> codes_t [K, padded128(T)], scale_t [K, padded128(T)/128] with
-strides (1, K)."""
+"""`cast_block_columns(x [T, K], dtype, power_of_two, after)` -> codes_t [K, padded128(T)], scale_t
+[K, padded128(T)/128] with strides (1, K)."""
 
 cast_block_both = register_operator(
     "cast_block_both(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -34,6 +34,12 @@ def quantized(
     return QuantizedActivation(value, rows, made, recipe)
 
 
+def values_of(shape: Sequence[int], count: int, *, like: Tensor) -> tuple[Tensor, ...]:
+    """`value_of` without an output, several times, for readers of which each gives a gradient."""
+    nan = like.new_full((), torch.nan)
+    return tuple(nan.expand(shape) for _ in range(count))
+
+
 def value_of(output: Tensor | None, shape: Sequence[int], *, like: Tensor) -> Tensor:
     """What autograd sees of an output of this shape: the output, or NaN of the dtype of `like` that takes no memory."""
     return like.new_full((), torch.nan).expand(shape) if output is None else output.view(shape)

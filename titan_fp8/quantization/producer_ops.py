@@ -2,13 +2,17 @@
 
 What they return depends on what is asked for, so each returns a list, in a fixed order without what was not asked for:
 
-    rms_norm_cast            rstd, [output], codes, scale, [codes_t, [scale_t]]
+    rms_norm_cast            rstd, [amax], [output], codes, scale, [codes_t, [scale_t]]
     add_rms_norm_cast        sum, and as rms_norm_cast
+    norm_columns             codes_t, scale
     swiglu_cast              [output], codes, scale, [codes_t, [scale_t]]
     swiglu_backward_cast     for grad_gate and then for grad_up: [output], [codes, scale], [codes_t, [scale_t]]; then,
                              if asked, for the output of the forward pass: codes_t and its scale
 
 One scale for the tensor belongs to both layouts and comes once, as `scale`. `forms` sorts such a list.
+
+An operator that makes again in backward what a compiler could keep from forward takes a tensor `after`, which it does
+not read: a gradient, without which the compiler would compute it in the forward graph, and keep the result.
 
 T tokens, K features of a norm, H hidden features; see `kernels/producers` for what is computed.
 """
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from titan_fp8.kernels import blockwise, float8, producers
 from titan_fp8.kernels.producers import BLOCK, TENSOR, Cast, Produced
-from titan_fp8.kernels.producers.reference import output_cast
+from titan_fp8.kernels.producers.reference import columns_alone, output_cast
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.runtime.operators import register_operator
 
@@ -86,22 +90,40 @@ def _fake_forms(x: Tensor, cast: Cast) -> Produced:
     return Produced(output, codes, scale, codes_t, scale_t)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
-    _, rstd, produced = producers.rms_norm(x, None, weight, eps, _cast(*cast))
-    return [rstd, *_given(*produced)]
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *options: Any) -> list[Tensor]:
+    cast, keeps_amax = _split(options)
+    _, rstd, amax, produced = producers.rms_norm(x, None, weight, eps, cast, keeps_amax=keeps_amax)
+    return [rstd, *_given(amax, *produced)]
 
 
-def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
-    return [x.new_empty((x.shape[0],), dtype=torch.float32), *_given(*_fake_forms(x, _cast(*cast)))]
+def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float, *options: Any) -> list[Tensor]:
+    cast, keeps_amax = _split(options)
+    amax = None
+    if keeps_amax and cast.granularity != BLOCK:
+        amax = x.new_empty(() if cast.granularity == TENSOR else x.shape[1:], dtype=torch.int32)
+    return [x.new_empty((x.shape[0],), dtype=torch.float32), *_given(amax, *_fake_forms(x, cast))]
 
 
-def _add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
-    total, rstd, produced = producers.rms_norm(x, branch, weight, eps, _cast(*cast))
-    return [*_given(total), rstd, *_given(*produced)]
+def _add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *options: Any) -> list[Tensor]:
+    cast, keeps_amax = _split(options)
+    total, rstd, amax, produced = producers.rms_norm(x, branch, weight, eps, cast, keeps_amax=keeps_amax)
+    return [*_given(total), rstd, *_given(amax, *produced)]
 
 
-def _fake_add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *cast: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape), *_fake_rms_norm(x, weight, eps, *cast)]
+def _fake_add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, *options: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape), *_fake_rms_norm(x, weight, eps, *options)]
+
+
+def _norm_columns(
+    x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor | None, after: Tensor, *cast: Any
+) -> list[Tensor]:
+    return _given(*producers.norm_columns(x, weight, rstd, amax, _cast(*cast)))
+
+
+def _fake_norm_columns(
+    x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor | None, after: Tensor, *cast: Any
+) -> list[Tensor]:
+    return _given(*_fake_forms(x, columns_alone(_cast(*cast))))
 
 
 def _swiglu(gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
@@ -120,30 +142,47 @@ def _fake_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *options: Any)
     return _given(*_fake_forms(gate, cast), *_fake_forms(gate, cast), *output)
 
 
+def _split(options: tuple[Any, ...]) -> tuple[Cast, bool]:
+    """A cast, and what may follow it: a default is not passed on."""
+    return _cast(*options[:6]), bool(options[6:] and options[6])
+
+
 def _cast(granularity: str, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool, emit: bool) -> Cast:
     return Cast(granularity, dtype, power_of_two, rows, columns, emit)
 
 
 rms_norm_cast = register_operator(
-    f"rms_norm_cast(Tensor x, Tensor weight, float eps, {_CAST}) -> Tensor[]", _rms_norm, _fake_rms_norm
+    f"rms_norm_cast(Tensor x, Tensor weight, float eps, {_CAST}, bool keeps_amax=False) -> Tensor[]",
+    _rms_norm,
+    _fake_rms_norm,
 )
-"""`rms_norm_cast(x [T, K], weight [K], eps, *Cast)`: RMSNorm of x, as float8."""
+"""`rms_norm_cast(x [T, K], weight [K], eps, *Cast, keeps_amax)`: RMSNorm of x, as float8; keeps_amax: and what
+`norm_columns` needs, if that is something."""
 
 add_rms_norm_cast = register_operator(
-    f"add_rms_norm_cast(Tensor x, Tensor branch, Tensor weight, float eps, {_CAST}) -> Tensor[]",
+    f"add_rms_norm_cast(Tensor x, Tensor branch, Tensor weight, float eps, {_CAST}, bool keeps_amax=False) -> Tensor[]",
     _add_rms_norm,
     _fake_add_rms_norm,
 )
-"""`add_rms_norm_cast(x [T, K], branch [T, K], weight [K], eps, *Cast)`: x + branch, and its RMSNorm as float8."""
+"""`add_rms_norm_cast(x [T, K], branch [T, K], weight [K], eps, *Cast, keeps_amax)`: x + branch, and its RMSNorm as
+float8."""
+
+norm_columns = register_operator(
+    f"norm_columns(Tensor x, Tensor weight, Tensor rstd, Tensor? amax, Tensor after, {_CAST}) -> Tensor[]",
+    _norm_columns,
+    _fake_norm_columns,
+)
+"""`norm_columns(x [T, K], weight [K], rstd [T], amax, after, *Cast)`: the columns of RMSNorm of x once more, from what
+the norm returned."""
 
 rms_norm_backward = register_operator(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad=None)"
+    "rms_norm_backward(Tensor[] grads, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad=None)"
     " -> (Tensor, Tensor)",
     producers.rms_norm_backward,
-    lambda grad, x, weight, rstd, residual_grad=None: (x.new_empty(x.shape), x.new_empty(weight.shape)),
+    lambda grads, x, weight, rstd, residual_grad=None: (x.new_empty(x.shape), x.new_empty(weight.shape)),
 )
-"""`rms_norm_backward(grad [T, K], x [T, K], weight [K], rstd [T], residual_grad [T, K])` -> grad_x [T, K],
-grad_weight [K], in x's dtype."""
+"""`rms_norm_backward(grads [T, K] each, x [T, K], weight [K], rstd [T], residual_grad [T, K])` -> grad_x [T, K],
+grad_weight [K], in x's dtype, for the sum of the gradients."""
 
 swiglu_cast = register_operator(
     f"swiglu_cast(Tensor gate, Tensor up, {_CAST}) -> Tensor[]",

@@ -97,6 +97,7 @@ class Float8WeightState:
             used older codes is an error of autograd.
         axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
             rank's part.
+        is_told: the last to write the weight told its largest value, and nobody has asked since.
     """
 
     def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
@@ -108,6 +109,7 @@ class Float8WeightState:
         self._made_from: _State | None = None
         self._ahead = False
         self._amax: tuple[Tensor, _State] | None = None
+        self.is_told = False
 
     def mark_stale(self) -> None:
         """The weight may have changed."""
@@ -131,6 +133,7 @@ class Float8WeightState:
 
     def _tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
         self._amax = None if amax is None else (amax, _State.of(weight))
+        self.is_told = amax is not None
 
     def serves(self, weight: "ShardableFloat8Weight") -> bool:
         """Whether a gather can send the codes that there are."""

@@ -1,12 +1,14 @@
 """Tiny float8 decoders for the tests of fusion: fused, unfused, and unfused but rounded where the fused ones round."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.kernels.producers import reference
+from titan_fp8.models.attention import Attention
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.flavors import ModelDims
@@ -73,17 +75,18 @@ def same_bits(results: dict[str, Tensor], expected: dict[str, Tensor]) -> list[s
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, readers: int) -> tuple[Tensor, ...]:
         flat = x.flatten(0, -2)
         _, rstd, output = reference.norm_output(flat, None, weight, eps)
         ctx.save_for_backward(flat, weight, rstd)
-        return x.clone(), output.view(x.shape)
+        return x.clone(), *(output.clone().view(x.shape) for _ in range(readers))
 
     @staticmethod
-    def backward(ctx, of_stream: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, of_stream: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = reference.norm_backward(grad.flatten(0, -2), x, weight, rstd, of_stream.flatten(0, -2))
-        return grad_x.view(grad.shape), grad_weight.to(weight.dtype), None
+        flat = [grad.flatten(0, -2) for grad in (of_stream, *grads)]
+        grad_x, grad_weight = reference.norm_backward(flat[1:], x, weight, rstd, flat[0])
+        return grad_x.view(of_stream.shape), grad_weight.to(weight.dtype), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -98,23 +101,42 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class OnceRoundedNorm(RMSNorm):
-    """RMSNorm with the fused one's rounding points, in high precision."""
+    """RMSNorm with the fused one's rounding points, in high precision.
 
-    def keep_and_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _Norm.apply(x, self.weight, self.eps)
+    Attributes:
+        readers: to so many it gives an output each, so that their gradients come back one by one.
+    """
+
+    readers: int
+
+    def keep_and_norm(self, x: Tensor) -> tuple[Tensor, Any]:
+        stream, *normed = _Norm.apply(x, self.weight, self.eps, self.readers)
+        return stream, normed if self.readers > 1 else normed[0]
+
+
+class OnceRoundedAttention(Attention):
+    """Attention whose projections each read an output of the norm."""
+
+    def project(self, x: Any) -> tuple[Tensor, ...]:
+        q, k, v = x
+        return self.wq(q), self.wk(k), self.wv(v)
 
 
 class OnceRoundedFeedForward(FeedForward):
     """SwiGLU with the fused one's rounding points, in high precision."""
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return _SwiGLU.apply(self.w1(x), self.w3(x))
+    def hidden(self, x: Any) -> Tensor:
+        gate, up = x
+        return _SwiGLU.apply(self.w1(gate), self.w3(up))
 
 
 def round_once(model: Decoder) -> Decoder:
     """Give an unfused model the rounding points of what would be fused in it."""
     for block in model.layers.values():
         block.attention_norm.__class__ = block.ffn_norm.__class__ = OnceRoundedNorm
+        block.attention_norm.readers = block.ffn_norm.readers = 1
         if block.feed_forward.w1.config.recipe.grad_weight_in_float8:
+            block.attention_norm.readers, block.ffn_norm.readers = 3, 2
+            block.attention.__class__ = OnceRoundedAttention
             block.feed_forward.__class__ = OnceRoundedFeedForward
     return model

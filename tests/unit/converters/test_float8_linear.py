@@ -72,9 +72,9 @@ def test_a_decoder_writes_float8_where_all_readers_are_converted_and_the_report_
     with torch.device("meta"):
         model = Decoder(resolve_dims("llama3", "debugmodel", {"n_layers": 2}))
     report = converter(filter_fqns=["layers.1.attention.wk", "layers.1.feed_forward.w2"]).convert(model)
-    parts = ("feed_forward", "attention_norm", "ffn_norm")
+    parts = ("feed_forward", "attention", "attention_norm", "ffn_norm")
     assert set(report.fused) == {*(f"layers.0.{name}" for name in parts), "layers.1.ffn_norm"}
-    assert "; 4 modules before them write float8" in report.summary()
+    assert "; 5 modules around them are fused with them" in report.summary()
     assert report.to_json()["fused"] == report.fused
     assert converter().convert(Model()).fused == []
 

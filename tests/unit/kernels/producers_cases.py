@@ -9,7 +9,7 @@ nothing of the rest.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -103,40 +103,53 @@ def compare_norm(
     """RMSNorm of x (+ branch), tensors of the CPU, on a device: in both layouts or, if `wide`, in every form."""
     total, _, expected = reference.norm_output(x, branch, weight, EPS)
     rstds: list[Tensor] = []
+    texts: list[str] = []
     inputs = on(device, x), None if branch is None else on(device, branch), on(device, weight)
 
     def produce(cast: Cast) -> tuple[Produced]:
-        result_total, rstd, produced = norm.rms_norm(*inputs, EPS, cast)
+        result_total, rstd, amax, produced = norm.rms_norm(*inputs, EPS, cast, keeps_amax=cast.columns)
         assert (total is None) == (result_total is None)
         assert result_total is None or ulps_apart(result_total.cpu(), total) == 0, "sum differs"
         rstds.append(rstd)
+        if cast.columns:
+            x = inputs[0] if result_total is None else result_total
+            texts.append(compare_later_columns(norm.norm_columns(x, inputs[2], rstd, amax, cast), produced, cast))
         return (produced,)
 
     casts_asked = [cast for cast in casts_of(granularity) if cast.rows][: None if wide else 1]
-    texts = [check(produce, (expected,), cast, wide=wide) for cast in casts_asked]
+    texts += [check(produce, (expected,), cast, wide=wide) for cast in casts_asked]
     if any(ulps_apart(rstd, rstds[0]) for rstd in rstds):
         texts.append("rstd depends on what is asked for")
     return "; ".join(filter(None, texts))
 
 
+def compare_later_columns(later: Produced, first: Produced, cast: Cast) -> str:
+    """The columns of a norm, made later and at once."""
+    scale = first.scale if cast.granularity == TENSOR else None
+    text = difference(to_cpu(later), to_cpu(Produced(None, None, scale, first.codes_t, first.scale_t)))
+    return text and f"made later: {text}"
+
+
 def gradients_of_norm(
-    grad: Tensor, x: Tensor, weight: Tensor, residual_grad: Tensor | None, *, device: str = "cpu"
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, residual_grad: Tensor | None, *, device: str = "cpu"
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gradients of x and weight, tensors of the CPU, by the kernel on a device and by the reference."""
     _, rstd, _ = reference.norm_output(x, None, weight, EPS)
-    on_device = (None if t is None else on(device, t) for t in (grad, x, weight, rstd, residual_grad))
-    grad_x, grad_weight = norm_backward.rms_norm_backward(*on_device)
-    expected = reference.norm_backward(grad, x, weight, rstd, residual_grad)
+    on_device = (None if t is None else on(device, t) for t in (x, weight, rstd, residual_grad))
+    grad_x, grad_weight = norm_backward.rms_norm_backward([on(device, grad) for grad in grads], *on_device)
+    expected = reference.norm_backward(grads, x, weight, rstd, residual_grad)
     return (grad_x.cpu(), grad_weight.cpu()), expected
 
 
 def compare_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor, *, device: str = "cpu") -> str:
-    """The backward of RMSNorm, with and without the residual's gradient, on a device; against fp64, and repeated."""
+    """The backward of RMSNorm, with and without the residual's gradient, for one and more readers, on a device; against
+    fp64, and repeated."""
     texts = []
-    for residual_grad in (residual, None):
-        results, _ = gradients_of_norm(grad, x, weight, residual_grad, device=device)
-        texts.append(norm_gradients_off(results, grad, x, weight, residual_grad))
-        again, _ = gradients_of_norm(grad, x, weight, residual_grad, device=device)
+    for readers, residual_grad in ((1, residual), (1, None), (2, residual), (3, residual), (3, None)):
+        grads = [grad, residual, x][:readers]
+        results, _ = gradients_of_norm(grads, x, weight, residual_grad, device=device)
+        texts.append(norm_gradients_off(results, grads, x, weight, residual_grad))
+        again, _ = gradients_of_norm(grads, x, weight, residual_grad, device=device)
         if not all(map(torch.equal, results, again)):
             texts.append("a second call gives other bits")
     return "; ".join(filter(None, texts))
@@ -146,7 +159,7 @@ def compare_special_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor, *, device: str = "cpu"
 ) -> str:
     """The same where something is NaN or infinite: as in the reference, and seen in the gradient of x."""
-    results, expected = gradients_of_norm(grad, x, weight, residual, device=device)
+    results, expected = gradients_of_norm([grad], x, weight, residual, device=device)
     texts = ["grad_x is finite"] if results[0].isfinite().all() else []
     for name, result, exact in zip(("grad_x", "grad_weight"), results, expected, strict=True):
         try:

@@ -89,18 +89,22 @@ def test_the_second_pass_of_a_norm_compiles(granularity: str, rows: bool, tile: 
     assert_wide_and_exact(compile_ptx(norm._norm_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
 
 
+@pytest.mark.parametrize("grads", [1, 3])
 @pytest.mark.parametrize(
     ("features", "walk"), [(4096, norm_backward.SHORT_ROWS), (8192, norm_backward.LONG_ROWS)], ids=["short", "long"]
 )
-def test_the_backward_of_a_norm_compiles_and_loads_rows_ahead(features: int, walk: norm_backward.Walk) -> None:
-    arguments = ["*bf16"] * 3 + ["*fp32", "*fp32", "*bf16", "*fp32"] + ["i32", "i32+", "i32", "i32+", "i32+", "i32+"]
-    constants = {"ADD": True, "EXACT_BITS": False, "BLOCK_T": 1, "BLOCK_K": features, "STAGES": walk.stages}
+def test_the_backward_of_a_norm_compiles_and_loads_rows_ahead(
+    features: int, walk: norm_backward.Walk, grads: int
+) -> None:
+    arguments = ["*bf16"] * 5 + ["*fp32", "*fp32", "*bf16", "*fp32"] + ["i32", "i32+", "i32"] + ["i32+"] * 5
+    constants = {"GRADS": grads, "ADD": True, "EXACT_BITS": False, "BLOCK_T": 1, "BLOCK_K": features}
+    constants["STAGES"] = walk.stages
     registers = norm_backward.REGISTERS
     ptx = compile_ptx(norm_backward._rms_norm_backward_kernel, arguments, walk.warps, registers, **constants)
     assert_wide_and_exact(ptx, writes_codes=False)
-    # 16 values a thread of each of three operands, and rstd, for each row on its way and once in the loop.
+    # 16 values a thread of each operand, and rstd, for each row on its way and once in the loop.
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*\], \[.*\], (\w+)", ptx)
-    assert copies.count("0x10") == 3 * 2 * walk.stages
+    assert copies.count("0x10") == (2 + grads) * 2 * walk.stages
     assert copies.count("0x4") == walk.stages
     assert set(re.findall(r"st\.global\.([\w.]+)", ptx)) == {"v4.b32"}
 

@@ -1,5 +1,7 @@
 """The fused producers in plain PyTorch: what they compute, and where they round."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,17 +54,19 @@ def test_a_norm_reads_the_sum_rounded_and_its_weight_rounded() -> None:
 
 
 def norm_gradients_off(
-    results: tuple[Tensor, Tensor], grad: Tensor, x: Tensor, weight: Tensor, residual_grad: Tensor | None
+    results: tuple[Tensor, Tensor], grads: Sequence[Tensor], x: Tensor, weight: Tensor, residual_grad: Tensor | None
 ) -> str:
-    """What is wrong with gradients of x and weight that should be those of autograd in fp64, rounded once; or ""."""
+    """What is wrong with gradients of x and weight that should be those of autograd in fp64 for the sum of grads,
+    rounded once; or ""."""
+    grad = torch.stack([grad.double() for grad in grads]).sum(0)
     leaves = x.double().requires_grad_(), weight.to(x.dtype).double().requires_grad_()
     output = F.rms_norm(leaves[0], x.shape[1:], leaves[1], EPS)
-    differentiated, grads = [output], [grad.double()]
+    differentiated, given = [output], [grad]
     if residual_grad is not None:
-        differentiated, grads = [output, leaves[0] * 1], [grad.double(), residual_grad.double()]
+        differentiated, given = [output, leaves[0] * 1], [grad, residual_grad.double()]
     texts = []
     for name, result, exact in zip(
-        ("grad_x", "grad_weight"), results, torch.autograd.grad(differentiated, leaves, grads), strict=True
+        ("grad_x", "grad_weight"), results, torch.autograd.grad(differentiated, leaves, given), strict=True
     ):
         # Half a unit in the last place is the one rounding; what comes before it is computed in fp32.
         rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() + 2.0**-19 * exact.abs().amax(-1, keepdim=True)
@@ -75,26 +79,56 @@ def norm_gradients_off(
 
 @DTYPES
 @pytest.mark.parametrize("adds", [False, True])
-def test_gradients_of_a_norm_are_those_of_autograd_rounded_once(dtype: torch.dtype, adds: bool) -> None:
-    grad, x, residual = (random(40, 96, seed=seed, dtype=dtype) for seed in range(3))
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_gradients_of_a_norm_are_those_of_autograd_rounded_once(dtype: torch.dtype, adds: bool, readers: int) -> None:
+    x, residual, *grads = (random(40, 96, seed=seed, dtype=dtype) for seed in range(2 + readers))
     weight = 1 + random(96, seed=3, dtype=torch.float32) / 10
     _, rstd, _ = reference.norm_output(x, None, weight, EPS)
     residual_grad = residual if adds else None
-    results = producers.rms_norm_backward(grad, x, weight, rstd, residual_grad)
-    assert norm_gradients_off(results, grad, x, weight, residual_grad) == ""
+    results = producers.rms_norm_backward(grads, x, weight, rstd, residual_grad)
+    assert norm_gradients_off(results, grads, x, weight, residual_grad) == ""
 
 
 def test_a_residuals_gradient_that_is_added_after_the_rounding_is_seen_to_be() -> None:
     grad, x, residual = (random(40, 96, seed=seed) for seed in range(3))
     weight = torch.ones(96)
     _, rstd, _ = reference.norm_output(x, None, weight, EPS)
-    grad_x, grad_weight = producers.rms_norm_backward(grad, x, weight, rstd)
-    assert "grad_x" in norm_gradients_off((grad_x + residual, grad_weight), grad, x, weight, residual)
+    grad_x, grad_weight = producers.rms_norm_backward([grad], x, weight, rstd)
+    assert "grad_x" in norm_gradients_off((grad_x + residual, grad_weight), [grad], x, weight, residual)
+
+
+def test_gradients_that_are_rounded_after_they_are_added_are_seen_to_be() -> None:
+    x, one, other = (random(40, 96, seed=seed) for seed in range(3))
+    weight = torch.ones(96)
+    _, rstd, _ = reference.norm_output(x, None, weight, EPS)
+    results = producers.rms_norm_backward([one + other], x, weight, rstd)
+    assert "grad_x" in norm_gradients_off(results, [one, other], x, weight, None)
+
+
+@DTYPES
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_columns_that_are_made_later_are_those_of_the_norm(dtype: torch.dtype, granularity: str, adds: bool) -> None:
+    x, branch = (random(37, 128, seed=seed, dtype=dtype) for seed in range(2))
+    weight = 1 + random(128, seed=3, dtype=torch.float32) / 10
+    cast = Cast(granularity, E4M3, True)
+    added = branch if adds else None
+    expected = producers.rms_norm(x, added, weight, EPS, cast._replace(columns=True))[3]
+    total, rstd, amax, produced = producers.rms_norm(x, added, weight, EPS, cast, keeps_amax=True)
+    assert produced.codes_t is None
+    assert (None if amax is None else amax.shape) == {TENSOR: (), ROW: (128,), BLOCK: None}[granularity]
+    later = producers.norm_columns(x if total is None else total, weight, rstd, amax, cast)
+    assert later.output is None
+    assert later.codes is None
+    pairs = [(later.codes_t, expected.codes_t), (later.scale_t, expected.scale_t)]
+    for result, exact in [*pairs, (later.scale, expected.scale if granularity == TENSOR else None)]:
+        assert (result is None) == (exact is None)
+        assert result is None or torch.equal(result.float(), exact.float())
 
 
 def test_no_tokens_give_a_weight_no_gradient() -> None:
     x = torch.empty(0, 128)
-    grad_x, grad_weight = producers.rms_norm_backward(x, x, torch.ones(128), torch.empty(0), x)
+    grad_x, grad_weight = producers.rms_norm_backward([x], x, torch.ones(128), torch.empty(0), x)
     assert grad_x.shape == (0, 128)
     assert torch.equal(grad_weight, torch.zeros(128))
 
@@ -147,7 +181,7 @@ def test_nan_and_inf_stay_visible(granularity: str) -> None:
     gate, up = random(20, 128, seed=0), random(20, 128, seed=1)
     gate[3, 5], up[7, 9] = torch.nan, torch.inf
     produced = producers.swiglu(gate, up, cast)
-    _, _, normed = producers.rms_norm(gate, up, torch.ones(128), EPS, cast)
+    _, _, _, normed = producers.rms_norm(gate, up, torch.ones(128), EPS, cast)
     for each in (produced, normed):
         assert each.codes is not None
         assert each.codes_t is not None
@@ -167,8 +201,9 @@ def test_what_is_not_asked_for_is_not_there(granularity: str) -> None:
         assert each.output is None
         assert each.codes is None
         assert each.codes_t is not None
-    total, _, produced = producers.rms_norm(gate, None, torch.ones(128), EPS, Cast(granularity, E4M3))
+    total, _, amax, produced = producers.rms_norm(gate, None, torch.ones(128), EPS, Cast(granularity, E4M3))
     assert total is None
+    assert amax is None
     assert produced.output is None
     assert produced.codes_t is None
 
@@ -176,12 +211,16 @@ def test_what_is_not_asked_for_is_not_there(granularity: str) -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_no_tokens_give_empty_codes(granularity: str) -> None:
     x = torch.empty(0, 128)
-    total, rstd, produced = producers.rms_norm(x, x, torch.ones(128), EPS, Cast(granularity, E4M3, columns=True))
+    cast = Cast(granularity, E4M3, columns=True)
+    total, rstd, amax, produced = producers.rms_norm(x, x, torch.ones(128), EPS, cast, keeps_amax=True)
     assert total is not None
     assert produced.codes is not None
     assert produced.codes_t is not None
     assert (total.shape, rstd.shape) == ((0, 128), (0,))
     assert (produced.codes.shape, produced.codes_t.shape) == ((0, 128), (128, 0))
+    later = producers.norm_columns(total, torch.ones(128), rstd, amax, cast).codes_t
+    assert later is not None
+    assert later.shape == (128, 0)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +234,11 @@ def test_no_tokens_give_empty_codes(granularity: str) -> None:
         (lambda x: producers.swiglu(x[0], x[0], Cast(ROW, E4M3)), "2-D"),
         (lambda x: producers.rms_norm(x, None, x[0, :8], EPS, Cast(ROW, E4M3)), r"weight of shape \[48\]"),
         (lambda x: producers.rms_norm(x, None, x[0], EPS, Cast(ROW, E4M3, rows=False)), "always wanted by rows"),
-        (lambda x: producers.rms_norm_backward(x[:1], x, x[0], x[:, 0]), "one shape and dtype"),
-        (lambda x: producers.rms_norm_backward(x, x, x[0], x[:, 0], x.half()), "one shape and dtype"),
+        (lambda x: producers.norm_columns(x, x[0], x[0], None, Cast(ROW, E4M3)), "a weight and rstd for"),
+        (lambda x: producers.rms_norm_backward([x, x[:1]], x, x[0], x[:, 0]), "one shape and dtype"),
+        (lambda x: producers.rms_norm_backward([x], x, x[0], x[:, 0], x.half()), "one shape and dtype"),
+        (lambda x: producers.rms_norm_backward([], x, x[0], x[:, 0]), "1 to 3 gradients"),
+        (lambda x: producers.rms_norm_backward([x] * 4, x, x[0], x[:, 0]), "1 to 3 gradients"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(call, message: str) -> None:

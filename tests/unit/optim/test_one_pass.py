@@ -18,6 +18,7 @@ from titan_fp8.quantization.casts import cast_weight
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.shard_cast import ShardAxis
 from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
+from titan_fp8.quantization.weights import mark_stepped
 
 PAIRS = [(OnePassAdam, torch.optim.Adam), (OnePassAdamW, torch.optim.AdamW)]
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.1}
@@ -174,7 +175,9 @@ def test_a_weight_made_for_the_float8_all_gather_is_seen_to_change() -> None:
 
 def _float8_weight(recipe: str = "tensorwise") -> tuple[ShardableFloat8Weight, OnePassAdamW]:
     torch.manual_seed(0)
-    parameter = nn.Parameter(ShardableFloat8Weight(torch.randn(16, 32), Float8WeightState(RECIPES[recipe], caches=True)))
+    parameter = nn.Parameter(
+        ShardableFloat8Weight(torch.randn(16, 32), Float8WeightState(RECIPES[recipe], caches=True))
+    )
     parameter.grad = torch.randn(16, 32)
     assert isinstance(parameter, ShardableFloat8Weight)
     return parameter, OnePassAdamW([parameter], **OPTIONS)
@@ -224,6 +227,20 @@ def test_what_was_told_is_forgotten_with_the_next_write(write: str, is_cast_betw
     assert torch.equal(codes, expected.codes.view(torch.uint8))
     assert torch.equal(scale, expected.scale)
     assert before is None or not torch.equal(scale, before)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_marking_after_a_step_forgets_all_but_what_that_step_told(is_told: bool) -> None:
+    weight, optimizer = _float8_weight()
+    linear = nn.Linear(32, 16, bias=False)
+    linear.weight, linear.fsdp_weight_state = weight, weight.state
+    optimizer.step()
+    if not is_told:
+        mark_stepped(linear)
+        _cast(weight)
+    mark_stepped(linear)
+    assert (weight.state.amax_of(weight) is not None) == is_told
+    assert not weight.state.is_fresh(weight)
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])

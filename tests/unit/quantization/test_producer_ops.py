@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from titan_fp8.kernels import producers
 from titan_fp8.kernels.float8 import E4M3, E5M2
@@ -18,6 +19,7 @@ CASTS = [
     for granularity in GRANULARITIES
     for dtype, rows, columns, emit in ((E4M3, True, False, False), (E5M2, True, True, True), (E4M3, False, True, False))
 ]
+AMAX = {"tensor": torch.ones((), dtype=torch.int32), "row": torch.ones(X.shape[1], dtype=torch.int32), "block": None}
 CALLS = [
     (op, (*arguments, *cast))
     for (op, arguments), cast in itertools.product(
@@ -32,8 +34,11 @@ CALLS = [
     if cast.rows or op not in (ops.rms_norm_cast, ops.add_rms_norm_cast)
 ]
 CALLS += [
-    (ops.rms_norm_backward, (X, Y, WEIGHT, torch.ones(21))),
-    (ops.rms_norm_backward, (X, Y, WEIGHT, torch.ones(21), Z)),
+    (ops.rms_norm_backward, ([X], Y, WEIGHT, torch.ones(21))),
+    (ops.rms_norm_backward, ([X, Z], Y, WEIGHT, torch.ones(21), Z)),
+    *((ops.rms_norm_cast, (X, WEIGHT, 1e-5, *cast, True)) for cast in CASTS if cast.rows),
+    *((ops.add_rms_norm_cast, (X, Y, WEIGHT, 1e-5, *cast, True)) for cast in CASTS if cast.rows),
+    *((ops.norm_columns, (X, WEIGHT, torch.ones(21), AMAX[cast.granularity], Y, *cast)) for cast in CASTS),
     *((ops.swiglu_backward_cast, (X, Y, Z, *cast, dtype)) for cast in CASTS for dtype in (E4M3, E5M2)),
     (ops.swiglu_cast, (X.t().contiguous().t(), Y[:, :].clone(), *CASTS[1])),
     (ops.add_rms_norm_cast, (X.t().contiguous().t(), Y, WEIGHT, 1e-5, *CASTS[1])),
@@ -46,7 +51,7 @@ def described(results: list[Tensor] | tuple[Tensor, ...]) -> list:
 
 @pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[f"{op}-{number}" for number, (op, _) in enumerate(CALLS)])
 def test_shapes_strides_and_dtypes_are_those_that_the_compiler_is_told(op, arguments: tuple) -> None:
-    meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+    meta = tree_map_only(Tensor, lambda a: a.to("meta"), arguments)
     results = op(*arguments)
     assert described(results) == described(op(*meta))
     inputs = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor)}

@@ -16,6 +16,7 @@ T tokens, K features, H hidden features; see `kernels.float8` and `kernels.block
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -23,15 +24,17 @@ from torch import Tensor
 
 from titan_fp8.kernels import float8
 from titan_fp8.kernels.producers import reference
-from titan_fp8.kernels.producers.reference import BLOCK, GRANULARITIES, ROW, TENSOR, Cast, Produced
+from titan_fp8.kernels.producers.reference import BLOCK, GRANULARITIES, MAX_GRADS, ROW, TENSOR, Cast, Produced
 
 __all__ = [
     "BLOCK",
     "GRANULARITIES",
+    "MAX_GRADS",
     "ROW",
     "TENSOR",
     "Cast",
     "Produced",
+    "norm_columns",
     "rms_norm",
     "rms_norm_backward",
     "swiglu",
@@ -82,8 +85,8 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
-) -> tuple[Tensor | None, Tensor, Produced]:
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast, *, keeps_amax: bool = False
+) -> tuple[Tensor | None, Tensor, Tensor | None, Produced]:
     """RMSNorm over K of x `[T, K]`, or of the sum x + branch, as float8.
 
     Args:
@@ -92,9 +95,12 @@ def rms_norm(
         weight: `[K]` of any float dtype; it is rounded to x's dtype.
         eps: added to the mean square.
         cast: the forms of the output; `cast.rows` is always wanted here.
+        keeps_amax: return what `norm_columns` needs, so that the columns can be made later.
 
     Returns:
-        The sum `[T, K]` in x's dtype (None without branch), rstd fp32 `[T]`, and the output in the forms asked for.
+        The sum `[T, K]` in x's dtype (None without branch); rstd fp32 `[T]`; if asked, the bits of the largest |output|
+        of what has a scale among the columns (int32, `[]` or `[K]`, None for blocks); the output in the forms asked
+        for.
 
     Raises:
         ValueError: for shapes, dtypes or a cast that do not fit.
@@ -104,19 +110,44 @@ def rms_norm(
         raise ValueError(f"expected a weight of shape {list(x.shape[1:])}, got {list(weight.shape)}")
     if not cast.rows:
         raise ValueError("a norm's output is always wanted by rows; cast.rows is False")
+    if float8.uses_kernel(x):
+        branch = None if branch is None else _contiguous_rows(branch)
+        rms_norm = functools.partial(_norm_kernel().rms_norm, keeps_amax=keeps_amax)
+        total, rstd, amax, produced = rms_norm(_contiguous_rows(x), branch, weight.contiguous(), eps, cast)
+    else:
+        total, rstd, amax, produced = reference.rms_norm(x, branch, weight, eps, cast)
+    return total, rstd, amax if keeps_amax else None, produced
+
+
+def norm_columns(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor | None, cast: Cast) -> Produced:
+    """The columns of RMSNorm of x `[T, K]` once more, of the bits that `rms_norm` gives.
+
+    Args:
+        x: what was normed; of `rms_norm` with a branch, the sum.
+        weight: as `rms_norm` was given it.
+        rstd, amax: as `rms_norm` returned them.
+        cast: how; of the forms, columns alone are made.
+
+    Raises:
+        ValueError: for shapes, dtypes or a cast that do not fit.
+    """
+    _check(cast, x)
+    if weight.shape != x.shape[1:] or rstd.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected a weight and rstd for {list(x.shape)}, got {list(weight.shape)} and {list(rstd.shape)}"
+        )
     if not float8.uses_kernel(x):
-        return reference.rms_norm(x, branch, weight, eps, cast)
-    branch = None if branch is None else _contiguous_rows(branch)
-    return _norm_kernel().rms_norm(_contiguous_rows(x), branch, weight.contiguous(), eps, cast)
+        return reference.norm_columns(x, weight, rstd, cast)
+    return _norm_kernel().norm_columns(_contiguous_rows(x), weight.contiguous(), rstd, amax, cast)
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x `[T, K]` and weight `[K]`, both in x's dtype, for `grad [T, K]` of the norm of x.
+    """Gradients of x `[T, K]` and weight `[K]`, both in x's dtype, for the sum of `grads` of the norm of x.
 
     Args:
-        grad: gradient of the output, in x's dtype.
+        grads: gradients of the output `[T, K]`, in x's dtype; up to `MAX_GRADS`, one from each of its readers.
         x: what was normed, `[T, K]`; of `rms_norm` with a branch, the sum.
         weight: `[K]` of any float dtype.
         rstd: fp32 `[T]`, as `rms_norm` gave it.
@@ -128,11 +159,14 @@ def rms_norm_backward(
     """
     residual = () if residual_grad is None else (_contiguous_rows(residual_grad),)
     float8.check_input(x)
-    _check_alike(x, grad, *residual)
+    if not 1 <= len(grads) <= MAX_GRADS:
+        raise ValueError(f"expected 1 to {MAX_GRADS} gradients of a norm's output, got {len(grads)}")
+    _check_alike(x, *grads, *residual)
     if not float8.uses_kernel(x):
-        return reference.norm_backward(grad, x, weight, rstd, *residual)
+        return reference.norm_backward(grads, x, weight, rstd, *residual)
     backward = _norm_backward_kernel().rms_norm_backward
-    return backward(_contiguous_rows(grad), _contiguous_rows(x), weight.contiguous(), rstd, *residual)
+    rows = [_contiguous_rows(grad) for grad in grads]
+    return backward(rows, _contiguous_rows(x), weight.contiguous(), rstd, *residual)
 
 
 def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:

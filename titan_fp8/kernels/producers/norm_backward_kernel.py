@@ -1,10 +1,13 @@
 """Backward of RMSNorm in one read of its operands, with the gradient of the residual stream added, as Triton kernels.
 
+Each reader of the norm's output gives a gradient of it; they are summed on the way, in fp32.
+
     _rms_norm_backward_kernel        a program walks down some rows: gradient of x, rounded once with the residual's
                                      added, and what its rows add to the gradient of the weight, fp32
     _rms_norm_backward_sum_kernel    those, one row a program, summed in their order: no atomics, so a result repeats
 
-Bytes moved for `a` values in bf16: 6a, and 2a more with a residual. The partial sums stay in the L2 cache.
+Bytes moved for `a` values in bf16: 6a, and 2a more with a residual or for each further gradient. The partial sums stay
+in the L2 cache.
 
 Rows longer than `norm_kernel.ROW_BLOCK_MAX`, which do not fit a program, take the reference's formula.
 
@@ -15,6 +18,7 @@ T tokens, K features, P programs.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor
 from titan_fp8.kernels.float8 import bits
 from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned
 from titan_fp8.kernels.producers import norm_kernel, reference
+from titan_fp8.kernels.producers.reference import MAX_GRADS
 from titan_fp8.kernels.producers.tiles import LAUNCH, _rounded
 
 ROW_VALUES = 4096
@@ -56,11 +61,13 @@ SHORT_ROWS, LONG_ROWS = Walk(264, 8, 3), Walk(132, 16, 3)
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_program"])
 def _rms_norm_backward_kernel(
-    grad_ptr, x_ptr, residual_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
-    tokens, features, rows_per_program, stride_grad, stride_x, stride_residual,
-    ADD: tl.constexpr, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    grad_ptr, grad2_ptr, grad3_ptr, x_ptr, residual_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+    tokens, features, rows_per_program, stride_grad, stride_grad2, stride_grad3, stride_x, stride_residual,
+    GRADS: tl.constexpr, ADD: tl.constexpr, EXACT_BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `rows_per_program` rows, BLOCK_T at a time. ADD: the residual's is added to that of x."""
+    """Gradients of `rows_per_program` rows, BLOCK_T at a time. GRADS: how many gradients of the output are summed. ADD:
+    the residual's is added to that of x."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     weight = _rounded(tl.load(weight_ptr + k, mask=k < features, other=0).to(tl.float32), dtype, EXACT_BITS)
@@ -73,6 +80,12 @@ def _rms_norm_backward_kernel(
         mask_t = t < tokens
         mask = mask_t[:, None] & (k < features)[None, :]
         grad = tl.load(grad_ptr + t[:, None] * stride_grad + k[None, :], mask=mask, other=0).to(tl.float32)
+        if GRADS > 1:
+            grad2 = tl.load(grad2_ptr + t[:, None] * stride_grad2 + k[None, :], mask=mask, other=0)
+            grad += grad2.to(tl.float32)
+        if GRADS > 2:
+            grad3 = tl.load(grad3_ptr + t[:, None] * stride_grad3 + k[None, :], mask=mask, other=0)
+            grad += grad3.to(tl.float32)
         x = tl.load(x_ptr + t[:, None] * stride_x + k[None, :], mask=mask, other=0).to(tl.float32)
         rstd = tl.load(rstd_ptr + t, mask=mask_t, other=0.0)[:, None]
         normed = x * rstd
@@ -109,16 +122,18 @@ def _rms_norm_backward_sum_kernel(
 def _launch_rows(
     device: int,
     shape: torch.Size,
-    strides: tuple[int, int, int],
+    strides: tuple[int, ...],
     dtypes: tuple[torch.dtype, torch.dtype],
+    grads: int,
     adds: bool,
     blocks: tuple[int, int],
     rows: int,
     walk: Walk,
     exact_bits: bool,
 ) -> Plan:
-    loaded = blocks[0] * blocks[1] * dtypes[0].itemsize * (3 if adds else 2)
+    loaded = blocks[0] * blocks[1] * dtypes[0].itemsize * (1 + grads + adds)
     constants = {
+        "GRADS": grads,
         "ADD": adds,
         "EXACT_BITS": exact_bits,
         "BLOCK_T": blocks[0],
@@ -137,12 +152,12 @@ def _launch_sum(device: int, shape: torch.Size, dtype: torch.dtype, exact_bits: 
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `titan_fp8.kernels.producers.rms_norm_backward`. Tensors have contiguous rows, at least one."""
     tokens, features = x.shape
     if features > norm_kernel.ROW_BLOCK_MAX:
-        return reference.norm_backward(grad, x, weight, rstd, residual_grad)
+        return reference.norm_backward(grads, x, weight, rstd, residual_grad)
     block_k = max(next_power_of_2(features), 128)
     block_t = max(1, ROW_VALUES // block_k)
     walk = SHORT_ROWS if block_k <= ROW_VALUES else LONG_ROWS
@@ -150,13 +165,15 @@ def rms_norm_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty(features, dtype=x.dtype, device=x.device)
     partial = torch.empty(cdiv(tokens, rows), features, dtype=torch.float32, device=x.device)
-    residual = grad if residual_grad is None else residual_grad
+    first, second, third = (grads[min(number, len(grads) - 1)] for number in range(MAX_GRADS))
+    operands = first, second, third, x, first if residual_grad is None else residual_grad
     exact_bits = bits.exact_bits(x.device)
     _launch_rows(
-        (grad, x, residual, weight, rstd, grad_x, partial),
+        (*operands, weight, rstd, grad_x, partial),
         x.shape,
-        (grad.stride(0), x.stride(0), residual.stride(0)),
+        tuple(operand.stride(0) for operand in operands),
         (x.dtype, weight.dtype),
+        len(grads),
         residual_grad is not None,
         (block_t, block_k),
         rows,

@@ -8,6 +8,7 @@ The output is not kept between the two: it is two products away from x, so the s
 moved for a tensor of `a` values in bf16, without a residual add (which adds 2a to read and 2a to write):
 
     rowwise, blockwise: rows 3a; rows and columns 6a       tensorwise: rows 5a; rows and columns 6a
+    columns alone, later: 3a
 
 A row must fit a program; rows longer than that (wider than any model's) take the reference's formula and the plain
 casts.
@@ -146,22 +147,33 @@ def _norm_tiles_kernel(
 
 
 def rms_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
-) -> tuple[Tensor | None, Tensor, Produced]:
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast, *, keeps_amax: bool = False
+) -> tuple[Tensor | None, Tensor, Tensor | None, Produced]:
     """See `titan_fp8.kernels.producers.rms_norm`. Tensors have contiguous rows."""
     if x.shape[1] > ROW_BLOCK_MAX:
-        return _wide_rms_norm(x, branch, weight, eps, cast)
+        return reference.rms_norm(x, branch, weight, eps, cast)
     total = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = tiles.new_fp32(x.shape[0], like=x)
     forms = tiles.new_forms(x, cast)
-    needs_amax = cast.granularity == TENSOR or (cast.granularity == ROW and cast.columns)
+    needs_amax = cast.granularity == TENSOR or (cast.granularity == ROW and (cast.columns or keeps_amax))
     amax = rstd
     if needs_amax:
         (amax,) = tiles.new_amaxes(1 if cast.granularity == TENSOR else x.shape[1], device=x.device)
     _launch_rows(x, branch, weight, eps, (total, rstd, amax), forms, needs_amax=needs_amax)
     if cast.granularity == TENSOR or cast.columns:
         _launch_tiles(x if total is None else total, weight, rstd, amax, forms)
-    return total, rstd, forms.result()
+    if not (keeps_amax and needs_amax):
+        return total, rstd, None, forms.result()
+    return total, rstd, amax[0] if cast.granularity == TENSOR else amax[: x.shape[1]], forms.result()
+
+
+def norm_columns(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor | None, cast: Cast) -> Produced:
+    """See `titan_fp8.kernels.producers.norm_columns`. x has contiguous rows."""
+    if x.shape[1] > ROW_BLOCK_MAX:
+        return reference.norm_columns(x, weight, rstd, cast)
+    forms = tiles.new_forms(x, reference.columns_alone(cast))
+    _launch_tiles(x, weight, rstd, rstd if amax is None else amax, forms)
+    return forms.result()
 
 
 def _launch_rows(
@@ -213,10 +225,3 @@ def _launch_tiles(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor, forms: 
         BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band, num_warps=tile.warps, maxnreg=tile.registers,
         **constants, **tiles.LAUNCH,
     )  # fmt: skip
-
-
-def _wide_rms_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
-) -> tuple[Tensor | None, Tensor, Produced]:
-    total, rstd, output = reference.norm_output(x, branch, weight, eps)
-    return total, rstd, reference.quantize(output, cast)

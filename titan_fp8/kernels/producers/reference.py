@@ -19,8 +19,9 @@ Rounding points of the output, for activations in bf16:
     RMSNorm   (x * rstd) * weight in fp32 with the weight rounded to bf16 first, rounded once: as `F.rms_norm` does
     SwiGLU    silu(gate) * up in fp32, rounded once. The eager expression `F.silu(gate) * up` rounds silu as well, so
               the two differ by up to that rounding.
-    backward  grad_gate and grad_up in fp32, each rounded once; of a norm, the gradient of x in fp32 with that of the
-              residual stream added, rounded once (two operators, a norm's backward and an add, would round twice)
+    backward  grad_gate and grad_up in fp32, each rounded once; of a norm, the gradients that its readers give are
+              summed in fp32, and the gradient of x in fp32 with that of the residual stream added is rounded once (an
+              addition by itself would round each sum)
 
 The kernels equal the second step bit for bit; the first to within one unit in the last place of the output, because
 sums run in another order and exponentials are approximated.
@@ -28,6 +29,7 @@ sums run in another order and exponentials are approximated.
 T tokens, K features of a norm, H hidden features of a SwiGLU. Sources: arXiv 1910.07467 (RMSNorm), 2002.05202 (SwiGLU).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,10 @@ from titan_fp8.kernels import blockwise, float8
 TENSOR, ROW, BLOCK = "tensor", "row", "block"
 GRANULARITIES = (TENSOR, ROW, BLOCK)
 """What shares a scale: the tensor; a row (of the transposed layout: a column), a power of two; 128 values of one."""
+
+
+MAX_GRADS = 3
+"""So many readers of a norm's output may each give a gradient of it: wq, wk and wv."""
 
 
 class Cast(NamedTuple):
@@ -103,16 +109,19 @@ def norm_output(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x `[T, K]` and of weight `[K]`, in x's dtype, for `grad [T, K]` of the output, and for
-    `residual_grad [T, K]` of x itself where it is read beside the norm."""
+    """Gradients of x `[T, K]` and of weight `[K]`, in x's dtype, for those of the output `[T, K]`, one from each of its
+    readers, and for `residual_grad [T, K]` of x itself where it is read beside the norm."""
+    grad = grads[0].float()
+    for other in grads[1:]:
+        grad = grad + other.float()
     normed = x.float() * rstd.unsqueeze(1)
-    scaled = grad.float() * weight.to(x.dtype).float()
+    scaled = grad * weight.to(x.dtype).float()
     grad_x = rstd.unsqueeze(1) * (scaled - normed * (scaled * normed).mean(1, keepdim=True))
     if residual_grad is not None:
         grad_x = grad_x + residual_grad.float()
-    return grad_x.to(x.dtype).contiguous(), (grad.float() * normed).sum(0).to(x.dtype)
+    return grad_x.to(x.dtype).contiguous(), (grad * normed).sum(0).to(x.dtype)
 
 
 def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
@@ -132,10 +141,32 @@ def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
 
 def rms_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
-) -> tuple[Tensor | None, Tensor, Produced]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Produced]:
     """See `titan_fp8.kernels.producers.rms_norm`."""
     total, rstd, output = norm_output(x, branch, weight, eps)
-    return total, rstd, quantize(output, cast)
+    return total, rstd, amax_for_columns(output, cast), quantize(output, cast)
+
+
+def amax_for_columns(output: Tensor, cast: Cast) -> Tensor | None:
+    """What the scales of the columns of an output `[T, K]` are computed from, if that is more than a tile of it: the
+    bits of the largest |output|, int32 `[]`, or of each column `[K]`."""
+    if cast.granularity == TENSOR:
+        return float8.amax(output)
+    if cast.granularity == BLOCK:
+        return None
+    magnitudes = output.float().view(torch.int32) & 0x7FFFFFFF
+    return magnitudes.amax(0) if output.shape[0] else magnitudes.new_zeros(output.shape[1])
+
+
+def norm_columns(x: Tensor, weight: Tensor, rstd: Tensor, cast: Cast) -> Produced:
+    """See `titan_fp8.kernels.producers.norm_columns`."""
+    output = x.float() * rstd.unsqueeze(1) * weight.to(x.dtype).float()
+    return quantize(output.to(x.dtype).contiguous(), columns_alone(cast))
+
+
+def columns_alone(cast: Cast) -> Cast:
+    """`cast`, but for the columns and nothing else."""
+    return cast._replace(rows=False, columns=True, emit=False)
 
 
 def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
@@ -145,7 +176,7 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
 
 def output_cast(cast: Cast, dtype: torch.dtype) -> Cast:
     """How the backward of SwiGLU, whose gradients are cast by `cast`, makes the columns of its output in `dtype`."""
-    return cast._replace(dtype=dtype, rows=False, columns=True, emit=False)
+    return columns_alone(cast)._replace(dtype=dtype)
 
 
 def swiglu_backward(
