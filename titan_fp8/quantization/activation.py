@@ -58,7 +58,13 @@ class _Kept(NamedTuple):
 
 
 def quantize_activation(
-    x: Tensor, owner: Tensor, recipe: Float8Recipe, *, columns: bool, axis: Axis | None = None
+    x: Tensor,
+    owner: Tensor,
+    recipe: Float8Recipe,
+    *,
+    columns: bool,
+    axis: Axis | None = None,
+    shared: bool = True,
 ) -> tuple[Codes, Codes | None]:
     """The codes of x `[..., K]` by rows and, if asked, by columns; cast only if no other linear has.
 
@@ -68,13 +74,15 @@ def quantize_activation(
         recipe: decides formats and scales.
         columns: whether the weight's gradient will be asked for.
         axis: ranks that hold other features of the same tensor.
+        shared: other linears may read the tensor. If none does, and the tensor is kept for backward, codes that it
+            carried would be kept with it.
     """
     if torch.compiler.is_compiling():
         return _cast(x, recipe, columns, axis)
     later = columns and is_recomputed_later()
     needs_columns = columns and not later
     # A leaf belongs to somebody outside, who may write to it behind autograd's back (`.data`).
-    if owner.is_leaf or owner.is_inference():
+    if not shared or owner.is_leaf or owner.is_inference():
         rows, made = _cast(x, recipe, needs_columns, axis)
     else:
         key = (recipe.granularity, recipe.input_dtype, recipe.power_of_two_scales, x.dtype, axis)

@@ -49,7 +49,7 @@ class Float8Config:
         recompute_weight_in_backward: keep no codes of the weight between forward and backward: cast it again, or
             derive its columns again from cached or gathered row codes.
         keeps_input: save x in place of its codes by columns, and cast it again in backward: less memory where whoever
-            made x keeps it for its own backward anyway.
+            made x keeps it for its own backward anyway, and no other linear reads it.
         parallel: the linear's part in a product that several ranks compute; see `tensor_parallel.py`.
     """
 

@@ -126,7 +126,8 @@ class Float8Linear(nn.Linear):
             return value, input.rows, made
         if torch.is_autocast_enabled(value.device.type):
             value = value.to(torch.get_autocast_dtype(value.device.type))
-        return value, *quantize_activation(value, input, recipe, columns=columns, axis=axis)
+        shared = not self.config.keeps_input
+        return value, *quantize_activation(value, input, recipe, columns=columns, axis=axis, shared=shared)
 
     def local_weight(self) -> Tensor:
         """What this rank multiplies: the weight `[N, K]`, or under tensor parallelism its part of it."""

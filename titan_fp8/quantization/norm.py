@@ -85,8 +85,10 @@ def _norm(
         return stream, quantized(value, tuple(codes), cast, recipe, columns=columns)
     cast = input_cast(recipe, columns=False, emit=False)
     stream, *results = _RmsNorm.apply(x, branch, weight, eps, cast, readers, columns)
-    values, (rstd, *rest) = results[:readers], results[readers:]
-    amax = rest.pop(0) if columns and recipe.granularity is not Granularity.BLOCK else None
+    values, rstd, rest = results[:readers], results[readers], results[readers + 1 :]
+    amax = None
+    if columns and recipe.granularity is not Granularity.BLOCK:
+        amax, *rest = rest
     activation = quantized(values[0], tuple(rest), cast, recipe, columns=False)
     later = None
     if columns:

@@ -79,6 +79,16 @@ def test_the_compiler_finds_the_equal_casts(recipe: str) -> None:
 
 
 @FULLY_FLOAT8
+def test_a_linear_that_keeps_its_input_leaves_no_codes_on_it(recipe: str) -> None:
+    linear = make(recipe, 128, 128, keeps_input=True)
+    x = torch.randn(20, 128, requires_grad=True) * 1.0
+    output = linear(x)
+    assert not [name for name in vars(x) if "codes" in name]
+    output.sum().backward()
+    assert linear.weight.grad is not None
+
+
+@FULLY_FLOAT8
 def test_codes_are_not_reused_after_the_tensor_was_written_to(recipe: str) -> None:
     linear = make(recipe)
     with torch.no_grad():
