@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
-    pytest.mark.filterwarnings("ignore:cutlass"),  # FlashAttention 4 and its compiler
-    pytest.mark.filterwarnings("ignore:Argument aux_data"),
 ]
 CUDA = torch.device("cuda")
 # Largest error over the largest value, against float64 on the same bf16 inputs.
