@@ -1,8 +1,9 @@
 """Peak memory of this process.
 
-On a GPU two peaks matter. *Reserved* is what the caching allocator took from the device: it decides whether a run fits
-and is the larger of the two. *Allocated* is what tensors occupied; a wide gap between them means fragmentation. On a
-CPU the peak is the resident set size that the kernel keeps for the process.
+On a GPU two peaks matter. *Reserved* is what the caching allocator took from the device, and the buffers that GPUs read
+from each other beside it: it decides whether a run fits and is the larger of the two. *Allocated* is what tensors of
+the allocator occupied; a wide gap between them means fragmentation. On a CPU the peak is the resident set size that the
+kernel keeps for the process.
 """
 
 import resource
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from titan_fp8.runtime import peer_memory
 
 _GIB = 2**30
 
@@ -39,9 +42,8 @@ class PeakMemory:
         """The peak since the last call (or since construction)."""
         if not self._is_cuda:
             return MemoryPeak(_peak_resident_bytes() / _GIB, None)
-        peak = MemoryPeak(
-            torch.cuda.max_memory_reserved(self._device) / _GIB, torch.cuda.max_memory_allocated(self._device) / _GIB
-        )
+        reserved = torch.cuda.max_memory_reserved(self._device) + peer_memory.bytes_held()
+        peak = MemoryPeak(reserved / _GIB, torch.cuda.max_memory_allocated(self._device) / _GIB)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak
 

@@ -25,9 +25,10 @@ class ParallelismSection(Section):
     `always`, `never`, or `default` (always, without pipeline parallelism)."""
 
     fsdp_exchange: Literal["auto", "collectives", "peer_memory"] = "auto"
-    """How the blocks' weights and gradients move between the ranks of one copy: by `collectives`, kernels that share
-    the GPU with the computation; by `peer_memory`, copies between the GPUs of one host that share nothing but the
-    memory's bandwidth, with sums in `training.mixed_precision_reduce`; or by what is possible, `auto`."""
+    """How weights and gradients of the blocks and the output layer move between the ranks of one copy: by
+    `collectives`, kernels that share the GPU with the computation; by `peer_memory`, copies between the GPUs of one
+    host that share nothing but the memory's bandwidth, with sums in `training.mixed_precision_reduce`; or by what is
+    possible, `auto`."""
 
     tensor_parallel_degree: CountOrAuto = key(1, unit="ranks")
     """Ranks over which each matrix product is split, and between products the tokens (sequence parallel)."""

@@ -28,9 +28,9 @@ Six decisions:
   (`quantization/fsdp_weight.py`), so its unit is gathered in the dtype of the activations, codes aside. The weight's
   gradient is rounded to that dtype, too, before it is summed in the reduce dtype. Where it leaves its product in a
   wider one, or a bias is added, which happens in the master dtype, the unit stays in the master dtype.
-- **How it travels.** The blocks' weights and gradients move between GPUs of one host by copies from memory to memory,
-  which leave all multiprocessors to the computation (`fsdp_exchange.py`); everything else, and on CPUs all, by the
-  collectives of the process group.
+- **How it travels.** Weights and gradients of the blocks and of the output layer move between GPUs of one host by
+  copies from memory to memory, which leave all multiprocessors to the computation (`fsdp_exchange.py`); everything
+  else, and on CPUs all, by the collectives of the process group.
 - **Copies without shards are HSDP with shards of length 1.** Nothing is gathered then, only cast; gradients are
   all-reduced unit by unit while the backward pass goes on. One mechanism, and names, checkpoints, CPU offload and
   accumulation are the same everywhere.
@@ -47,7 +47,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
-from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.parallel.fsdp_exchange import TURNS, PeerAllGather, PeerReduceScatter
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
 from titan_fp8.quantization.linear import Float8Linear
@@ -92,7 +92,7 @@ def apply_fsdp(
     units = _units(model)
     root: list[nn.Module] = [model]
     for number, modules in enumerate([*units, root]):
-        travels_by_peers = by_peers and isinstance(modules[0], TransformerBlock)
+        travels_by_peers = by_peers and (_is_block(modules) or _is_output(modules, model))
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
@@ -102,7 +102,12 @@ def apply_fsdp(
             ignored_params=in_place or None,
         )
     if by_peers:
-        _exchange_by_peers([unit for (unit, *_) in units if isinstance(unit, TransformerBlock)], mesh, reduce_dtype)
+        is_freed = _reshards(parallelism, mesh.degrees.pipeline > 1, is_last=True)
+        blocks = [unit for unit in units if _is_block(unit)]
+        output = [unit for unit in units if _is_output(unit, model)]
+        _exchange_by_peers(blocks, mesh, reduce_dtype, TURNS, TURNS)
+        # If it is freed after its forward pass, it is gathered twice in a row; its gradients come once a backward pass.
+        _exchange_by_peers(output, mesh, reduce_dtype, TURNS if is_freed else 1, 1)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -185,16 +190,25 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
     return False
 
 
-def _exchange_by_peers(units: list[nn.Module], mesh: ParallelMesh, reduce_dtype: torch.dtype) -> None:
-    """Have these units, one after the other, exchanged through peer memory."""
-    if not units:
-        return
+def _exchange_by_peers(
+    units: list[list[nn.Module]], mesh: ParallelMesh, reduce_dtype: torch.dtype, gathers: int, reductions: int
+) -> None:
+    """Have these units, one after the other, exchanged through peer memory: so many buffers of a size for gathers, and
+    so many for reductions."""
     group = mesh.shards.get_group()
-    gather, reduce = PeerAllGather(group), PeerReduceScatter(group, reduce_dtype)
-    for unit in units:
+    gather, reduce = PeerAllGather(group, gathers), PeerReduceScatter(group, reduce_dtype, reductions)
+    for unit, *_ in units:
         assert isinstance(unit, FSDPModule)
         unit.set_custom_all_gather(gather)
         unit.set_custom_reduce_scatter(reduce)
+
+
+def _is_block(unit: list[nn.Module]) -> bool:
+    return isinstance(unit[0], TransformerBlock)
+
+
+def _is_output(unit: list[nn.Module], model: Decoder) -> bool:
+    return model.output is not None and model.output in unit
 
 
 def _units(model: Decoder) -> list[list[nn.Module]]:

@@ -13,7 +13,7 @@ in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the 
 
 Two buffers of a size take turns, so that a unit's exchange can begin while the one before is still read. FSDP itself
 waits, before it gathers or reduces a unit, for what it has still to do with the unit before the last; a buffer that is
-in use all the same is an error. n elements of a shard.
+in use all the same is an error. A unit whose exchanges do not follow one another needs one. n elements of a shard.
 """
 
 import weakref
@@ -27,7 +27,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from titan_fp8.kernels.partial_sums import sum_parts
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
-_BUFFERS = 2
+TURNS = 2
+"""So many buffers of a size take turns."""
 
 
 class _Place:
@@ -51,22 +52,23 @@ class _Place:
 
 
 class _Places:
-    """Peer buffers of each size that take turns, made when they are first needed, by all ranks of the group."""
+    """`turns` peer buffers of each size, made when they are first needed, by all ranks of the group."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, turns: int) -> None:
         self.group = group
+        self.turns = turns
         self._places: dict[int, list[_Place]] = {}
 
     def next(self, size: int, device: torch.device) -> _Place:
         """The one whose turn it is."""
         places = self._places.setdefault(size, [])
-        if len(places) < _BUFFERS:
+        if len(places) < self.turns:
             places.append(_Place(PeerBuffer(self.group, size, device)))
             return places[-1]
         places.append(places.pop(0))
         if not places[-1].is_free:
             raise RuntimeError(
-                f"more units are exchanged at a time than the {_BUFFERS} buffers in peer memory hold; set "
+                f"more is exchanged at a time than buffers in peer memory hold ({self.turns} of a size); set "
                 "parallelism.fsdp_exchange to collectives"
             )
         return places[-1]
@@ -80,10 +82,11 @@ class PeerAllGather(AllGather):
 
     Args:
         group: the ranks that hold shards.
+        turns: buffers of a size; 1 if one gather is over before the next begins.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._places = _Places(group)
+    def __init__(self, group: dist.ProcessGroup, turns: int = TURNS) -> None:
+        self._places = _Places(group, turns)
         self._in_use: dict[int, PeerBuffer] = {}
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -116,10 +119,11 @@ class PeerReduceScatter(ReduceScatter):
     Args:
         group: the ranks that hold shards.
         sum_dtype: dtype of the sums.
+        turns: as for `PeerAllGather`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sum_dtype: torch.dtype) -> None:
-        self._places = _Places(group)
+    def __init__(self, group: dist.ProcessGroup, sum_dtype: torch.dtype, turns: int = TURNS) -> None:
+        self._places = _Places(group, turns)
         self._ranks = group.size()
         self._sum_dtype = sum_dtype
         self._place: _Place | None = None

@@ -19,6 +19,7 @@ Source: CUDA driver API, "Stream memory operations".
 import ctypes
 import functools
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ _WAIT_UNTIL_AT_LEAST = 0
 _symm: Any = symmetric_memory
 
 
+class _Held:
+    bytes = 0
+
+
+_held = _Held()
+
+
+def bytes_held() -> int:
+    """What the buffers of this process take of its GPU's memory, which PyTorch's allocator does not count."""
+    return _held.bytes
+
+
+def _give_back(size: int) -> None:
+    _held.bytes -= size
+
+
 class PeerBuffer:
     """`size` bytes on each GPU of a group, which all can read. Every rank of the group makes it, at the same time.
 
@@ -47,6 +64,8 @@ class PeerBuffer:
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
         self.rank, ranks = group.rank(), group.size()
         start = -(-size // _FLAG_BYTES) * _FLAG_BYTES
+        _held.bytes += start
+        weakref.finalize(self, _give_back, start)
         self._memory = _symm.empty(start + 2 * ranks * _FLAG_BYTES, dtype=torch.uint8, device=device)
         self._memory[start:].zero_()
         self._handle = _symm.rendezvous(self._memory, group.group_name)
