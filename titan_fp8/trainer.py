@@ -90,6 +90,8 @@ class Trainer:
         first_step, last_step = self.state.step + 1, training.steps
         tokens_logged = self.state.tokens_seen
         self._set_training(True)
+        for converter in self.converters:
+            converter.pre_training(self.parts)
         with (
             self._hooks() as after_step,
             closing(GarbageCollector(training.gc_freq, training.gc_debug)) as garbage,

@@ -70,6 +70,12 @@ class Float8LinearConverter:
         self._precomputes |= report.weights == _Weights.SHARD_CODES.value
         return report
 
+    def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
+        """With precomputed scales, the codes of the first step. FSDP would make them as it gathers, in the memory of
+        its own stream, which would keep that memory when later codes are made elsewhere."""
+        for part in model_parts if self._precomputes else ():
+            precompute_float8_dynamic_scale_for_fsdp(part)
+
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; with precomputed scales these are made again at once."""
         for part in model_parts:

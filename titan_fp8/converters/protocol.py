@@ -61,7 +61,7 @@ ONE_PROCESS = Placement()
 
 
 class Converter(Protocol):
-    """Rewrites a model in place before it is sharded, and may act after each optimizer step.
+    """Rewrites a model in place before it is sharded, and may act before the first step and after each optimizer step.
 
     Conversion needs no data: it works on the meta device, where a dry run finds every violation in a second.
     """
@@ -75,6 +75,10 @@ class Converter(Protocol):
         Raises:
             ConversionError: with all violations; the model is then unchanged.
         """
+        ...
+
+    def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
+        """Called once the weights are there, before the first step, as `post_optimizer` is after each."""
         ...
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:

@@ -55,7 +55,7 @@ def cast_activation(
 
     axis: ranks that hold other parts of the same tensor, which has one scale where a tensor has one.
     amax: the bits of a bound on the whole tensor, from which that one scale is computed; None: it is measured.
-    after: a gradient; of columns alone, the compiler then makes none before there is one (`producer_ops.py`).
+    after: a gradient; columns alone, the compiler then does not make in the forward pass to keep (`producer_ops.py`).
     """
     match recipe.granularity:
         case Granularity.TENSOR:
@@ -99,30 +99,31 @@ def _cast_blocks(
     return None, Codes(*ops.cast_block_columns(x, dtype, power_of_two, after))
 
 
-def cast_weight(weight: Tensor, recipe: Float8Recipe, axis: Axis | None = None) -> Codes:
-    """The weight `[N, K]` by rows, for `output`: the one quantization of it, from which all else is derived. axis: as
-    in `cast_activation`."""
+def cast_weight(weight: Tensor, recipe: Float8Recipe, axis: Axis | None = None, after: Tensor | None = None) -> Codes:
+    """The weight `[N, K]` by rows, for `output`: the one quantization of it, from which all else is derived. axis,
+    after: as in `cast_activation`."""
     dtype = recipe.weight_dtype
     match recipe.granularity:
         case Granularity.TENSOR:
-            return Codes(*ops.cast_tensor(weight, reduced_amax(weight, axis), dtype))
+            return Codes(*ops.cast_tensor(weight, reduced_amax(weight, axis), dtype, after))
         case Granularity.ROW:
-            return Codes(*ops.cast_rows(weight, dtype))
+            return Codes(*ops.cast_rows(weight, dtype, after))
         case Granularity.BLOCK:
-            return Codes(*ops.cast_blocks(weight, dtype, recipe.power_of_two_scales))
+            return Codes(*ops.cast_blocks(weight, dtype, recipe.power_of_two_scales, after))
 
 
-def weight_columns(rows: Codes, recipe: Float8Recipe) -> Codes:
-    """The weight by columns, `[K, N]`, for `grad_input`, from its row codes `[N, K]` as `cast_weight` made them."""
+def weight_columns(rows: Codes, recipe: Float8Recipe, after: Tensor | None = None) -> Codes:
+    """The weight by columns, `[K, N]`, for `grad_input`, from its row codes `[N, K]` as `cast_weight` made them. after:
+    as in `cast_activation`."""
     match recipe.granularity:
         case Granularity.TENSOR:
-            return Codes(ops.transpose_codes(rows.codes), rows.scale)
+            return Codes(ops.transpose_codes(rows.codes, after), rows.scale)
         case Granularity.ROW if recipe.one_scale_for_weight_columns:
-            return Codes(*ops.tensor_columns_from_rows(*rows))
+            return Codes(*ops.tensor_columns_from_rows(*rows, after))
         case Granularity.ROW:
-            return Codes(*ops.columns_from_rows(*rows))
+            return Codes(*ops.columns_from_rows(*rows, after))
         case Granularity.BLOCK:
-            return Codes(ops.transpose_codes(rows.codes), rows.scale.t().contiguous())
+            return Codes(ops.transpose_codes(rows.codes, after), rows.scale.t().contiguous())
 
 
 def cast_weight_both(weight: Tensor, recipe: Float8Recipe) -> tuple[Codes, Codes]:

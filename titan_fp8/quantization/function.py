@@ -209,7 +209,9 @@ class Float8LinearFunction(torch.autograd.Function):
             as_matrix(grad_output), recipe, config.parallel, rows=needs_grad_input, columns=columns
         )
         if g_rows is not None:
-            w_columns = columns_of_weight(weight, w_codes, w_scale, config, has_columns=ctx.has_columns)
+            w_columns = columns_of_weight(
+                weight, w_codes, w_scale, config, has_columns=ctx.has_columns, after=grad_output
+            )
             grad_input = config.gradient_product(g_rows, w_columns, ctx.input_dtype)
             if len(ctx.input_shape) != 2:
                 grad_input = grad_input.view(ctx.input_shape)
@@ -248,15 +250,22 @@ def _columns_of(x: Tensor, recipe: Float8Recipe, *, after: Tensor) -> Codes:
 
 
 def columns_of_weight(
-    weight: Tensor | None, codes: Tensor | None, scale: Tensor | None, config: Float8Config, *, has_columns: bool
+    weight: Tensor | None,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    config: Float8Config,
+    *,
+    has_columns: bool,
+    after: Tensor,
 ) -> Codes:
-    """The weight by columns `[K, N]` in backward, from what forward saved: the parameter, or codes and scale."""
+    """The weight by columns `[K, N]` in backward, from what forward saved: the parameter, or codes and scale. after: a
+    gradient, before which the compiler makes nothing of it."""
     recipe = config.recipe
     if weight is not None:
-        return weight_columns(cast_weight(weight, recipe, config.weight_axis), recipe)
+        return weight_columns(cast_weight(weight, recipe, config.weight_axis, after), recipe, after)
     assert codes is not None
     assert scale is not None
-    return Codes(codes, scale) if has_columns else weight_columns(Codes(codes, scale), recipe)
+    return Codes(codes, scale) if has_columns else weight_columns(Codes(codes, scale), recipe, after)
 
 
 def _unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _cast_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cast_tensor(x: Tensor, amax: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     codes, _, scale = float8.cast_tensor(x, amax, dtype, rows=True, columns=False)
     assert codes is not None
     return codes, scale
@@ -83,19 +83,19 @@ amax = register_operator("amax(Tensor x) -> Tensor", float8.amax, lambda x: x.ne
 """`amax(x [T, K])` -> int32 []: the bits of max |x| in fp32."""
 
 cast_tensor = register_operator(
-    "cast_tensor(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor)",
+    "cast_tensor(Tensor x, Tensor amax, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
     _cast_tensor,
-    lambda x, amax, dtype: (_rows(x, dtype), _scale(x)),
+    lambda x, amax, dtype, after=None: (_rows(x, dtype), _scale(x)),
 )
-"""`cast_tensor(x [T, K], amax [], dtype)` -> codes [T, K], scale []."""
+"""`cast_tensor(x [T, K], amax [], dtype, after)` -> codes [T, K], scale []; `after`, here and below, is not read: see
+`producer_ops.py`."""
 
 cast_tensor_columns = register_operator(
     "cast_tensor_columns(Tensor x, Tensor amax, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
     _cast_tensor_columns,
     lambda x, amax, dtype, after=None: (_columns(x, dtype), _scale(x)),
 )
-"""`cast_tensor_columns(x [T, K], amax [], dtype, after)` -> codes_t [K, padded(T)], scale []; `after` is not read, see
-`producer_ops.py`."""
+"""`cast_tensor_columns(x [T, K], amax [], dtype, after)` -> codes_t [K, padded(T)], scale []."""
 
 cast_tensor_both = register_operator(
     "cast_tensor_both(Tensor x, Tensor amax, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
@@ -105,11 +105,11 @@ cast_tensor_both = register_operator(
 """`cast_tensor_both(x [T, K], amax [], dtype)` -> codes [T, K], codes_t [K, padded(T)], scale []; one read of x."""
 
 cast_rows = register_operator(
-    "cast_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
-    float8.cast_rows,
-    lambda x, dtype: (_rows(x, dtype), _scale(x, x.shape[0], 1)),
+    "cast_rows(Tensor x, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda x, dtype, after=None: float8.cast_rows(x, dtype),
+    lambda x, dtype, after=None: (_rows(x, dtype), _scale(x, x.shape[0], 1)),
 )
-"""`cast_rows(x [T, K], dtype)` -> codes [T, K], scale [T, 1], powers of two."""
+"""`cast_rows(x [T, K], dtype, after)` -> codes [T, K], scale [T, 1], powers of two."""
 
 cast_columns = register_operator(
     "cast_columns(Tensor x, ScalarType dtype, Tensor? after=None) -> (Tensor, Tensor)",
@@ -126,21 +126,25 @@ cast_rows_and_columns = register_operator(
 """`cast_rows_and_columns(x [T, K], dtype)` -> codes [T, K], scale [T, 1], codes_t [K, padded(T)], scale_t [K, 1]."""
 
 columns_from_rows = register_operator(
-    "columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
-    float8.columns_from_rows,
-    lambda codes, scale: (_columns(codes, codes.dtype), _scale(codes, codes.shape[1], 1)),
+    "columns_from_rows(Tensor codes, Tensor scale, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda codes, scale, after=None: float8.columns_from_rows(codes, scale),
+    lambda codes, scale, after=None: (_columns(codes, codes.dtype), _scale(codes, codes.shape[1], 1)),
 )
-"""`columns_from_rows(codes [T, K], scale [T, 1])` -> codes_t [K, padded(T)], scale_t [K, 1]."""
+"""`columns_from_rows(codes [T, K], scale [T, 1], after)` -> codes_t [K, padded(T)], scale_t [K, 1]."""
 
 tensor_columns_from_rows = register_operator(
-    "tensor_columns_from_rows(Tensor codes, Tensor scale) -> (Tensor, Tensor)",
-    float8.tensor_columns_from_rows,
-    lambda codes, scale: (_transposed(codes), _scale(codes)),
+    "tensor_columns_from_rows(Tensor codes, Tensor scale, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda codes, scale, after=None: float8.tensor_columns_from_rows(codes, scale),
+    lambda codes, scale, after=None: (_transposed(codes), _scale(codes)),
 )
-"""`tensor_columns_from_rows(codes [N, K], scale [N, 1])` -> codes_t [K, N], scale [], a power of two."""
+"""`tensor_columns_from_rows(codes [N, K], scale [N, 1], after)` -> codes_t [K, N], scale [], a power of two."""
 
-transpose_codes = register_operator("transpose_codes(Tensor codes) -> Tensor", float8.transpose_codes, _transposed)
-"""`transpose_codes(codes [N, K])` -> [K, N], the same bytes."""
+transpose_codes = register_operator(
+    "transpose_codes(Tensor codes, Tensor? after=None) -> Tensor",
+    lambda codes, after=None: float8.transpose_codes(codes),
+    lambda codes, after=None: _transposed(codes),
+)
+"""`transpose_codes(codes [N, K], after)` -> [K, N], the same bytes."""
 
 cast_block_rows = register_operator(
     "cast_block_rows(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
@@ -170,11 +174,11 @@ cast_block_both = register_operator(
 """`cast_block_both(x [T, K], dtype, power_of_two)` -> codes, scale, codes_t, scale_t as above, one read."""
 
 cast_blocks = register_operator(
-    "cast_blocks(Tensor w, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
-    blockwise.cast_blocks,
-    lambda w, dtype, power_of_two: (_rows(w, dtype), _scale(w, blocks(w.shape[0]), blocks(w.shape[1]))),
+    "cast_blocks(Tensor w, ScalarType dtype, bool power_of_two, Tensor? after=None) -> (Tensor, Tensor)",
+    lambda w, dtype, power_of_two, after=None: blockwise.cast_blocks(w, dtype, power_of_two),
+    lambda w, dtype, power_of_two, after=None: (_rows(w, dtype), _scale(w, blocks(w.shape[0]), blocks(w.shape[1]))),
 )
-"""`cast_blocks(w [N, K], dtype, power_of_two)` -> codes [N, K], scale [N/128, K/128]; one read of w."""
+"""`cast_blocks(w [N, K], dtype, power_of_two, after)` -> codes [N, K], scale [N/128, K/128]; one read of w."""
 
 scaled_mm = register_operator(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype, "

@@ -159,7 +159,7 @@ class Saved:
         plan = self._plan
         weight, codes, scale = self._weights[number]
         has_columns = plan.weights[number].has_columns
-        w_columns = columns_of_weight(weight, codes, scale, plan.config, has_columns=has_columns)
+        w_columns = columns_of_weight(weight, codes, scale, plan.config, has_columns=has_columns, after=g_rows.codes)
         return plan.config.gradient_product(g_rows, w_columns, plan.dtype)
 
     def grad_weight(self, g_columns: Codes | None, x_columns: Codes, number: int) -> Tensor | None:

@@ -123,8 +123,9 @@ def test_scales_are_computed_ahead_exactly_if_asked_for(precompute: bool, monkey
     subject = converter(placement=TWO_SHARDS, precompute_float8_dynamic_scale_for_fsdp=precompute, **GATHER)
     for part in parts:
         subject.convert(part)
-    subject.post_optimizer(parts)
-    assert called == (parts if precompute else [])
+    for number, call in enumerate((subject.pre_training, subject.post_optimizer), start=1):
+        call(parts)
+        assert called == (number * parts if precompute else [])
 
 
 def test_weights_that_each_rank_has_whole_are_cast_together_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
