@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Train a model of about 100M parameters in bf16 and in every float8 recipe, and compare the losses.
+"""Train a model in bf16 and in every float8 recipe, and compare the losses.
 
     python scripts/loss_parity.py --data TOKENS --out RUNS -- --model.hf_assets_path TOKENIZER
+    python scripts/loss_parity.py --data TOKENS --out RUNS --size 375m --steps 1500 --validate --lanes 4 -- ...
     python scripts/loss_parity.py --data TOKENS --out RUNS --gpus 1,2 --rows bf16,tensorwise,rowwise,blockwise -- ...
     python scripts/loss_parity.py --out RUNS --tiny --emulate          # on a CPU: shows that everything runs
 
@@ -13,17 +14,23 @@ With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for 
 computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs
 do at once: the steps see the same sequences in the same number.
 
-The loss of a run is the mean over its last `--average` steps. `--data` is a folder written by `titan-fp8 prepare`;
-without it the built-in synthetic text is used. A run in `--out` that has finished already is not run again.
+With `--lanes 4` four rows run at a time, each on GPUs of its own, in processes that see no others.
+
+The loss of a run is the mean over its last `--average` logged steps; with `--validate` there is also the loss on all
+validation tokens, ten times in a run and at its end, by which rows are then compared. `--data` is a folder written by
+`titan-fp8 prepare`; without it the built-in synthetic text is used. A run in `--out` that has finished already is not
+run again.
 """
 
 import argparse
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +39,15 @@ from bench_common import append_records, markdown_table
 REPO = Path(__file__).resolve().parent.parent
 SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
-ROWS = (*SEEDS, *RECIPES)
+HEAD = "tensorwise-head"
+"""Tensorwise, the output layer too."""
+ROWS = (*SEEDS, *RECIPES, HEAD)
 FLOAT8 = "quantize.linear.float8"
-MODEL = {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 2048, "vocab_size": 16384}
-"""110M parameters with two tables of 16,384 codes; every dimension a multiple of 128."""
+MODELS = {
+    "110m": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 2048, "vocab_size": 16384},
+    "375m": {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "ffn_dim": 2816, "vocab_size": 32768},
+}
+"""By the number of parameters, with both tables; every dimension is a multiple of 128."""
 TINY_MODEL = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "vocab_size": 512}
 
 
@@ -46,8 +58,12 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="token shards written by `titan-fp8 prepare`")
     add("--rows", default=",".join(ROWS), help="comma-separated (default: all: " + ", ".join(ROWS) + ")")
     add("--gpus", default="1", help="comma-separated numbers of processes, each with every row")
+    add("--lanes", type=int, default=1, help="rows that run at a time, each on GPUs of its own")
+    add("--size", choices=MODELS, default="110m", help="model (default: 110m)")
     add("--steps", type=int, help="default: 220")
-    add("--average", type=int, help="last steps that a run's loss is the mean of (default: 20)")
+    add("--validate", action="store_true", help="measure the loss on the validation tokens too")
+    add("--log-every", type=int, default=1, help="steps between two losses that are logged")
+    add("--average", type=int, help="last logged steps that a run's loss is the mean of (default: 20)")
     add("--global-batch", type=int, default=16, help="sequences a step")
     add("--microbatch", type=int, default=8, help="sequences of a rank in one microbatch")
     add("--seq-len", type=int, help="default: 2048")
@@ -62,7 +78,7 @@ def arguments() -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> None:
     """Fill in what depends on `--tiny`, and refuse what cannot be."""
-    args.model = TINY_MODEL if args.tiny else MODEL
+    args.model = TINY_MODEL if args.tiny else MODELS[args.size]
     args.steps = args.steps or (6 if args.tiny else 220)
     args.average = args.average or (2 if args.tiny else 20)
     args.seq_len = args.seq_len or (64 if args.tiny else 2048)
@@ -70,7 +86,7 @@ def settle(args: argparse.Namespace) -> None:
     unknown = set(args.rows) - set(ROWS)
     if unknown:
         raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
-    if not set(RECIPES).isdisjoint(args.rows) and "bf16" not in args.rows:
+    if not {*RECIPES, HEAD}.isdisjoint(args.rows) and "bf16" not in args.rows:
         raise SystemExit("float8 rows are compared with bf16; add it to --rows")
     for gpus in args.worlds:
         if args.global_batch % (args.microbatch * gpus):
@@ -78,8 +94,12 @@ def settle(args: argparse.Namespace) -> None:
                 f"--global-batch {args.global_batch} is no multiple of {gpus} ranks times --microbatch "
                 f"{args.microbatch}; change one of them"
             )
-    if args.average > args.steps:
-        raise SystemExit(f"--average {args.average} is more than --steps {args.steps}")
+    if args.lanes < 1:
+        raise SystemExit(f"--lanes {args.lanes}: at least one row must run at a time")
+    if args.average * args.log_every > args.steps:
+        raise SystemExit(
+            f"--average {args.average} times --log-every {args.log_every} is more than --steps {args.steps}"
+        )
 
 
 def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -96,15 +116,24 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
         "optimizer.lr": 3e-4,
         "lr_scheduler.warmup_steps": max(1, args.steps // 5),
         "activation_checkpoint.mode": "none",
-        "metrics.log_freq": 1,
+        "metrics.log_freq": args.log_every,
         "debug.seed": seed,
         **{f"model.overrides.{key}": value for key, value in args.model.items()},
     }
     if args.data:
         options["training.dataset_path"] = args.data
     flags = ["compile.enable"] if args.compile else []
-    if row in RECIPES:
-        options |= {"model.converters": FLOAT8, f"{FLOAT8}.recipe_name": row, f"{FLOAT8}.filter_fqns": "output"}
+    if args.validate:
+        flags.append("validation.enable")
+        options |= {
+            "validation.freq": max(1, args.steps // 10),
+            "validation.steps": -1 if args.data else 2,
+            "validation.seq_len": args.seq_len,
+            "validation.local_batch_size": args.microbatch,
+        }
+    if row not in SEEDS:
+        recipe, filtered = ("tensorwise", "") if row == HEAD else (row, "output")
+        options |= {"model.converters": FLOAT8, f"{FLOAT8}.recipe_name": recipe, f"{FLOAT8}.filter_fqns": filtered}
         if args.emulate:
             options[f"{FLOAT8}.emulate"] = "true"
         if gpus > 1 and not args.no_all_gather:
@@ -116,8 +145,17 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
     return [*given, *(f"--{flag}" for flag in flags), *args.overrides]
 
 
-def run(row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run: its losses by step, or its exit code and the end of its log."""
+def run(row: str, gpus: int, args: argparse.Namespace, lanes: "queue.Queue[int]") -> dict[str, Any]:
+    """One run, on the GPUs of a free lane: its losses by step, or its exit code and the end of its log."""
+    lane = lanes.get()
+    try:
+        return run_on(lane, row, gpus, args)
+    finally:
+        lanes.put(lane)
+
+
+def run_on(lane: int, row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The same on the GPUs `lane * gpus` and those after it."""
     name = f"{row}-{gpus}gpu"
     folder = args.out / name
     command = ["./run_train.sh", *options_of(row, gpus, args, folder.resolve())]
@@ -125,6 +163,8 @@ def run(row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
     if finished.exists() and (record := json.loads(finished.read_text()))["command"] == command:
         return record
     environment = {**os.environ, "CONFIG_FILE": str(args.config.resolve()), "NGPU": str(gpus)}
+    if args.lanes > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(lane * gpus + number) for number in range(gpus))
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with open(args.out / f"{name}.log", "w") as log:
@@ -137,6 +177,10 @@ def run(row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
         record["losses"] = losses
         record["final_loss"] = statistics.fmean(losses[-args.average :])
         record["tps"] = statistics.median(line["tps"] for line in lines[len(lines) // 2 :])
+        if args.validate:
+            validations = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+            record["validations"] = [(line["step"], line["validation_loss"]) for line in validations]
+            record["validation_loss"] = validations[-1]["validation_loss"]
         finished.write_text(json.dumps(record))
     else:
         print("\n".join((args.out / f"{name}.log").read_text().splitlines()[-15:]))
@@ -168,6 +212,18 @@ def table(records: list[dict[str, Any]], average: int) -> str:
     return markdown_table((*columns, f"less that on {worlds[0]} GPU (largest of a step)", "tok/s/GPU"), lines)
 
 
+def validation_table(records: list[dict[str, Any]]) -> str:
+    """Validation loss of each run at its end, and how far it is from that of bf16 with the same seed and GPUs, in per
+    cent; for bf16 that of the other seeds."""
+    final = {(r["row"], r["gpus"]): r["validation_loss"] for r in records if r["exit_code"] == 0}
+    lines = []
+    for (row, gpus), loss in final.items():
+        base = final.get(("bf16", gpus))
+        apart = "" if row == "bf16" or base is None else f"{100 * (loss / base - 1):+.3f} %"
+        lines.append((row, gpus, f"{loss:.4f}", apart))
+    return markdown_table(("row", "GPUs", "validation loss", "from bf16's"), lines)
+
+
 def spread_of_seeds(final: dict[tuple[str, int], float], gpus: int) -> float | None:
     """Largest minus smallest final loss of the bf16 seeds; None with fewer than two of them."""
     seeds = [final[row, gpus] for row in SEEDS if (row, gpus) in final]
@@ -185,16 +241,23 @@ def difference(final: dict, losses: dict, key: tuple[str, int], other: tuple[str
 def main() -> int:
     args = arguments()
     settle(args)
+    lanes: queue.Queue[int] = queue.Queue()
+    for lane in range(args.lanes):
+        lanes.put(lane)
     records = []
     for gpus in args.worlds:
-        for row in args.rows:
-            record = run(row, gpus, args)
-            records.append(record)
-            append_records(args.out, [record])
-            loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"
-            print(f"{row} on {gpus}: {loss} [{record['wall_s']} s]", flush=True)
-    print(f"\n{args.steps} steps of {args.global_batch} x {args.seq_len} tokens; mean of the last {args.average}\n")
+        with ThreadPoolExecutor(args.lanes) as pool:
+            for record in pool.map(lambda row, gpus=gpus: run(row, gpus, args, lanes), args.rows):
+                records.append(record)
+                append_records(args.out, [record])
+                loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"
+                print(f"{record['row']} on {gpus}: {loss} [{record['wall_s']} s]", flush=True)
+    print(
+        f"\n{args.steps} steps of {args.global_batch} x {args.seq_len} tokens; mean of the last {args.average} logged\n"
+    )
     print(table(records, args.average))
+    if args.validate:
+        print(f"\n{validation_table(records)}")
     return int(any(record["exit_code"] for record in records))
 
 

@@ -63,6 +63,35 @@ def test_a_loss_is_compared_with_bf16_of_its_own_world_and_with_the_smallest_wor
     assert cells["| rowwise", "2"][3:6] == ["+0.0500 (0.0500)", "0.3000", "+0.1500 (0.1500)"]
 
 
+def test_validation_losses_are_compared_with_bf16_in_per_cent(load):
+    script = load("loss_parity")
+    runs = {("bf16", 1): 2.0, ("bf16-seed1", 1): 2.02, ("rowwise", 1): 1.99, ("rowwise", 2): 2.25}
+    records = [{"row": row, "gpus": gpus, "exit_code": 0, "validation_loss": loss}
+               for (row, gpus), loss in runs.items()]  # fmt: skip
+    records.append({"row": "blockwise", "gpus": 1, "exit_code": 1})
+    cells = [line.strip("| ").split(" | ") for line in script.validation_table(records).splitlines()[2:]]
+    assert [line[-1] for line in cells[1:3]] == ["+1.000 %", "-0.500 %"]
+    assert [line[:3] for line in cells] == [["bf16", "1", "2.0000"], ["bf16-seed1", "1", "2.0200"],
+                                            ["rowwise", "1", "1.9900"], ["rowwise", "2", "2.2500"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ["bf16-seed2", "tensorwise", "tensorwise-head"])
+def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, row):
+    script = load("loss_parity")
+    words = ["--out", str(tmp_path), "--size", "375m", "--steps", "1500", "--log-every", "10", "--validate"]
+    monkeypatch.setattr(sys, "argv", ["loss_parity.py", *words, "--rows", f"bf16,{row}"])
+    args = script.arguments()
+    script.settle(args)
+    job, _ = load_job_config(["--job.config_file", str(args.config), *script.options_of(row, 1, args, tmp_path)])
+    assert (job.training.steps, job.metrics.log_freq, job.debug.seed) == (1500, 10, 2 if row == "bf16-seed2" else 0)
+    assert (job.validation.enable, job.validation.freq, job.validation.steps) == (True, 150, 2)
+    assert job.model.overrides.n_layers == 24
+    assert bool(job.model.converters) == (row != "bf16-seed2")
+    assert job.quantize.linear.float8.filter_fqns == (
+        [] if row == "tensorwise-head" else ["output"] * (row != "bf16-seed2")
+    )
+
+
 def test_a_row_of_the_peer_is_left_out_only_where_nobody_asked_for_it(load, monkeypatch, capsys):
     script = load("bench_common")
     monkeypatch.setattr(script, "peer_is_here", lambda: False)
