@@ -26,8 +26,10 @@ while the GPU works, as it does for its users; ours reads tokens.
 
 tok/s per GPU is the median over a run's logged steps after the warm-up, and in the table the median over the repeats,
 with their largest minus their smallest as the spread. Peak memory is the highest reserved amount of rank 0; losses are
-those of the first repeat. A side that fails in a row is not run again there. With `--resume`, runs that ended well
-before, with the same options, versions and device, are taken from `results.jsonl`.
+those of the first repeat. The first step is the time from the command to its log line, of the first repeat and, after a
+stroke, the median of the others, which find the compiler's caches. A side that fails in a row is not run again there.
+With `--resume`, runs that ended well before, with the same options, versions and device, are taken from
+`results.jsonl`.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from typing import Any
 import profile_table
 from bench_common import append_records
 from bench_meshes import CHECKPOINTING
-from bench_runs import REPO, TIMED_OUT, figures, last_error, read_metrics, run_command
+from bench_runs import REPO, TIMED_OUT, FirstMatch, figures, last_error, read_metrics, run_command
 from peer.install import PEER, REQUIREMENTS
 from peer.jobs import (
     JOBS,
@@ -59,7 +61,7 @@ from peer.jobs import (
     extra_row,
     turns,
 )
-from peer.log import read_parameters, read_steps
+from peer.log import FIRST_STEP, read_parameters, read_steps
 from peer.table import table
 from peer.text import write_peer_text
 
@@ -174,9 +176,10 @@ def execute(run: Run, args: argparse.Namespace, found: Mapping[str, Any]) -> dic
     else:
         environment = peer_environment(args.site, args.out, job.gpus)
     settings = settings_of(run, args, found)
-    code, wall_s = run_command(settings["command"], log, environment, args.row_timeout)
+    with FirstMatch(log, FIRST_STEP) as first:
+        code, wall_s = run_command(settings["command"], log, environment, args.row_timeout)
     record = {"job": run.job, "row": run.row.name, "side": run.side, "repeat": run.repeat, **settings}
-    record |= {"exit_code": code, "wall_s": round(wall_s, 1)}
+    record |= {"exit_code": code, "wall_s": round(wall_s, 1), "first_step_s": first.seconds}
     if code == TIMED_OUT:
         return record | {"error": f"ended after {args.row_timeout:g} s; last: {last_error(log)}"}
     if code:

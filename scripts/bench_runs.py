@@ -6,6 +6,7 @@ import re
 import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,6 +46,38 @@ def run_command(
             if process.returncode is None:
                 _kill_with_descendants(process)
     return code, time.monotonic() - begin
+
+
+class FirstMatch:
+    """Watches a log that a command writes: `with FirstMatch(log, pattern) as first: run_command(...)`.
+
+    Attributes:
+        seconds: from the beginning to the first line in which the pattern is found, to 0.1 s; None: there was none.
+    """
+
+    def __init__(self, log: Path, pattern: re.Pattern[str]) -> None:
+        self.seconds: float | None = None
+        self._log, self._pattern = log, pattern
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "FirstMatch":
+        self._log.unlink(missing_ok=True)  # that of a run before
+        self._begin = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self.seconds is None:
+            is_last = self._ended.wait(0.1)
+            if self._log.exists() and self._pattern.search(self._log.read_text(errors="replace")):
+                self.seconds = time.monotonic() - self._begin
+            if is_last:
+                return
 
 
 @contextmanager

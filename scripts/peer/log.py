@@ -13,6 +13,8 @@ import math
 import re
 from typing import Any
 
+FIRST_STEP = re.compile(r"\bstep:? +1\b.* loss")
+"""Finds the log line of step 1, theirs or ours, without colors."""
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(
     r"\bstep:\s*(?P<step>[\d,]+)\s+loss:\s*(?P<loss>\S+)\s+grad_norm:\s*(?P<grad_norm>\S+)"

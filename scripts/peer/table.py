@@ -15,9 +15,11 @@ def table(rows: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
         sides = [[r for r in records if (r["row"], r["side"]) == (row, side)] for side in (OURS, THEIRS)]
         speeds = [speed(of_side) for of_side in sides]
         ratio = f"{speeds[0] / speeds[1]:.3f}" if speeds[0] and speeds[1] else ""
-        cells.append((row, *map(speed_cell, sides), ratio, *map(memory_cell, sides), *map(loss_cell, sides)))
+        others = (cell(of_side) for cell in (memory_cell, start_cell, loss_cell) for of_side in sides)
+        cells.append((row, *map(speed_cell, sides), ratio, *others))
     speeds_of = ("ours, tok/s/GPU [spread]", "peer, tok/s/GPU [spread]", "ratio")
-    columns = ("row", *speeds_of, "ours, peak GiB", "peer, peak GiB", "ours, loss", "peer, loss")
+    figures = ("peak GiB", "first step, s", "loss")
+    columns = ("row", *speeds_of, *(f"{side}, {figure}" for figure in figures for side in ("ours", "peer")))
     return markdown_table(columns, cells)
 
 
@@ -46,6 +48,15 @@ def speed_cell(records: Sequence[dict[str, Any]]) -> str:
 def memory_cell(records: Sequence[dict[str, Any]]) -> str:
     """The highest peak."""
     return f"{max(r['memory_gib'] for r in counted(records)):.1f}" if counted(records) else ""
+
+
+def start_cell(records: Sequence[dict[str, Any]]) -> str:
+    """`42 / 25`: seconds to the first step of the first run, and the median of those of the others."""
+    first, *others = [r.get("first_step_s") for r in counted(records)] or [None]
+    known = [seconds for seconds in others if seconds is not None]
+    if first is None:
+        return ""
+    return f"{first:.0f}" + (f" / {statistics.median(known):.0f}" if known else "")
 
 
 def loss_cell(records: Sequence[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,7 +248,10 @@ def failed(row: str, side: str, repeat: int | str, error: str) -> dict:
 
 def test_a_table_has_medians_spreads_and_ratios_and_says_why_a_side_failed(load):
     records = [
-        *(record_of("a", "ours", repeat, tps) for repeat, tps in enumerate((50_000, 51_000, 49_000), 1)),
+        *(
+            record_of("a", "ours", repeat, tps, first_step_s=20.0 + 100 / repeat)
+            for repeat, tps in enumerate((50_000, 51_000, 49_000), 1)
+        ),
         *(record_of("a", "peer", repeat, tps) for repeat, tps in enumerate((40_000, 39_000, 40_400), 1)),
         record_of("a", "ours", "profile", 10_000),
         record_of("b", "ours", 1, 30_000, last_loss=None),
@@ -260,11 +264,30 @@ def test_a_table_has_medians_spreads_and_ratios_and_says_why_a_side_failed(load)
     a, b, c = cells
     assert a == [
         *("a", "50,000 [4.0 %]", "40,000 [3.5 %]", "1.250", "51.0", "40.4"),
-        *("12.200 -> 8.500", "12.200 -> 8.400"),
+        *("120 / 62", "", "12.200 -> 8.500", "12.200 -> 8.400"),
     ]
     assert b[1:4] == ["30,000 [one run], then failed: exit code 9: x", "failed: exit code 1: ValueError: a / b", ""]
-    assert b[4:] == ["30.0", "", "12.200 -> n/a", ""]
-    assert c == ["c", "45,000 [one run]", "", "", "45.0", "", "12.200 -> 8.450", ""]
+    assert b[4:] == ["30.0", "", "", "", "12.200 -> n/a", ""]
+    assert c == ["c", "45,000 [one run]", "", "", "45.0", "", "", "", "12.200 -> 8.450", ""]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[rank0]:09:37:47 rank 0 I step  1/20   loss  12.1642   grad_norm   9.1748",
+        "[rank0]:[titan] 2026-11-26 09:38:30,667 - root - INFO - step:  1  loss: 12.27632  grad_norm:  9.6842",
+    ],
+)
+def test_the_time_to_the_first_step_is_that_of_its_log_line(load, tmp_path, line):
+    runs, pattern, log = load("bench_runs"), load("peer.log").FIRST_STEP, tmp_path / "log"
+    log.write_text(line)  # of an earlier run
+    others = [line.replace(" 1", " 11", 1).replace("step: 11", "step: 10"), "training to step 1"]
+    code = "import sys, time; print(sys.argv[1], flush=True); time.sleep(0.6); print(sys.argv[2], flush=True)"
+    for last, expected in ((line, True), (others[0], False)):
+        with runs.FirstMatch(log, pattern) as first:
+            runs.run_command([sys.executable, "-c", code, "\n".join(others), last], log, dict(os.environ))
+        assert (first.seconds is not None) == expected
+        assert first.seconds is None or first.seconds >= 0.6
 
 
 FAILING: set[str] = set()
