@@ -54,7 +54,6 @@ from peer.jobs import (
     OURS,
     PROFILE,
     ROWS,
-    SEQ_LEN,
     Job,
     Run,
     command_of,
@@ -111,12 +110,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def peer_environment(site: Path, out: Path, gpus: int) -> dict[str, str]:
-    """This environment with the peer's packages before all others; the caches of its data are in `out`."""
-    environment = dict(os.environ)
+def peer_environment(site: Path, out: Path, gpus: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An environment with the peer's packages before all others; the caches of its data are in `out`."""
+    environment = dict(environment)
     # What ./run_train.sh sets for ours.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    path = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
     return environment | {
         "PYTHONPATH": os.pathsep.join(path),
         # The launcher's folder is none to import from.
@@ -167,14 +166,17 @@ def settings_of(run: Run, args: argparse.Namespace, found: Mapping[str, Any]) ->
     return settings | {"versions": found["versions"], "device": found["devices"][0]}
 
 
-def execute(run: Run, args: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Run it: its figures, or its exit code and what its log ends with."""
+def execute(
+    run: Run, args: argparse.Namespace, found: Mapping[str, Any], base: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """Run it, in the environment `base` and what its side adds: its figures, or its exit code and what its log ends
+    with."""
     job = JOBS[run.job]
     log = args.out / f"{run.name}.log"
     if run.side == OURS:
-        environment = {**os.environ, "CONFIG_FILE": str(CONFIG), "NGPU": str(job.gpus), "LOG_RANK": "0"}
+        environment = {**base, "CONFIG_FILE": str(CONFIG), "NGPU": str(job.gpus), "LOG_RANK": "0"}
     else:
-        environment = peer_environment(args.site, args.out, job.gpus)
+        environment = peer_environment(args.site, args.out, job.gpus, base)
     settings = settings_of(run, args, found)
     with FirstMatch(log, FIRST_STEP) as first:
         code, wall_s = run_command(settings["command"], log, environment, args.row_timeout)
@@ -267,13 +269,13 @@ def main() -> int:
     failed = False
     for name in args.jobs:
         job = JOBS[name]
-        tokens = args.steps * job.global_batch * (SEQ_LEN + 1)
+        tokens = args.steps * job.global_batch * (job.seq_len + 1)
         write_peer_text(args.data, args.tokenizer, args.out / name, ranks=job.gpus, tokens=tokens)
         records = run_job(name, args, found)
         failed |= any("error" in record for record in records)
         versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
         print(f"\n{name}: {job.gpus} x {found['devices'][0]}, {versions}, ours at revision {revision()}")
-        print(f"{job.layers} layers, {args.steps} steps of {job.global_batch} x {SEQ_LEN} tokens, --ac {args.ac}\n")
+        print(f"{job.layers} layers, {args.steps} steps of {job.global_batch} x {job.seq_len} tokens, --ac {args.ac}\n")
         print(table([row.name for row in args.rows], records))
         if args.profile:
             print(f"\n{profiles(name, args, records)}")

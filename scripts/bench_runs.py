@@ -85,6 +85,9 @@ def _termination_raises() -> Iterator[None]:
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, leave)
     try:
         yield

@@ -27,7 +27,6 @@ SAME: dict[str, Any] = {
     "optimizer.beta2": 0.95,
     "optimizer.eps": 1e-8,
     "optimizer.weight_decay": 0.1,
-    "training.seq_len": SEQ_LEN,
     "training.max_norm": 1.0,
     "training.dtype": "float32",
     "training.mixed_precision_param": "bfloat16",
@@ -44,12 +43,13 @@ SAME: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A model on a number of GPUs. Batches are in sequences."""
+    """A model on a number of GPUs. Batches are in sequences of `seq_len` tokens."""
 
     gpus: int
     layers: int
     local_batch: int
     global_batch: int
+    seq_len: int = SEQ_LEN
 
 
 JOBS = {
@@ -127,6 +127,7 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "optimizer.lr": args.lr,
         "lr_scheduler.warmup_steps": args.steps,
         "training.steps": args.steps,
+        "training.seq_len": job.seq_len,
         "training.local_batch_size": job.local_batch,
         "training.global_batch_size": job.global_batch,
         "compile.enable": run.row.compiled,
@@ -148,6 +149,7 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
         "model.hf_assets_path": args.tokenizer,
         "model.overrides.n_layers": JOBS[run.job].layers,
         "model.overrides.vocab_size": args.vocab_size,
+        "model.overrides.max_seq_len": JOBS[run.job].seq_len,
         "training.dataset": "tokens",
         "training.dataset_path": args.data,
         "training.shuffle": False,

@@ -81,7 +81,9 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
         assert off.isdisjoint(theirs), (job, row)
         known = theirs.keys() - own - OWN_CHOICES
         assert {key: ours[key] for key in known} == {key: theirs[key] for key in known}, (job, row)
-        only_ours = {"model.overrides.n_layers", "model.overrides.vocab_size", "training.shuffle"}
+        only_ours = {f"model.overrides.{key}" for key in ("n_layers", "vocab_size", "max_seq_len")} | {
+            "training.shuffle"
+        }
         if row.recipe != "rowwise":
             only_ours.add(f"{FLOAT8}.recipe_name" if row.recipe else "model.converters")
         assert ours.keys() - theirs.keys() - off - OWN_CHOICES == only_ours, (job, row)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Find the largest batch and the longest sequence that fit one GPU, with this project and with the peer.
+
+    scripts/bench_peers.sh ... --repeats 1                                     once: installs the peer in RUNS/peer_site
+    python scripts/bench_fit.py --data TOKENS --tokenizer DIR --out RUNS
+    python scripts/bench_fit.py ... --lanes 4                                  four searches at a time, a GPU each
+
+Llama 3 8B dims, 8 of 32 layers, the options of `bench_peers.py`'s row (tensorwise, compiled). `batch` is sequences of
+8192 tokens, `sequence` the length of one sequence in steps of 8192. A size fits if it trains for a few steps. The
+search begins with two small sizes, goes on where their peaks of memory say that the device is full, and ends with a
+size that fits beside one that does not.
+"""
+
+import argparse
+import json
+import os
+import queue
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench_common import append_records, markdown_table
+from bench_peers import check_devices, execute, inspect_peer
+from peer.jobs import JOBS, LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
+from peer.text import write_peer_text
+
+LAYERS = 8
+KINDS = ("batch", "sequence")
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory")
+Result = Mapping[str, Any]
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="token shards written by `titan-fp8 prepare`")
+    add("--tokenizer", type=Path, required=True, help="folder of the tokenizer that they were written with")
+    add("--out", type=Path, required=True, help="folder for runs, logs and fit.jsonl")
+    add("--site", type=Path, help="folder that the peer is installed in (default: OUT/peer_site)")
+    add("--row", default="tensorwise-compiled", choices=ROWS, help="configuration (default: tensorwise-compiled)")
+    add("--kinds", default=",".join(KINDS), help="comma-separated (default: batch,sequence)")
+    add("--sides", default=f"{OURS},{THEIRS}", help="comma-separated (default: ours,peer)")
+    add("--lanes", type=int, default=1, help="searches at a time, each on a GPU of its own (default: 1)")
+    add("--row-timeout", type=float, default=300, help="seconds after which a run is ended (default: 300)")
+    args = parser.parse_args(argv)
+    for option, known in (("kinds", KINDS), ("sides", (OURS, THEIRS))):
+        chosen = getattr(args, option).split(",")
+        unknown = set(chosen) - set(known)
+        if unknown:
+            raise SystemExit(f"--{option}: no such name: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        setattr(args, option, chosen)
+    args.site = args.site or args.out / "peer_site"
+    for name in ("data", "tokenizer", "out", "site"):
+        setattr(args, name, getattr(args, name).expanduser().resolve())
+    # What the runs of bench_peers.py are told besides.
+    args.steps, args.warm_up, args.lr, args.ac = LOG_FREQ, 0, 3e-4, "op"
+    args.vocab_size, args.peer_options = 128256, []
+    return args
+
+
+def largest(try_size: Callable[[int], Result], capacity_gib: float) -> tuple[int, dict[int, Result]]:
+    """The largest size that fits, and what was found out about each size tried.
+
+    Args:
+        try_size: trains with a size and returns `memory_gib`, or an `error`.
+        capacity_gib: of the device; it decides where to look, not what fits.
+
+    Raises:
+        SystemExit: a run failed for another reason than memory, or the smallest does not fit.
+    """
+    tried: dict[int, Result] = {}
+
+    def fits(size: int) -> bool:
+        if size not in tried:
+            tried[size] = try_size(size)
+            error = tried[size].get("error")
+            if error and not any(words in error for words in OUT_OF_MEMORY):
+                raise SystemExit(f"size {size} failed, but not for memory: {error}")
+        return "error" not in tried[size]
+
+    if not fits(1):
+        raise SystemExit(f"the smallest size does not fit: {tried[1]['error']}")
+    guess = 2
+    if fits(2):
+        a_size = tried[2]["memory_gib"] - tried[1]["memory_gib"]
+        guess = 2 + int((capacity_gib - tried[2]["memory_gib"]) / max(a_size, 0.1))
+    while not fits(guess):
+        guess -= 1
+    while fits(guess + 1):
+        guess += 1
+    return guess, tried
+
+
+def job_of(kind: str, size: int) -> Job:
+    """The training of a size."""
+    if kind == "batch":
+        return Job(gpus=1, layers=LAYERS, local_batch=size, global_batch=size)
+    return Job(gpus=1, layers=LAYERS, local_batch=1, global_batch=1, seq_len=size * SEQ_LEN)
+
+
+def search(
+    kind: str, side: str, args: argparse.Namespace, found: Mapping[str, Any], lanes: "queue.Queue[int]"
+) -> dict[str, Any]:
+    """The largest size of a kind for a side, on the GPU of a free lane."""
+    lane = lanes.get()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(lane)} if args.lanes > 1 else dict(os.environ)
+
+    def try_size(size: int) -> Result:
+        name = f"fit-{kind}-{size}"
+        JOBS[name] = job = job_of(kind, size)
+        if side == THEIRS:
+            tokens = args.steps * job.global_batch * (job.seq_len + 1)
+            write_peer_text(args.data, args.tokenizer, args.out / name, ranks=1, tokens=tokens)
+        record = execute(Run(name, ROWS[args.row], side, 1), args, found, environment)
+        append_records(args.out, [record])
+        print(f"{name}, {side}: {record.get('error') or record['memory_gib']}", flush=True)
+        return record
+
+    try:
+        size, tried = largest(try_size, found["capacity_gib"])
+    finally:
+        lanes.put(lane)
+    return {"kind": kind, "side": side, "size": size, "record": tried[size]}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One line a kind and side."""
+    lines = []
+    for result in results:
+        size = result["size"] if result["kind"] == "batch" else result["size"] * SEQ_LEN
+        record = result["record"]
+        lines.append(
+            (result["kind"], result["side"], f"{size:,}", f"{record['memory_gib']:.1f}", f"{record['tps']:,.0f}")
+        )
+    return markdown_table(("largest", "side", "fits", "peak GiB", "tok/s/GPU"), lines)
+
+
+def main() -> int:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = inspect_peer(args.site, args.out)
+    check_devices([], found["devices"])
+    import torch
+
+    found = {**found, "capacity_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
+    lanes: queue.Queue[int] = queue.Queue()
+    for lane in range(args.lanes):
+        lanes.put(lane)
+    pairs = [(kind, side) for kind in args.kinds for side in args.sides]
+    with ThreadPoolExecutor(args.lanes) as pool:
+        results = list(pool.map(lambda pair: search(*pair, args, found, lanes), pairs))
+    (args.out / "fit.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    print(f"\n{found['devices'][0]}, {args.row}, {LAYERS} of 32 layers\n\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
