@@ -23,6 +23,7 @@ from typing import Any
 
 from bench_common import append_records, markdown_table
 from bench_peers import check_devices, execute, inspect_peer
+from bench_runs import lanes_of, visible_gpus
 from peer.jobs import JOBS, LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
 from peer.text import write_peer_text
 
@@ -101,11 +102,11 @@ def job_of(kind: str, size: int) -> Job:
 
 
 def search(
-    kind: str, side: str, args: argparse.Namespace, found: Mapping[str, Any], lanes: "queue.Queue[int]"
+    kind: str, side: str, args: argparse.Namespace, found: Mapping[str, Any], lanes: "queue.Queue[dict[str, str]]"
 ) -> dict[str, Any]:
     """The largest size of a kind for a side, on the GPU of a free lane."""
     lane = lanes.get()
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(lane)} if args.lanes > 1 else dict(os.environ)
+    environment = {**os.environ, **lane}
 
     def try_size(size: int) -> Result:
         name = f"fit-{kind}-{size}"
@@ -145,8 +146,8 @@ def main() -> int:
     import torch
 
     found = {**found, "capacity_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
-    lanes: queue.Queue[int] = queue.Queue()
-    for lane in range(args.lanes):
+    lanes: queue.Queue[dict[str, str]] = queue.Queue()
+    for lane in lanes_of(args.lanes, 1, visible_gpus()):
         lanes.put(lane)
     pairs = [(kind, side) for kind in args.kinds for side in args.sides]
     with ThreadPoolExecutor(args.lanes) as pool:

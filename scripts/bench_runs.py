@@ -80,6 +80,35 @@ class FirstMatch:
                 return
 
 
+def lanes_of(count: int, gpus: int, visible: Sequence[str]) -> list[dict[str, str]]:
+    """For runs side by side, what the environment of each says about the GPUs that it sees.
+
+    Args:
+        count: how many runs.
+        gpus: of each.
+        visible: the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; none: runs are on the CPU.
+
+    Raises:
+        SystemExit: there are too few.
+    """
+    if count < 1:
+        raise SystemExit(f"--lanes {count}: at least one must run at a time")
+    if count == 1 or not visible:
+        return [{}] * count
+    if count * gpus > len(visible):
+        raise SystemExit(f"--lanes {count}: {gpus} GPUs each, but {len(visible)} are here; give fewer lanes")
+    parts = [visible[lane * gpus : (lane + 1) * gpus] for lane in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(index) for index in range(torch.cuda.device_count())]
+
+
 @contextmanager
 def _termination_raises() -> Iterator[None]:
     def leave(number: int, frame: object) -> NoReturn:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import append_records, markdown_table
+from bench_runs import lanes_of, visible_gpus
 
 REPO = Path(__file__).resolve().parent.parent
 SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
@@ -94,8 +95,7 @@ def settle(args: argparse.Namespace) -> None:
                 f"--global-batch {args.global_batch} is no multiple of {gpus} ranks times --microbatch "
                 f"{args.microbatch}; change one of them"
             )
-    if args.lanes < 1:
-        raise SystemExit(f"--lanes {args.lanes}: at least one row must run at a time")
+    args.lanes_of = {gpus: lanes_of(args.lanes, gpus, visible_gpus()) for gpus in args.worlds}
     if args.average * args.log_every > args.steps:
         raise SystemExit(
             f"--average {args.average} times --log-every {args.log_every} is more than --steps {args.steps}"
@@ -145,7 +145,7 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
     return [*given, *(f"--{flag}" for flag in flags), *args.overrides]
 
 
-def run(row: str, gpus: int, args: argparse.Namespace, lanes: "queue.Queue[int]") -> dict[str, Any]:
+def run(row: str, gpus: int, args: argparse.Namespace, lanes: "queue.Queue[dict[str, str]]") -> dict[str, Any]:
     """One run, on the GPUs of a free lane: its losses by step, or its exit code and the end of its log."""
     lane = lanes.get()
     try:
@@ -154,17 +154,15 @@ def run(row: str, gpus: int, args: argparse.Namespace, lanes: "queue.Queue[int]"
         lanes.put(lane)
 
 
-def run_on(lane: int, row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The same on the GPUs `lane * gpus` and those after it."""
+def run_on(lane: dict[str, str], row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The same with what a lane says of the environment."""
     name = f"{row}-{gpus}gpu"
     folder = args.out / name
     command = ["./run_train.sh", *options_of(row, gpus, args, folder.resolve())]
     finished = folder / "finished.json"
     if finished.exists() and (record := json.loads(finished.read_text()))["command"] == command:
         return record
-    environment = {**os.environ, "CONFIG_FILE": str(args.config.resolve()), "NGPU": str(gpus)}
-    if args.lanes > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(lane * gpus + number) for number in range(gpus))
+    environment = {**os.environ, **lane, "CONFIG_FILE": str(args.config.resolve()), "NGPU": str(gpus)}
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with open(args.out / f"{name}.log", "w") as log:
@@ -241,13 +239,13 @@ def difference(final: dict, losses: dict, key: tuple[str, int], other: tuple[str
 def main() -> int:
     args = arguments()
     settle(args)
-    lanes: queue.Queue[int] = queue.Queue()
-    for lane in range(args.lanes):
-        lanes.put(lane)
     records = []
     for gpus in args.worlds:
+        lanes: queue.Queue[dict[str, str]] = queue.Queue()
+        for lane in args.lanes_of[gpus]:
+            lanes.put(lane)
         with ThreadPoolExecutor(args.lanes) as pool:
-            for record in pool.map(lambda row, gpus=gpus: run(row, gpus, args, lanes), args.rows):
+            for record in pool.map(lambda row, gpus=gpus, lanes=lanes: run(row, gpus, args, lanes), args.rows):
                 records.append(record)
                 append_records(args.out, [record])
                 loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"

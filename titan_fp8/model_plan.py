@@ -51,7 +51,8 @@ class ModelPlan:
         dims: the flavor's dimensions with the overrides applied.
         tokenizer: the job's tokenizer; its codes fit the vocabulary.
         model: the decoder, on the meta device, converted.
-        converters: the converters, in the order of `model.converters`; their `post_optimizer` runs after each step.
+        converters: the converters, in the order of `model.converters`; `pre_training` runs before the first step
+            and `post_optimizer` after each.
         reports: one report a converter.
         flops_per_token: model FLOPs of forward and backward for one token of a training sequence.
         pipeline: how the model is cut into stages; None: it is not.

@@ -1,22 +1,27 @@
 """FSDP2 with FP8 all-gather on real ranks: the same bits on every mesh, bytes on the wire, one cast an optimizer step
 and no stale code."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from tests.distributed.float8_linears import BLOCK_SHAPES, SHAPES, Linears, Wire, counted_casts
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import SEQ_LEN, Case, spread
+from titan_fp8.kernels import float8
+from titan_fp8.optim.one_pass import OnePassAdamW
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
-from titan_fp8.quantization.weights import mark_stale
+from titan_fp8.quantization.weights import mark_stale, mark_stepped
 
 # ---- the bits
 
@@ -229,6 +234,25 @@ def _write_unseen(model: Linears) -> None:
     mark_stale(model)
 
 
+def _one_pass(model: Linears) -> None:
+    _step(model, OnePassAdamW(model.parameters(), lr=0.1))
+
+
+def _one_pass_and_roll_back(model: Linears) -> None:
+    """As dcp.load does: into the tensors of a state dict taken after the step."""
+    _one_pass(model)
+    for value in model.state_dict().values():
+        value.mul_(3.0)
+
+
+def _one_pass_and_write_to_older_tensors(model: Linears) -> None:
+    older = [value.to_local() if isinstance(value, DTensor) else value for value in model.state_dict().values()]
+    _one_pass(model)
+    for value in older:
+        value.mul_(3.0)
+
+
+_ONE_PASS = [_one_pass, _one_pass_and_roll_back, _one_pass_and_write_to_older_tensors]
 _CHANGES = [_fused, _foreach, _compiled, _data, _copy, _load, _load_in_place_of, _load_the_norm_alone, _write_unseen]
 
 
@@ -247,6 +271,27 @@ def _change_weights(rank: int, world_size: int, ahead: bool) -> None:
         assert changed is (change is not _load_the_norm_alone), change.__name__
         model()
         model.assert_current()
+
+
+def _tell_the_largest_values(rank: int, world_size: int, ahead: bool) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    for change in _ONE_PASS:
+        model = Linears("tensorwise", cache=not ahead).shard(mesh)
+        precompute_float8_dynamic_scale_for_fsdp(model)
+        model().backward()
+        change(model)
+        if ahead:
+            mark_stepped(model)  # as the trainer does
+            is_told = change is _one_pass
+            with mock.patch.object(float8, "amax", None) if is_told else contextlib.nullcontext():
+                precompute_float8_dynamic_scale_for_fsdp(model)
+        model()
+        model.assert_current()
+
+
+@pytest.mark.parametrize(("ranks", "ahead"), [(2, False), (2, True), (3, True)])
+def test_a_step_tells_the_largest_values_and_no_later_write_is_missed(ranks: int, ahead: bool) -> None:
+    run_distributed(_tell_the_largest_values, ranks, ahead)
 
 
 @pytest.mark.parametrize(("ranks", "ahead"), [(2, False), (2, True), (3, False), (3, True)])

@@ -92,6 +92,26 @@ def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, r
     )
 
 
+def test_lanes_divide_the_gpus_that_are_there(load):
+    runs = load("bench_runs")
+    lanes = runs.lanes_of(2, 2, ["4", "5", "6", "7", "8"])
+    assert [lane["CUDA_VISIBLE_DEVICES"] for lane in lanes] == ["4,5", "6,7"]
+    assert runs.lanes_of(1, 2, ["0"]) == [{}]
+    assert runs.lanes_of(3, 1, []) == [{}] * 3  # on a CPU
+    with pytest.raises(SystemExit, match="3 GPUs each, but 5 are here"):
+        runs.lanes_of(2, 3, ["4", "5", "6", "7", "8"])
+    with pytest.raises(SystemExit, match="at least one"):
+        runs.lanes_of(0, 1, ["0"])
+
+
+def test_the_gpus_that_are_there_are_those_that_this_process_sees(load, monkeypatch):
+    runs = load("bench_runs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a,3")
+    assert runs.visible_gpus() == ["GPU-5a", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert len(runs.visible_gpus()) == torch.cuda.device_count()
+
+
 def test_a_row_of_the_peer_is_left_out_only_where_nobody_asked_for_it(load, monkeypatch, capsys):
     script = load("bench_common")
     monkeypatch.setattr(script, "peer_is_here", lambda: False)

@@ -11,6 +11,7 @@ precision:
 
 What is kept for backward is the residual stream, what the products of wq, wk, wv, w1 and w3 give, and the attention's
 output, each once: of the inputs of linears, the codes by columns are made again from these when a gradient needs them.
+Where linears compute differently, or somebody watches, the codes are kept.
 
 A module is replaced only where all of its readers are `Float8Linear`s of one recipe; what a reader in high precision
 would read stays a tensor. The new modules hold the old ones' parameters under the old names. Where they cannot know
@@ -37,12 +38,13 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[str]:
-    """Replace in place the norms and feed-forwards of `model`'s blocks that can write float8.
+    """Replace in place the norms and feed-forwards of `model`'s blocks that can write float8, and the attentions whose
+    wq, wk and wv one function can multiply by.
 
     Args:
         model: a decoder, or what contains one, after conversion and before it is sharded or compiled.
         tensor_parallel: products will be split over ranks. Then norms stay, since what they write is cast as it is
-            gathered, and feed-forwards whose scale all ranks must agree on.
+            gathered, attentions, and feed-forwards whose scale all ranks must agree on.
 
     Returns:
         The names of the modules that were replaced; none in a model without our `TransformerBlock`s.
@@ -100,8 +102,8 @@ def _converted(module: nn.Module, kind: type[_Module]) -> _Module:
 
 
 def _is_plain(linear: nn.Module) -> TypeGuard[Float8Linear]:
-    """Whether a linear is ours and nobody watches it."""
-    return type(linear) is Float8Linear and not has_hooks(linear)
+    """Whether a linear is ours, computes as its class does, and nobody watches it."""
+    return type(linear) is Float8Linear and "forward" not in vars(linear) and not has_hooks(linear)
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Float8RMSNorm(RMSNorm):
         return {
             "columns": needs_gradient and in_float8,
             "emit": needs_gradient and not in_float8,
-            "readers": self.readers.shared(),
+            # What else is to happen before the norm's backward, such as a gather of its weight, its hooks do.
+            "readers": 1 if has_hooks(self) else self.readers.shared(),
         }
 
 
@@ -191,7 +194,9 @@ def _can_share(*linears: nn.Module) -> bool:
     first, *_ = linears
     if not _is_plain(first) or not first.config.recipe.grad_weight_in_float8:
         return False
-    return all(_is_plain(linear) and linear.bias is None and linear.config == first.config for linear in linears)
+    weights = {id(linear.weight) for linear in linears}  # the compiler takes no tensor twice
+    alike = (_is_plain(linear) and linear.bias is None and linear.config == first.config for linear in linears)
+    return len(weights) == len(linears) and all(alike)
 
 
 class Float8Attention(Attention):
@@ -213,7 +218,7 @@ def _can_gate(feed_forward: FeedForward) -> bool:
     if not (_can_share(w1, w3) and _is_plain(w2)):
         return False
     assert isinstance(w1, Float8Linear)
-    return w2.config.recipe == w1.config.recipe
+    return w2.config.recipe == w1.config.recipe and all(w2.weight is not linear.weight for linear in (w1, w3))
 
 
 class Float8FeedForward(FeedForward):

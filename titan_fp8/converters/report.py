@@ -44,7 +44,8 @@ class ConversionReport:
             why. If nothing was converted, the recipe that was asked for.
         kernels: what casts: "triton" or "torch".
         weights: what becomes of the weights: how often they are cast, and what FSDP gathers.
-        fused: names of the modules that write float8 themselves for the linears that read them (`fusion.py`).
+        fused: names of the modules that write float8 for the linears that read them, or multiply for several linears at
+            once (`fusion.py`).
         exchanges: under tensor parallelism, what ranks exchange -> how it travels: "float8 codes", or "high precision"
             and why.
         size_rule: if `auto_filter_small_kn` was asked for, each recipe that the settings give -> what is too small for

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as module_of_torch
 
 from titan_fp8.kernels import float8, producers
 from titan_fp8.models.initialization import Constant, Distribution
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(module_of_torch, f"_global{name}") for name in _HOOKS]
+"""Those of all modules, by torch.nn.modules.module.register_module_*_hook; one table each for good."""
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -54,7 +57,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches what goes into a module or comes out of it."""
+    """Whether somebody watches what goes into a module or comes out of it. Compiled code has the hooks of the module
+    alone, as PyTorch's compiler does."""
+    if not torch.compiler.is_compiling() and any(_GLOBAL_HOOKS):
+        return True
     return any(getattr(module, name) for name in _HOOKS)
 
 

@@ -22,7 +22,7 @@ from torch.optim import Adam, AdamW
 
 from titan_fp8.kernels import adam
 from titan_fp8.kernels.adam import Constants
-from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, local_weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOT = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
@@ -94,7 +94,7 @@ class _OnePass(Adam):
         rows = zip(parameters, states, factors.unbind(), largest[:, 0].unbind(), strict=True)
         for parameter, state, row, slot in rows:
             float8 = _float8_weight(parameter)
-            amax = slot if float8 is not None and float8.state.takes_amax else None
+            amax = slot if float8 is not None and _is_cast_where_it_lies(parameter, float8) else None
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             weight, grad, mean, square = [_plain(tensor) for tensor in tensors]
             adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip, amax=amax)
@@ -142,14 +142,16 @@ def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: lis
 
 def _plain(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, as the tensor that a kernel may write to."""
-    local = _local(tensor)
+    local = local_weight(tensor)
     return local.tensor if isinstance(local, ShardableFloat8Weight) else local
 
 
 def _float8_weight(parameter: Any) -> ShardableFloat8Weight | None:
-    local = _local(parameter)
+    local = local_weight(parameter)
     return local if isinstance(local, ShardableFloat8Weight) else None
 
 
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _is_cast_where_it_lies(parameter: Any, weight: ShardableFloat8Weight) -> bool:
+    """Whether the cast wants the largest value, and finds it on its device: not if FSDP moves the weight first."""
+    is_offloaded = isinstance(parameter, DTensor) and parameter.device_mesh.device_type != weight.device.type
+    return weight.state.takes_amax and not is_offloaded

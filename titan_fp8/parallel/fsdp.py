@@ -139,7 +139,7 @@ def check_cpu_offload(cpu_offload: bool, device_type: str) -> None:
 
 
 def check_exchange(choice: str, device_type: str) -> None:
-    """Raise a `UserError` if blocks are to be exchanged between GPUs that there are not."""
+    """Raise a `UserError` if weights are to travel between GPUs that there are not."""
     if choice == "peer_memory" and device_type != "cuda":
         raise UserError(
             'parallelism.fsdp_exchange = "peer_memory" copies between the memories of GPUs, but this job runs on a '
@@ -159,7 +159,7 @@ def set_gradient_sync(model: nn.Module, mesh: ParallelMesh, *, is_last_microbatc
 
 
 def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> bool:
-    """Whether blocks are exchanged through peer memory: `parallelism.fsdp_exchange`, or what it finds possible. Every
+    """Whether units travel through peer memory: `parallelism.fsdp_exchange`, or what it finds possible. Every
     rank finds the same.
 
     Raises:
@@ -181,12 +181,12 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
     except UserError as error:
         problem = error
     if not any_rank(problem is not None):
-        info_once("FSDP exchanges blocks through peer memory")
+        info_once("FSDP exchanges blocks and output layer through peer memory")
         return True
     problem = problem or UserError("parallelism.fsdp_exchange: other GPUs of the job cannot read each other's memory")
     if choice == "peer_memory":
         raise problem
-    info_once(f"FSDP exchanges blocks by collectives: {problem}")
+    info_once(f"FSDP exchanges blocks and output layer by collectives: {problem}")
     return False
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from titan_fp8.quantization.shard_cast import ShardAxis
-from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
+from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, local_weight, refresh
 from titan_fp8.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
         if not isinstance(parameter, DTensor):
             state.mark_stale()
             continue
-        weight = parameter.to_local()
+        weight = local_weight(parameter)
         assert isinstance(weight, ShardableFloat8Weight)
         if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
             shards, rows = _shards_of(parameter, state)
@@ -138,8 +138,10 @@ def _shards_of(parameter: DTensor, state: Float8WeightState) -> tuple[ShardAxis,
 def _save_plain(linear: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A state dict holds the plain tensor; the parameter itself for a caller who asked for variables."""
     weight, name = linear.weight, f"{prefix}weight"
+    state: Float8WeightState = linear.fsdp_weight_state  # pyright: ignore[reportAssignmentType]
+    state.forget_amax()  # whoever has the plain tensor may write to it
     if name in state_dict and state_dict[name] is not weight:
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        local = local_weight(weight)
         if not isinstance(local, ShardableFloat8Weight):
             raise RuntimeError(f"{name} is gathered; call reshard() of the FSDP module before state_dict()")
         # Not the tensor that is there already: its version counter would be another one than the weight's.
@@ -185,6 +187,6 @@ def _mark_updated_stale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = local_weight(parameter)
             if isinstance(local, ShardableFloat8Weight):
                 local.state.mark_stale()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from titan_fp8.kernels.producers import Cast
 from titan_fp8.quantization import producer_ops
-from titan_fp8.quantization.activation import QuantizedActivation
+from titan_fp8.quantization.activation import QuantizedActivation, is_recomputed_later
 from titan_fp8.quantization.function import differentiable_once
 from titan_fp8.quantization.later_columns import LaterColumns
 from titan_fp8.quantization.produced import input_cast, quantized, value_of, values_of
@@ -84,10 +84,14 @@ def _norm(
         stream, value, _, *codes = _RmsNorm.apply(x, branch, weight, eps, cast, 1, False)
         return stream, quantized(value, tuple(codes), cast, recipe, columns=columns)
     cast = input_cast(recipe, columns=False, emit=False)
-    stream, *results = _RmsNorm.apply(x, branch, weight, eps, cast, readers, columns)
+    # The first pass of checkpointing looks for no column's largest value, which the second will find.
+    is_first = recipe.granularity is Granularity.ROW and not torch.compiler.is_compiling() and is_recomputed_later()
+    stream, *results = _RmsNorm.apply(x, branch, weight, eps, cast, readers, columns and not is_first)
     values, rstd, rest = results[:readers], results[readers], results[readers + 1 :]
     amax = None
-    if columns and recipe.granularity is not Granularity.BLOCK:
+    if columns and is_first:
+        amax = x.new_empty((), dtype=torch.int32).expand(x.shape[-1])
+    elif columns and recipe.granularity is not Granularity.BLOCK:
         amax, *rest = rest
     activation = quantized(values[0], tuple(rest), cast, recipe, columns=False)
     later = None

@@ -15,7 +15,8 @@ some ranks only, and ranks that disagree on what is stale wait for each other fo
 Two kinds of write are not seen: those of compiled code, whose optimizer's step hook or `mark_stale` tells of them; and
 those through the plain tensors of a state dict, which the wrapped tensor's version counter shows.
 
-An optimizer that writes to the wrapped tensor says so (`written`), and may tell the largest value that it wrote.
+An optimizer that writes to the wrapped tensor says so (`written`), and may tell the largest value that it wrote. That
+serves one cast, ahead of the next gather, if neither a write is seen nor a state dict is taken before it.
 
 N out features, K in features, n rows of a shard.
 """
@@ -139,6 +140,10 @@ class Float8WeightState:
         """Whether a gather can send the codes that there are."""
         return (self.caches or self._ahead) and self.is_fresh(weight)
 
+    def forget_amax(self) -> None:
+        """What was told of the weight's largest value serves no cast any more."""
+        self._amax, self.is_told = None, False
+
     def _record(self, weight: "ShardableFloat8Weight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
         rows = codes.shape[0]
         data = codes.view(torch.uint8)
@@ -150,6 +155,7 @@ class Float8WeightState:
             data = padded
         self.codes = data
         self._made_from = _State.of(weight)
+        self._amax = None  # told for one cast
         self._ahead = ahead
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
@@ -290,8 +296,16 @@ def refresh(weights: Sequence[ShardableFloat8Weight], rows: Sequence[int], axis:
         axis: over which they are sharded; every rank of it must call this with its shards of the same weights.
         ahead: the codes serve every gather until a write is seen, also where nothing is cached.
     """
+    # A gather comes at any time after the optimizer's step, and somebody may have written to the weights by then.
     shards = [
-        Shard.of(weight.tensor, weight.state.recipe, count, axis, weight.state.axis, weight.state.amax_of(weight))
+        Shard.of(
+            weight.tensor,
+            weight.state.recipe,
+            count,
+            axis,
+            weight.state.axis,
+            weight.state.amax_of(weight) if ahead else None,
+        )
         for weight, count in zip(weights, rows, strict=True)
     ]
     cast = cast_shards(shards, axis.group if axis.ranks > 1 else None)
@@ -316,6 +330,12 @@ def _refresh_scales(states: Sequence[Float8WeightState], cast: Sequence[Codes], 
     if old:
         with torch.autograd._unsafe_preserve_version_counter(tuple(kept)):  # pyright: ignore
             torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def local_weight(parameter: Any) -> Any:
+    """What this rank holds of a parameter: the tensor itself, not a view of it with a version counter of its own, which
+    `DTensor.to_local` gives."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def _version(tensor: Tensor) -> int:

@@ -110,7 +110,9 @@ class Operands:
         self.weights: Sequence[Tensor] = arguments[plan.values : plan.values + count]
         tensors = arguments[plan.values + count :]
         self.x_rows = Codes(*tensors[:2])
-        self.x_columns: Sequence[Tensor | None] = tensors[2:_INPUT]
+        self.x_columns: list[Tensor | None] = list(tensors[2:_INPUT])
+        if plan.later is None and self.x_columns[0] is not None and self.x_columns[1] is None:
+            self.x_columns[1] = self.x_rows.scale
         self.layouts = [tensors[i : i + _WEIGHT] for i in range(_INPUT, _INPUT + _WEIGHT * count, _WEIGHT)]
 
     def multiply(self, x: Codes, number: int, plan: Plan) -> Tensor:
@@ -121,7 +123,7 @@ class Operands:
     def for_backward(self, plan: Plan, needs_grad_input: Sequence[bool]) -> list[Tensor | None]:
         """What is saved: four tensors of x, and for each weight the parameter, or codes and scale by columns or by
         rows. needs_grad_input: whether the gradient of each linear's input will be asked for."""
-        saved = list(self.x_columns)
+        saved = [*self.x_columns]
         for weight, layouts, needed, each in zip(
             self.weights, self.layouts, needs_grad_input, plan.weights, strict=True
         ):
@@ -195,7 +197,8 @@ def arguments_of(
     if later is not None:
         kept = later.tensors
     elif columns is not None:
-        kept = (*columns, None, None)
+        # One tensor must not stand in two places: as `both_layouts` has it.
+        kept = (columns.codes, None if columns.scale is rows.scale else columns.scale, None, None)
     operands = [linear.weight_operand() for linear in linears]
     weights = tuple(linear.local_weight() for linear in linears)
     layouts = [both_layouts(each.rows, each.columns) for each in operands]

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.unit.quantization.test_linear import make
 from titan_fp8.quantization import producer_ops
@@ -173,18 +174,51 @@ def test_differentiating_twice_is_an_error() -> None:
 
 
 @FULLY_FLOAT8
+def test_backward_may_run_twice(recipe: str) -> None:
+    readers, x, grads = linears(recipe), leaf(torch.bfloat16, 18, K), gradients(torch.bfloat16, 18)
+    normed = rms_norm(x, torch.ones(K), 1e-5, RECIPES[recipe], columns=True, emit=False, readers=3)
+    outputs, leaves = share_input(normed, readers), (x, *(reader.weight for reader in readers))
+    first = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, grads)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(outputs, leaves, grads)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_the_first_pass_of_checkpointing_keeps_no_largest_values_and_changes_no_bit(recipe: str) -> None:
+    readers, x, grads = linears(recipe), leaf(torch.bfloat16, 18, K), gradients(torch.bfloat16, 18)
+
+    def project(x: Tensor) -> tuple[Tensor, ...]:
+        normed = rms_norm(x, torch.ones(K), 1e-5, RECIPES[recipe], columns=True, emit=False, readers=3)
+        return share_input(normed, readers)
+
+    leaves = (x, *(reader.weight for reader in readers))
+    expected = torch.autograd.grad(project(x), leaves, grads)
+    results = torch.autograd.grad(checkpoint(project, x, use_reentrant=False), leaves, grads)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
+
+
+@FULLY_FLOAT8
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str) -> None:
+@pytest.mark.parametrize("after_a_norm", [True, False])
+def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str, after_a_norm: bool) -> None:
     torch._dynamo.reset()
     readers, x, grads = linears(recipe), leaf(torch.bfloat16, 18, K), gradients(torch.bfloat16, 18)
     scale = torch.rand(K) + 0.5
 
     def project(x: Tensor) -> tuple[Tensor, ...]:
+        if not after_a_norm:
+            return share_input(x * 2, readers)
         normed = rms_norm(x, scale, 1e-5, RECIPES[recipe], columns=True, emit=False, readers=3)
         return share_input(normed, readers)
 
     leaves = (x, *(reader.weight for reader in readers))
     expected = torch.autograd.grad(project(x), leaves, grads)
     compiled = torch.compile(project, fullgraph=True, backend=backend)
-    for ours, theirs in zip(torch.autograd.grad(compiled(x), leaves, grads), expected, strict=True):
+    results = torch.autograd.grad(compiled(x), leaves, grads)
+    if not after_a_norm and backend == "inductor":  # which adds up the parts of a tensor's gradient in fp32
+        torch.testing.assert_close(results[0], expected[0], rtol=2**-6, atol=float(expected[0].abs().max()) / 100)
+        results, expected = results[1:], expected[1:]
+    for ours, theirs in zip(results, expected, strict=True):
         assert torch.equal(ours, theirs)
