@@ -18,11 +18,10 @@ import queue
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from bench_common import append_records, markdown_table
-from bench_peers import check_devices, execute, inspect_peer
+from bench_peers import check_devices, execute, inspect_peer, parser_of, settle
 from bench_runs import lanes_of, visible_gpus
 from peer.jobs import JOBS, LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
 from peer.text import write_peer_text
@@ -34,27 +33,15 @@ Result = Mapping[str, Any]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="token shards written by `titan-fp8 prepare`")
-    add("--tokenizer", type=Path, required=True, help="folder of the tokenizer that they were written with")
-    add("--out", type=Path, required=True, help="folder for runs, logs and fit.jsonl")
-    add("--site", type=Path, help="folder that the peer is installed in (default: OUT/peer_site)")
     add("--row", default="tensorwise-compiled", choices=ROWS, help="configuration (default: tensorwise-compiled)")
     add("--kinds", default=",".join(KINDS), help="comma-separated (default: batch,sequence)")
     add("--sides", default=f"{OURS},{THEIRS}", help="comma-separated (default: ours,peer)")
     add("--lanes", type=int, default=1, help="searches at a time, each on a GPU of its own (default: 1)")
     add("--row-timeout", type=float, default=300, help="seconds after which a run is ended (default: 300)")
     args = parser.parse_args(argv)
-    for option, known in (("kinds", KINDS), ("sides", (OURS, THEIRS))):
-        chosen = getattr(args, option).split(",")
-        unknown = set(chosen) - set(known)
-        if unknown:
-            raise SystemExit(f"--{option}: no such name: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-        setattr(args, option, chosen)
-    args.site = args.site or args.out / "peer_site"
-    for name in ("data", "tokenizer", "out", "site"):
-        setattr(args, name, getattr(args, name).expanduser().resolve())
+    settle(args, kinds=KINDS, sides=(OURS, THEIRS))
     # What the runs of bench_peers.py are told besides.
     args.steps, args.warm_up, args.lr, args.ac = LOG_FREQ, 0, 3e-4, "op"
     args.vocab_size, args.peer_options = 128256, []

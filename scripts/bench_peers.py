@@ -38,7 +38,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,37 @@ from titan_fp8.models.flavors import count_parameters, resolve_dims
 CONFIG = REPO / "train_configs" / "llama3_8b.toml"
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what each benchmark beside the peer is given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="token shards written by `titan-fp8 prepare`")
     add("--tokenizer", type=Path, required=True, help="folder of the tokenizer that they were written with")
     add("--out", type=Path, required=True, help="folder for runs, logs and results.jsonl")
     add("--site", type=Path, help="folder that the peer is installed in (default: OUT/peer_site)")
+    return parser
+
+
+def settle(args: argparse.Namespace, **known: Collection[str]) -> None:
+    """Split the lists of names among what `parser_of` and its caller asked for, and make the paths absolute.
+
+    Raises:
+        SystemExit: a name of a list is not known.
+    """
+    for option, names in known.items():
+        chosen = [name for name in getattr(args, option).split(",") if name]
+        unknown = [name for name in chosen if name not in names]
+        if unknown:
+            raise SystemExit(f"--{option}: no such name: {', '.join(unknown)}; known: {', '.join(names)}")
+        setattr(args, option, chosen)
+    args.site = args.site or args.out / "peer_site"
+    for name in ("data", "tokenizer", "out", "site"):
+        setattr(args, name, getattr(args, name).expanduser().resolve())
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
     add("--jobs", default=",".join(JOBS), help="comma-separated (default: all: " + ", ".join(JOBS) + ")")
     add("--rows", default=",".join(ROWS), help="comma-separated, may be empty (default: all: " + ", ".join(ROWS) + ")")
     add("--ours-extra", action="append", default=[], metavar="NAME=OPTIONS", help="further row of ours; repeatable")
@@ -90,12 +114,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="leave out runs that results.jsonl has with the same options")
     add("--profile", action="store_true", help="one more run of each side and row, whose last step is traced")
     args = parser.parse_args(argv)
-    for option, known in (("jobs", JOBS), ("rows", ROWS)):
-        chosen = [name for name in getattr(args, option).split(",") if name]
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise SystemExit(f"--{option}: no such name: {', '.join(unknown)}; known: {', '.join(known)}")
-        setattr(args, option, chosen)
+    settle(args, jobs=JOBS, rows=ROWS)
     args.rows = [ROWS[name] for name in args.rows] + [extra_row(text) for text in args.ours_extra]
     if len({row.name for row in args.rows}) < len(args.rows):
         raise SystemExit("--rows and --ours-extra: a name stands twice; choose another one")
@@ -104,9 +123,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--steps {args.steps} --warm-up {args.warm_up}: both must be multiples of {LOG_FREQ}, after so many steps "
             "each side logs, and the warm-up the smaller one"
         )
-    args.site = args.site or args.out / "peer_site"
-    for name in ("data", "tokenizer", "out", "site"):
-        setattr(args, name, getattr(args, name).expanduser().resolve())
     return args
 
 

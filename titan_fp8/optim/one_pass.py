@@ -90,11 +90,9 @@ class _OnePass(Adam):
         beta1, beta2 = group["betas"]
         constants = Constants(beta1, beta2, group["eps"], group["weight_decay"], self.decoupled)
         factors = adam.step_factors(steps, group["lr"], constants)
-        largest = torch.zeros(len(parameters), _SLOT, dtype=torch.int32, device=device)
-        rows = zip(parameters, states, factors.unbind(), largest[:, 0].unbind(), strict=True)
-        for parameter, state, row, slot in rows:
+        amaxes = _slots(parameters, device)
+        for parameter, state, row, amax in zip(parameters, states, factors.unbind(), amaxes, strict=True):
             float8 = _float8_weight(parameter)
-            amax = slot if float8 is not None and _is_cast_where_it_lies(parameter, float8) else None
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             weight, grad, mean, square = [_plain(tensor) for tensor in tensors]
             adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip, amax=amax)
@@ -151,7 +149,18 @@ def _float8_weight(parameter: Any) -> ShardableFloat8Weight | None:
     return local if isinstance(local, ShardableFloat8Weight) else None
 
 
-def _is_cast_where_it_lies(parameter: Any, weight: ShardableFloat8Weight) -> bool:
-    """Whether the cast wants the largest value, and finds it on its device: not if FSDP moves the weight first."""
-    is_offloaded = isinstance(parameter, DTensor) and parameter.device_mesh.device_type != weight.device.type
-    return weight.state.takes_amax and not is_offloaded
+def _slots(parameters: list[Any], device: torch.device) -> list[Tensor | None]:
+    """For each parameter a zeroed int32 for its largest value, if that is wanted."""
+    wanted = [_wants_amax(parameter) for parameter in parameters]
+    if not any(wanted):
+        return [None] * len(wanted)
+    slots = iter(torch.zeros(sum(wanted), _SLOT, dtype=torch.int32, device=device)[:, 0].unbind())
+    return [next(slots) if is_wanted else None for is_wanted in wanted]
+
+
+def _wants_amax(parameter: Any) -> bool:
+    """Whether a cast wants the largest value, and finds it on its device: not if FSDP moves the weight first."""
+    weight = _float8_weight(parameter)
+    if weight is None or not weight.state.takes_amax:
+        return False
+    return not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == weight.device.type

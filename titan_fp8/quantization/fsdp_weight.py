@@ -89,11 +89,10 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
 
 def mark_fsdp_weights_stale(model: nn.Module, *, but_told: bool = False) -> None:
     """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank.
-    but_told: not those whose optimizer has told, since the last such call, what it wrote to them."""
+    but_told: not those whose optimizer has told what it wrote to them, and which no cast has followed."""
     for _, state in _wrapped_parameters(model):
         if not (but_told and state.is_told):
             state.mark_stale()
-        state.is_told = False
 
 
 def check_gathered(weight: Tensor) -> None:

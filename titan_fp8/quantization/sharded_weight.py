@@ -98,7 +98,6 @@ class Float8WeightState:
             used older codes is an error of autograd.
         axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
             rank's part.
-        is_told: the last to write the weight told its largest value, and nobody has asked since.
     """
 
     def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
@@ -110,7 +109,6 @@ class Float8WeightState:
         self._made_from: _State | None = None
         self._ahead = False
         self._amax: tuple[Tensor, _State] | None = None
-        self.is_told = False
 
     def mark_stale(self) -> None:
         """The weight may have changed."""
@@ -134,7 +132,11 @@ class Float8WeightState:
 
     def _tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
         self._amax = None if amax is None else (amax, _State.of(weight))
-        self.is_told = amax is not None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the last to write the weight told its largest value, and no cast has followed."""
+        return self._amax is not None
 
     def serves(self, weight: "ShardableFloat8Weight") -> bool:
         """Whether a gather can send the codes that there are."""
@@ -142,7 +144,7 @@ class Float8WeightState:
 
     def forget_amax(self) -> None:
         """What was told of the weight's largest value serves no cast any more."""
-        self._amax, self.is_told = None, False
+        self._amax = None
 
     def _record(self, weight: "ShardableFloat8Weight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
         rows = codes.shape[0]

@@ -1,5 +1,7 @@
 """What becomes of the weights, by where they will lie: cached, gathered as codes, or gathered in high precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,10 @@ from torch import nn
 from tests.unit.converters.models import Model, converted_names, converter, violations
 from titan_fp8.converters import float8_linear
 from titan_fp8.converters.protocol import Placement
+from titan_fp8.optim.one_pass import OnePassAdamW
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+from titan_fp8.trainer import Trainer
 
 GATHER = {"enable_fsdp_float8_all_gather": True}
 TWO_SHARDS, TWO_COPIES = Placement(ranks=2, shards=2), Placement(ranks=2, shards=1)
@@ -113,6 +117,35 @@ def test_after_the_optimizer_step_codes_are_stale_however_the_weight_was_written
     assert torch.equal(model(x), before)
     subject.post_optimizer([model])
     assert torch.equal(model(x), -before)
+
+
+def test_what_the_optimizer_told_outlives_the_call_after_its_step() -> None:
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    subject = converter(placement=TWO_SHARDS, **GATHER)
+    subject.convert(model)
+    weight = model[0].weight
+    weight.grad = torch.ones(32, 32)
+    OnePassAdamW(model.parameters(), lr=0.1).step()
+    subject.post_optimizer([model])
+    assert weight.state.amax_of(weight) is not None
+
+
+def test_converters_are_called_before_the_first_step() -> None:
+    class Called(Exception):
+        pass
+
+    def call(parts: list[nn.Module]) -> None:
+        raise Called(parts)
+
+    trainer = SimpleNamespace(
+        job=SimpleNamespace(training=SimpleNamespace(steps=1)),
+        state=SimpleNamespace(step=0, tokens_seen=0),
+        converters=[SimpleNamespace(pre_training=call)],
+        parts=["the parts"],
+        _set_training=lambda _: None,
+    )
+    with pytest.raises(Called, match="the parts"):
+        Trainer.train(trainer)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("precompute", [False, True])

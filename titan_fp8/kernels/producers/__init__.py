@@ -110,13 +110,10 @@ def rms_norm(
         raise ValueError(f"expected a weight of shape {list(x.shape[1:])}, got {list(weight.shape)}")
     if not cast.rows:
         raise ValueError("a norm's output is always wanted by rows; cast.rows is False")
-    if float8.uses_kernel(x):
-        branch = None if branch is None else _contiguous_rows(branch)
-        rms_norm = functools.partial(_norm_kernel().rms_norm, keeps_amax=keeps_amax)
-        total, rstd, amax, produced = rms_norm(_contiguous_rows(x), branch, weight.contiguous(), eps, cast)
-    else:
-        total, rstd, amax, produced = reference.rms_norm(x, branch, weight, eps, cast)
-    return total, rstd, amax if keeps_amax else None, produced
+    if not float8.uses_kernel(x):
+        return reference.rms_norm(x, branch, weight, eps, cast, keeps_amax=keeps_amax)
+    x, branch = _contiguous_rows(x), None if branch is None else _contiguous_rows(branch)
+    return _norm_kernel().rms_norm(x, branch, weight.contiguous(), eps, cast, keeps_amax=keeps_amax)
 
 
 def norm_columns(x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor | None, cast: Cast) -> Produced:

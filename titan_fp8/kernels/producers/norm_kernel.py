@@ -151,7 +151,7 @@ def rms_norm(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Produced]:
     """See `titan_fp8.kernels.producers.rms_norm`. Tensors have contiguous rows."""
     if x.shape[1] > ROW_BLOCK_MAX:
-        return reference.rms_norm(x, branch, weight, eps, cast)
+        return reference.rms_norm(x, branch, weight, eps, cast, keeps_amax=keeps_amax)
     total = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = tiles.new_fp32(x.shape[0], like=x)
     forms = tiles.new_forms(x, cast)

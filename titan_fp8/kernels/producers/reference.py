@@ -140,11 +140,11 @@ def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
 
 
 def rms_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, cast: Cast, *, keeps_amax: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Produced]:
     """See `titan_fp8.kernels.producers.rms_norm`."""
     total, rstd, output = norm_output(x, branch, weight, eps)
-    return total, rstd, amax_for_columns(output, cast), quantize(output, cast)
+    return total, rstd, amax_for_columns(output, cast) if keeps_amax else None, quantize(output, cast)
 
 
 def amax_for_columns(output: Tensor, cast: Cast) -> Tensor | None:
