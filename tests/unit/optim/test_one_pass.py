@@ -229,6 +229,16 @@ def test_what_was_told_is_forgotten_with_the_next_write(write: str, is_cast_betw
     assert before is None or not torch.equal(scale, before)
 
 
+def test_a_gather_that_comes_later_looks_for_itself() -> None:
+    weight, optimizer = _float8_weight()
+    optimizer.step()
+    weight.tensor.numpy().__imul__(3)  # seen by nothing
+    refresh([weight], [16], ShardAxis(None, 0, 1), ahead=False)
+    expected = cast_weight(weight.tensor, weight.state.recipe)
+    assert weight.state.scale is not None
+    assert torch.equal(weight.state.scale, expected.scale)
+
+
 @pytest.mark.parametrize("is_told", [False, True])
 def test_marking_after_a_step_forgets_all_but_what_that_step_told(is_told: bool) -> None:
     weight, optimizer = _float8_weight()
