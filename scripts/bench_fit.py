@@ -14,15 +14,13 @@ size that fits beside one that does not.
 import argparse
 import json
 import os
-import queue
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bench_common import append_records, markdown_table
 from bench_peers import check_devices, execute, inspect_peer, parser_of, settle
-from bench_runs import lanes_of, visible_gpus
+from bench_runs import lanes_of, side_by_side, visible_gpus
 from peer.jobs import JOBS, LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
 from peer.text import write_peer_text
 
@@ -89,10 +87,9 @@ def job_of(kind: str, size: int) -> Job:
 
 
 def search(
-    kind: str, side: str, args: argparse.Namespace, found: Mapping[str, Any], lanes: "queue.Queue[dict[str, str]]"
+    kind: str, side: str, args: argparse.Namespace, found: Mapping[str, Any], lane: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The largest size of a kind for a side, on the GPU of a free lane."""
-    lane = lanes.get()
+    """The largest size of a kind for a side, on the GPU of a lane."""
     environment = {**os.environ, **lane}
 
     def try_size(size: int) -> Result:
@@ -106,10 +103,7 @@ def search(
         print(f"{name}, {side}: {record.get('error') or record['memory_gib']}", flush=True)
         return record
 
-    try:
-        size, tried = largest(try_size, found["capacity_gib"])
-    finally:
-        lanes.put(lane)
+    size, tried = largest(try_size, found["capacity_gib"])
     return {"kind": kind, "side": side, "size": size, "record": tried[size]}
 
 
@@ -133,12 +127,9 @@ def main() -> int:
     import torch
 
     found = {**found, "capacity_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
-    lanes: queue.Queue[dict[str, str]] = queue.Queue()
-    for lane in lanes_of(args.lanes, 1, visible_gpus()):
-        lanes.put(lane)
     pairs = [(kind, side) for kind in args.kinds for side in args.sides]
-    with ThreadPoolExecutor(args.lanes) as pool:
-        results = list(pool.map(lambda pair: search(*pair, args, found, lanes), pairs))
+    lanes = lanes_of(args.lanes, 1, visible_gpus())
+    results = side_by_side(lambda pair, lane: search(*pair, args, found, lane), pairs, lanes)
     (args.out / "fit.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
     print(f"\n{found['devices'][0]}, {args.row}, {LAYERS} of 32 layers\n\n{table(results)}")
     return 0

@@ -13,8 +13,9 @@
 
 Ours computes the loss some tokens at a time and, in float8, recomputes nothing (`peer/jobs.py`); the table shows what
 memory each side takes. On two GPUs weights are gathered as codes with scales computed ahead: ours in every recipe, the
-peer's in the one that it has this for, tensorwise. A row is run ours, peer, ours, peer
-and so on, so that a device that slows down with time does so for both. Eager rows are ours alone. A row that
+peer's in the one that it has this for, tensorwise. A row is run ours, peer, peer, ours, ours, peer
+and so on, so that a device that slows down with time does so for both. With `--lanes 3` three of these runs are under
+way at a time, each on GPUs of its own. Eager rows are ours alone. A row that
 `--ours-extra NAME=OPTIONS` adds has the job's options (bf16, eager) or, with `@ROW` first, those of that row, and then
 its own.
 
@@ -27,8 +28,8 @@ while the GPU works, as it does for its users; ours reads tokens.
 tok/s per GPU is the median over a run's logged steps after the warm-up, and in the table the median over the repeats,
 with their largest minus their smallest as the spread. Peak memory is the highest reserved amount of rank 0; losses are
 those of the first repeat. The first step is the time from the command to its log line, of the first repeat and, after a
-stroke, the median of the others, which find the compiler's caches. A side that fails in a row is not run again there.
-With `--resume`, runs that ended well before, with the same options, versions and device, are taken from
+stroke, the median of the others, which without lanes find the compiler's caches. A side that fails in a row is not run
+again there. With `--resume`, runs that ended well before, with the same options, versions and device, are taken from
 `results.jsonl`.
 """
 
@@ -45,7 +46,18 @@ from typing import Any
 import profile_table
 from bench_common import append_records
 from bench_meshes import CHECKPOINTING
-from bench_runs import REPO, TIMED_OUT, FirstMatch, figures, last_error, read_metrics, run_command
+from bench_runs import (
+    REPO,
+    TIMED_OUT,
+    FirstMatch,
+    figures,
+    lanes_of,
+    last_error,
+    read_metrics,
+    run_command,
+    side_by_side,
+    visible_gpus,
+)
 from peer.install import PEER, REQUIREMENTS
 from peer.jobs import (
     JOBS,
@@ -105,6 +117,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ours-extra", action="append", default=[], metavar="NAME=OPTIONS", help="further row of ours; repeatable")
     add("--peer-options", type=shlex.split, default=[], help="further options for every run of the peer")
     add("--repeats", type=int, default=3, help="runs of each side (default: 3)")
+    add("--lanes", type=int, default=1, help="runs at a time, each on GPUs of its own (default: 1)")
     add("--steps", type=int, default=20, help=f"a multiple of {LOG_FREQ} (default: 20)")
     add("--warm-up", type=int, default=10, help="first steps, not counted in the speed; likewise (default: 10)")
     add("--lr", type=float, default=3e-4, help="learning rate of the last step (default: 3e-4)")
@@ -231,21 +244,26 @@ def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str, int |
 
 
 def run_job(job: str, args: argparse.Namespace, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All runs of a job, each recorded as it ends."""
+    """All runs of a job, each recorded as it ends; those left out since their side failed are not in the list."""
     earlier = earlier_results(args)
-    records: list[dict[str, Any]] = []
-    for run in [*turns(job, args.rows, args.repeats), *profiled_runs(job, args)]:
-        key = (run.job, run.row.name, run.side, run.repeat)
-        if any("error" in r and (r["row"], r["side"]) == key[1:3] for r in records):
-            continue
-        record = earlier.get(key)
+    failed: set[tuple[str, str]] = set()
+
+    def record_of(run: Run, lane: Mapping[str, str]) -> dict[str, Any] | None:
+        if (run.row.name, run.side) in failed:
+            return None
+        record = earlier.get((run.job, run.row.name, run.side, run.repeat))
         if record is None or not settings_of(run, args, found).items() <= record.items():
-            record = execute(run, args, found)
+            record = execute(run, args, found, {**os.environ, **lane})
             append_records(args.out, [record])
-        records.append(record)
+        if "error" in record:
+            failed.add((run.row.name, run.side))
         result = record["error"] if "error" in record else f"{record['tps']:,.0f} tok/s/GPU"
         print(f"{run.name}: {result} [{record['wall_s']} s]", flush=True)
-    return records
+        return record
+
+    runs = [*turns(job, args.rows, args.repeats), *profiled_runs(job, args)]
+    lanes = lanes_of(args.lanes, JOBS[job].gpus, visible_gpus())
+    return [record for record in side_by_side(record_of, runs, lanes) if record is not None]
 
 
 def profiled_runs(job: str, args: argparse.Namespace) -> list[Run]:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 REPO = Path(__file__).resolve().parent.parent
 TIMED_OUT = 124
@@ -19,6 +21,10 @@ TIMED_OUT = 124
 _EXCEPTION = re.compile(r"((?:\w+\.)+[A-Z]\w*|[A-Z]\w*(?:Error|Exception)): \S")
 _RANK = re.compile(r"^(?:\[rank\d+\]:|\s)*")
 _LONGEST_ERROR = 240  # characters
+_RUNNING: set[subprocess.Popen] = set()
+"""Commands that `run_command` waits for, in any thread."""
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 
 def run_command(
@@ -30,7 +36,8 @@ def run_command(
         log: written anew; its folder is made.
         environment: all of it.
         timeout_s: seconds after which the command and all processes below it are killed; the code is then `TIMED_OUT`.
-            None: no limit. They are killed as well when this process is interrupted or terminated.
+            None: no limit. They are killed as well when this process is interrupted or terminated; in another thread
+            than the main one, if that one is in `side_by_side`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -38,11 +45,13 @@ def run_command(
         process = subprocess.Popen(
             command, cwd=REPO, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
+        _RUNNING.add(process)
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             code = TIMED_OUT
         finally:
+            _RUNNING.discard(process)
             if process.returncode is None:
                 _kill_with_descendants(process)
     return code, time.monotonic() - begin
@@ -98,7 +107,45 @@ def lanes_of(count: int, gpus: int, visible: Sequence[str]) -> list[dict[str, st
     if count * gpus > len(visible):
         raise SystemExit(f"--lanes {count}: {gpus} GPUs each, but {len(visible)} are here; give fewer lanes")
     parts = [visible[lane * gpus : (lane + 1) * gpus] for lane in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    # What a process would take of the CPU's cores if it were alone with its own.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // (count * gpus)))
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part), "OMP_NUM_THREADS": threads} for part in parts]
+
+
+def side_by_side(
+    work: Callable[[Item, Mapping[str, str]], Outcome], items: Iterable[Item], lanes: Sequence[Mapping[str, str]]
+) -> list[Outcome]:
+    """`work(item, lane)` of every item, in the order of the items, as many at a time as there are lanes.
+
+    Where one raises, or this process is interrupted or terminated, no further one begins and the commands of those
+    that run are killed.
+    """
+    if len(lanes) == 1:
+        return [work(item, lanes[0]) for item in items]
+    free: queue.SimpleQueue[Mapping[str, str]] = queue.SimpleQueue()
+    for lane in lanes:
+        free.put(lane)
+
+    def in_lane(item: Item) -> Outcome:
+        lane = free.get()
+        try:
+            return work(item, lane)
+        finally:
+            free.put(lane)
+
+    pool = ThreadPoolExecutor(len(lanes))
+    futures = [pool.submit(in_lane, item) for item in items]
+    with _termination_raises():
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if future.done()]
+        finally:
+            # Only after an exception is any of them still to do.
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                for process in list(_RUNNING):
+                    _kill_with_descendants(process)
+                time.sleep(0.1)
 
 
 def visible_gpus() -> list[str]:

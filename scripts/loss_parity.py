@@ -25,19 +25,15 @@ run again.
 import argparse
 import json
 import os
-import queue
 import statistics
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench_common import append_records, markdown_table
-from bench_runs import lanes_of, visible_gpus
+from bench_runs import REPO, lanes_of, run_command, side_by_side, visible_gpus
 
-REPO = Path(__file__).resolve().parent.parent
 SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
 HEAD = "tensorwise-head"
@@ -145,17 +141,8 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
     return [*given, *(f"--{flag}" for flag in flags), *args.overrides]
 
 
-def run(row: str, gpus: int, args: argparse.Namespace, lanes: "queue.Queue[dict[str, str]]") -> dict[str, Any]:
-    """One run, on the GPUs of a free lane: its losses by step, or its exit code and the end of its log."""
-    lane = lanes.get()
-    try:
-        return run_on(lane, row, gpus, args)
-    finally:
-        lanes.put(lane)
-
-
-def run_on(lane: dict[str, str], row: str, gpus: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The same with what a lane says of the environment."""
+def run(row: str, gpus: int, args: argparse.Namespace, lane: Mapping[str, str]) -> dict[str, Any]:
+    """One run, on the GPUs of a lane: its losses by step, or its exit code and the end of its log."""
     name = f"{row}-{gpus}gpu"
     folder = args.out / name
     command = ["./run_train.sh", *options_of(row, gpus, args, folder.resolve())]
@@ -164,10 +151,8 @@ def run_on(lane: dict[str, str], row: str, gpus: int, args: argparse.Namespace) 
         return record
     environment = {**os.environ, **lane, "CONFIG_FILE": str(args.config.resolve()), "NGPU": str(gpus)}
     folder.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with open(args.out / f"{name}.log", "w") as log:
-        code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-    record = {"row": row, "gpus": gpus, "exit_code": code, "wall_s": round(time.monotonic() - begin, 1)}
+    code, wall_s = run_command(command, args.out / f"{name}.log", environment)
+    record = {"row": row, "gpus": gpus, "exit_code": code, "wall_s": round(wall_s, 1)}
     record["command"] = command
     if code == 0:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -241,15 +226,15 @@ def main() -> int:
     settle(args)
     records = []
     for gpus in args.worlds:
-        lanes: queue.Queue[dict[str, str]] = queue.Queue()
-        for lane in args.lanes_of[gpus]:
-            lanes.put(lane)
-        with ThreadPoolExecutor(args.lanes) as pool:
-            for record in pool.map(lambda row, gpus=gpus, lanes=lanes: run(row, gpus, args, lanes), args.rows):
-                records.append(record)
-                append_records(args.out, [record])
-                loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"
-                print(f"{record['row']} on {gpus}: {loss} [{record['wall_s']} s]", flush=True)
+
+        def recorded(row: str, lane: Mapping[str, str], gpus: int = gpus) -> dict[str, Any]:
+            record = run(row, gpus, args, lane)
+            append_records(args.out, [record])
+            loss = f"{record['final_loss']:.4f}" if record["exit_code"] == 0 else "failed"
+            print(f"{row} on {gpus}: {loss} [{record['wall_s']} s]", flush=True)
+            return record
+
+        records += side_by_side(recorded, args.rows, args.lanes_of[gpus])
     print(
         f"\n{args.steps} steps of {args.global_batch} x {args.seq_len} tokens; mean of the last {args.average} logged\n"
     )

@@ -111,10 +111,10 @@ def extra_row(text: str) -> Row:
 
 
 def turns(job: str, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
-    """The runs of a job in their order: row after row, the sides in turns."""
+    """The runs of a job in their order: row after row, the sides in turns; who is first changes with the repeat."""
     for row in rows:
         for repeat in range(1, repeats + 1):
-            for side in row.sides:
+            for side in row.sides if repeat % 2 else row.sides[::-1]:
                 yield Run(job, row, side, repeat)
 
 

@@ -169,7 +169,7 @@ def test_the_sides_take_turns_within_a_row(load, parse):
     args = parse("--rows", "bf16-compiled,tensorwise-eager")
     names = [run.name for run in jobs.turns("one-gpu", args.rows, 2)]
     assert names == [
-        *(f"one-gpu/bf16-compiled/{side}-{repeat}" for repeat in (1, 2) for side in ("ours", "peer")),
+        *(f"one-gpu/bf16-compiled/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")),
         *(f"one-gpu/tensorwise-eager/ours-{repeat}" for repeat in (1, 2)),
     ]
 
@@ -301,7 +301,7 @@ def executed(load, monkeypatch) -> list[str]:
     script = load("bench_peers")
     names: list[str] = []
 
-    def execute(run, args, found):
+    def execute(run, args, found, base):
         names.append(run.name)
         record = {"job": run.job, "row": run.row.name, "side": run.side, "repeat": run.repeat, "wall_s": 1.0}
         record |= script.settings_of(run, args, found)
@@ -316,7 +316,7 @@ def test_runs_that_ended_well_with_the_same_options_on_the_same_device_are_not_r
     script = load("bench_peers")
     options = ("--rows", "bf16-compiled", "--repeats", "2", "--resume")
     first = script.run_job("one-gpu", parse(*options), FOUND)
-    assert executed == [f"one-gpu/bf16-compiled/{side}-{n}" for n in (1, 2) for side in ("ours", "peer")]
+    assert executed == [f"one-gpu/bf16-compiled/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")]
     executed.clear()
     assert script.run_job("one-gpu", parse(*options), FOUND) == first
     assert executed == []
@@ -341,7 +341,7 @@ def test_a_side_that_failed_is_left_out_for_the_rest_of_its_row_and_run_again_by
     FAILING.add("one-gpu/bf16-compiled/peer-1")
     script.run_job("one-gpu", parse(*options), FOUND)
     bf16, rowwise = "one-gpu/bf16-compiled", "one-gpu/rowwise-compiled"
-    of_rowwise = [f"{rowwise}/{side}-{n}" for n in (1, 2) for side in ("ours", "peer")]
+    of_rowwise = [f"{rowwise}/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")]
     profiled = [f"{bf16}/ours-profile", f"{rowwise}/ours-profile", f"{rowwise}/peer-profile"]
     assert executed == [f"{bf16}/ours-1", f"{bf16}/peer-1", f"{bf16}/ours-2", *of_rowwise, *profiled]
     executed.clear()
@@ -491,3 +491,23 @@ def test_a_tokenizer_that_does_not_read_back_what_it_wrote_is_refused(load, corp
     monkeypatch.setattr(text.HFTokenizer, "decode", lambda self, ids: "something else")
     with pytest.raises(SystemExit, match="get other tokens when decoded and encoded"):
         text.write_peer_text(data, tokenizer, tmp_path / "o", ranks=1, tokens=100)
+
+
+def test_lanes_run_the_same_runs_on_gpus_of_their_own(load, parse, executed, monkeypatch):
+    script = load("bench_peers")
+    monkeypatch.setattr(script, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    seen = []
+    one_by_one = script.execute
+
+    def execute(run, args, found, base):
+        seen.append(base["CUDA_VISIBLE_DEVICES"])
+        return one_by_one(run, args, found, base)
+
+    monkeypatch.setattr(script, "execute", execute)
+    records = script.run_job("two-gpus", parse("--rows", "bf16-compiled,tensorwise-eager", "--lanes", "2"), FOUND)
+    order = [("bf16-compiled", side, n) for n, sides in ((1, "op"), (2, "po"), (3, "op")) for side in sides]
+    expected = [(row, {"o": "ours", "p": "peer"}[side], n) for row, side, n in order]
+    expected += [("tensorwise-eager", "ours", n) for n in (1, 2, 3)]
+    assert [(r["row"], r["side"], r["repeat"]) for r in records] == expected
+    assert sorted(executed) == sorted(f"two-gpus/{row}/{side}-{n}" for row, side, n in expected)
+    assert set(seen) <= {"0,1", "2,3"}

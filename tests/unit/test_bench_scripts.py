@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +103,49 @@ def test_lanes_divide_the_gpus_that_are_there(load):
         runs.lanes_of(2, 3, ["4", "5", "6", "7", "8"])
     with pytest.raises(SystemExit, match="at least one"):
         runs.lanes_of(0, 1, ["0"])
+
+
+def test_as_many_run_side_by_side_as_there_are_lanes_each_in_one_of_its_own(load):
+    runs = load("bench_runs")
+    both, busy, most = threading.Barrier(2, timeout=60), set(), []
+
+    def work(item: int, lane: dict[str, str]) -> int:
+        assert lane["name"] not in busy
+        busy.add(lane["name"])
+        both.wait()  # ends only with two at a time
+        most.append(len(busy))
+        busy.remove(lane["name"])
+        both.wait()
+        return 10 * item
+
+    assert runs.side_by_side(work, range(6), [{"name": "a"}, {"name": "b"}]) == [0, 10, 20, 30, 40, 50]
+    assert max(most) == 2
+    assert runs.side_by_side(lambda item, lane: (item, lane), "xy", [{"name": "a"}]) == [
+        ("x", {"name": "a"}),
+        ("y", {"name": "a"}),
+    ]
+
+
+def test_where_one_fails_the_commands_beside_it_are_killed_and_no_other_begins(load, tmp_path):
+    runs = load("bench_runs")
+    begun = []
+
+    def work(item: str, lane: dict[str, str]) -> int:
+        begun.append(item)
+        if item == "fails":
+            for _ in range(600):
+                if (tmp_path / "sleeps").exists():
+                    break
+                time.sleep(0.1)
+            raise ValueError("fails")
+        code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'sleeps')!r}).touch(); time.sleep(600)"
+        return runs.run_command([sys.executable, "-c", code], tmp_path / "log", dict(os.environ))[0]
+
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="fails"):
+        runs.side_by_side(work, ["sleeps", "fails", "begun", "never"], [{}, {}])
+    assert time.monotonic() - begin < 120
+    assert "never" not in begun  # the lane of the one that failed may have taken one more
 
 
 def test_the_gpus_that_are_there_are_those_that_this_process_sees(load, monkeypatch):
