@@ -152,7 +152,9 @@ def _whole(tensor: Tensor) -> Tensor:
 def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
     """The model of `case` with its initial weights, on the mesh of all ranks; `float8` are keys of a `Float8Config`."""
     if case.compile_backend is not None:
-        torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
+        torch._dynamo.reset()
+        # However deep the model, blocks of one kind share one graph; there are two kinds, of three blocks.
+        torch._dynamo.config.recompile_limit = 2
     model = built(case, **float8)
     mesh = mesh_of(
         MeshDegrees(

@@ -19,6 +19,7 @@ who looks at what passes between modules (hooks, autocast), they compute as the 
 """
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -194,9 +195,10 @@ def _can_share(*linears: nn.Module) -> bool:
     first, *_ = linears
     if not _is_plain(first) or not first.config.recipe.grad_weight_in_float8:
         return False
-    weights = {id(linear.weight) for linear in linears}  # the compiler takes no tensor twice
-    alike = (_is_plain(linear) and linear.bias is None and linear.config == first.config for linear in linears)
-    return len(weights) == len(linears) and all(alike)
+    if not all(_is_plain(linear) and linear.bias is None and linear.config == first.config for linear in linears):
+        return False
+    # The compiler takes no tensor twice. By `is`: over `id` it would compile the code of a block anew for each.
+    return all(one.weight is not other.weight for one, other in combinations(linears, 2))
 
 
 class Float8Attention(Attention):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.tolerances import FUSED_VS_EAGER_SQNR_DB, FUSED_VS_UNFUSED_LOSS_DB, sqnr_db
 from tests.unit.converters.fused_models import build, exact, round_once, run, same_bits
@@ -78,6 +79,17 @@ def test_compiled_equals_eager_bit_for_bit(recipe: str) -> None:
     for block in model.layers.values():
         block.compile(backend="aot_eager", fullgraph=True)
     assert same_bits(run(model), eager) == []
+
+
+@ALL_RECIPES
+def test_blocks_share_one_compiled_graph(recipe: str) -> None:
+    torch._dynamo.reset()
+    compiler = CompileCounter()
+    model = build(recipe, fused=True, n_layers=3)
+    for block in model.layers.values():
+        block.compile(backend=compiler, fullgraph=True)
+    run(model)
+    assert compiler.frame_count == 1
 
 
 @ALL_RECIPES

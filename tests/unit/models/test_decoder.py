@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -117,10 +118,12 @@ def test_compiled_and_checkpointed_blocks_break_no_graph_and_equal_eager(backend
 @hides_dynamo_warning
 def test_blocks_of_different_depth_share_one_compiled_graph() -> None:
     torch.compiler.reset()
+    compiler = CompileCounter()
     model = _decoder()
     for block in model.layers.values():
-        block.compile(backend="eager", fullgraph=True)
+        block.compile(backend=compiler, fullgraph=True)
     model(_tokens())
+    assert compiler.frame_count == 1
     with torch.compiler.set_stance("fail_on_recompile"):
         model(_tokens(seed=1))
 
