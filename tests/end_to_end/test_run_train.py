@@ -221,3 +221,12 @@ def test_a_run_resumes_with_the_same_mixture_of_recipes_alone(run_here) -> None:
     again = run_here(*options, *mixture, "--training.steps", "4")
     assert again.code == 0, again.output
     assert [line["step"] for line in again.lines] == [1, 2, 3, 4]
+
+
+def test_a_deep_model_compiles_one_block(run_shell) -> None:
+    float8 = "quantize.linear.float8"
+    flags = [f"--model.converters={float8}", f"--{float8}.emulate", f"--{float8}.enable_fsdp_float8_all_gather"]
+    # Deeper than the compiler's limit for versions of one code, which is 8.
+    sizes = ["--model.overrides.n_layers", "10", "--training.steps", "2"]
+    run = run_shell(*flags, *sizes, "--compile.enable", "--compile.backend", "aot_eager", folder="deep", NGPU="2")
+    assert run.code == 0, run.output
