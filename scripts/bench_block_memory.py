@@ -40,7 +40,8 @@ from torch import Tensor, nn
 import titan_fp8
 from titan_fp8.models.attention_backends import AttentionTask, resolve_backend
 from titan_fp8.models.decoder import TransformerBlock
-from titan_fp8.models.flavors import ModelDims, resolve_dims
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.rope import RopeTables, RotaryEmbedding
 from titan_fp8.runtime.device import detect_device
 
@@ -76,7 +77,7 @@ def dims_of(args: argparse.Namespace) -> ModelDims:
 def build(row: str, dims: ModelDims, device: torch.device, args: argparse.Namespace) -> nn.Module:
     """A model of one block, converted and compiled as `row` says; its only child is called `block`."""
     side, _, rest = row.partition("-")
-    task = AttentionTask(device=detect_device(), dtype=torch.bfloat16, head_dim=dims.head_dim)
+    task = AttentionTask(device=detect_device(), dtype=torch.bfloat16, head_dim=dims.head_width)
     with device:
         model = nn.ModuleDict({"block": TransformerBlock(dims, 0, resolve_backend("auto", task))})
     recipe, emulate = rest.removesuffix("-compiled"), device.type != "cuda"
@@ -130,7 +131,7 @@ def bench_row(row: str, dims: ModelDims, device: torch.device, args: argparse.Na
     torch.manual_seed(0)
     seq_len = args.seq_len or (64 if args.tiny else 8192)
     model = build(row, dims, device, args)
-    rotary = RotaryEmbedding(dims.head_dim, seq_len, dims.rope_theta, dims.rope_scaling).to(device)
+    rotary = RotaryEmbedding(dims.head_width, seq_len, dims.rope_theta, dims.rope_scaling).to(device)
     rope: RopeTables = rotary(seq_len, device)
     shape = (args.batch, seq_len, dims.dim)
     x = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()

@@ -76,7 +76,8 @@ from peer.log import FIRST_STEP, read_parameters, read_steps
 from peer.table import table
 from peer.text import write_peer_text
 
-from titan_fp8.models.flavors import count_parameters, resolve_dims
+from titan_fp8.models.arithmetic import count_parameters
+from titan_fp8.models.flavors import resolve_dims
 
 CONFIG = REPO / "train_configs" / "llama3_8b.toml"
 

@@ -21,8 +21,8 @@ from titan_fp8.data.loader import TrainLoader, build_train_loader
 from titan_fp8.data.validation import ValidationLoader, build_validation_loader
 from titan_fp8.job_config import JobConfig, to_toml
 from titan_fp8.model_plan import DTYPES, ModelPlan, plan_model, run_fingerprint
+from titan_fp8.models.arithmetic import count_parameters
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import count_parameters
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.observability.files import disk_errors
@@ -35,6 +35,7 @@ from titan_fp8.parallel.compile import compile_loss
 from titan_fp8.parallel.context import context_parallel
 from titan_fp8.parallel.degrees import resolve_degrees
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
+from titan_fp8.parallel.expert_load import expert_load
 from titan_fp8.parallel.mesh import PP, ParallelMesh, build_mesh
 from titan_fp8.parallel.pipeline import Pipeline, split_model
 from titan_fp8.parallel.tensor import vocab_parallel_loss
@@ -121,6 +122,7 @@ def build_trainer(
         mesh=mesh,
         context=context_parallel(mesh, job.parallelism),
         parts=parts,
+        expert_load=expert_load(parts, plan.dims, mesh),
         pipeline=_build_pipeline(job, plan, mesh, device, parts, loss_fn),
         converters=plan.converters,
         loss_fn=loss_fn,

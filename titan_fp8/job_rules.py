@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from titan_fp8.config.section import Problem
 from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
-from titan_fp8.models.flavors import FLAVORS, ModelDims, resolve_dims
+from titan_fp8.family_rules import experts_are_whole, experts_exist, sequences_of_the_family_are_spread
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.families import FLAVORS
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
 from titan_fp8.parallel.degrees import MeshDegrees, given_degrees, resolve_degrees
 from titan_fp8.parallel.pipeline_split import check_pipeline
@@ -353,10 +356,13 @@ def seed_checkpoint_is_made_by_one_process(job: "JobConfig", world_size: int) ->
         yield Problem("checkpoint.create_seed_checkpoint", f"runs in one process, not {world_size}; set NGPU=1")
 
 
-def experts_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
-    """Nothing is routed in a dense model."""
-    if job.debug.moe_force_load_balance:
-        yield Problem("debug.moe_force_load_balance", f"{job.model.name} has no experts to balance; leave it at false")
+def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """What only some families have is there where it is asked for, and can be spread."""
+    dims, degrees = _dims(job), _degrees_or_given(job, world_size)
+    if dims is not None:
+        yield from experts_exist(job, dims)
+        yield from experts_are_whole(job, dims, degrees)
+        yield from sequences_of_the_family_are_spread(job, dims, degrees)
 
 
 RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
@@ -378,7 +384,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     schedule_covers_the_training,
     compiler_is_there_for_the_memory_budget,
     seed_checkpoint_is_made_by_one_process,
-    experts_exist,
+    family_can,
 )
 """In the order in which their violations are listed."""
 

@@ -9,7 +9,7 @@ The same object is then sharded and materialized by the trainer.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +25,15 @@ from titan_fp8.data.loader import check_training_data
 from titan_fp8.data.tokenizer import Tokenizer, build_tokenizer, check_vocab
 from titan_fp8.data.validation import check_validation_data
 from titan_fp8.job_config import JobConfig
+from titan_fp8.models.arithmetic import flops_per_token
 from titan_fp8.models.chunked_loss import chunk_loss
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims, flops_per_token, resolve_dims
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.observability.run_folder import check_run_folder
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.parallel.degrees import resolve_degrees
+from titan_fp8.parallel.expert_load import force_balance
 from titan_fp8.parallel.pipeline_split import PipelinePlan, plan_pipeline
 from titan_fp8.quantization.chunked_head import chunk_float8_loss
 from titan_fp8.quantization.linear import Float8Linear
@@ -158,7 +161,7 @@ def _placement(job: JobConfig) -> Placement:
 def run_fingerprint(job: JobConfig, dims: ModelDims, reports: Sequence[ConversionReport | None]) -> dict[str, Any]:
     """What a checkpoint must agree with: the model's dimensions and the recipes its weights were trained with."""
     return {
-        "model": {"name": job.model.name, **asdict(dims)},
+        "model": {"name": job.model.name, **dims.recorded()},
         "recipe": {report.converter: report.fingerprint() for report in reports if report is not None},
     }
 
@@ -222,7 +225,7 @@ def _build_meta_model(job: JobConfig, dims: ModelDims, device: DeviceCapabilitie
     torch.set_default_dtype(DTYPES[job.training.dtype])
     try:
         with torch.device("meta"):
-            return Decoder(
+            model = Decoder(
                 dims,
                 attention_backend=job.model.attention_backend,
                 document_masking=job.training.document_masking,
@@ -230,6 +233,9 @@ def _build_meta_model(job: JobConfig, dims: ModelDims, device: DeviceCapabilitie
                 compute_dtype=DTYPES[job.training.mixed_precision_param],
                 device=device,
             )
+        if job.debug.moe_force_load_balance:
+            force_balance(model)
+        return model
     finally:
         torch.set_default_dtype(default_dtype)
 

@@ -28,6 +28,7 @@ from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.optim.schedule import LRSchedulers
 from titan_fp8.parallel.context import ContextParallel
 from titan_fp8.parallel.distributed import any_rank, set_train_timeouts
+from titan_fp8.parallel.expert_load import ExpertLoad
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.pipeline import Pipeline
@@ -68,6 +69,7 @@ class Trainer:
     mesh: ParallelMesh
     context: ContextParallel | None
     parts: list[Decoder]
+    expert_load: ExpertLoad | None
     pipeline: Pipeline | None
     converters: list[Converter]
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -126,6 +128,8 @@ class Trainer:
         batches = [self._on_device(batch) for batch in self.loader.next_step()]
         label_tokens = self._label_tokens(batches)
         self.optimizers.zero_grad()
+        if self.expert_load is not None:
+            self.expert_load.begin_step(label_tokens)
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
@@ -138,6 +142,8 @@ class Trainer:
         self.optimizers.step(skip=None if self.optimizers.steps_in_backward else nonfinite)
         for converter in self.converters:
             converter.post_optimizer(self.parts)
+        if self.expert_load is not None:
+            self.expert_load.end_step(skip=nonfinite)
         self.lr_scheduler.step()
         self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
         result = StepResult(loss, grad_norm)
@@ -213,13 +219,16 @@ class Trainer:
         raise NonFiniteError(f"{found}; {rule}. {remedy}")
 
     def _log(self, step: int, result: StepResult, tokens: int) -> None:
+        extra = {"tokens_seen": self.state.tokens_seen, "nonfinite_steps": self.state.nonfinite_steps}
+        if self.expert_load is not None:
+            extra |= self.expert_load.metrics()
         self.metrics.log_step(
             step,
             loss=result.loss.item(),
             grad_norm=result.grad_norm.item(),
             lr=self.state.lr,
             tokens=tokens,
-            extra={"tokens_seen": self.state.tokens_seen, "nonfinite_steps": self.state.nonfinite_steps},
+            extra=extra,
         )
 
     @torch.no_grad()

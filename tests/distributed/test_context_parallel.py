@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tests.distributed.harness import run_distributed
 from titan_fp8.models.attention_backends import Backend, attention_mask, causal_attention
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing

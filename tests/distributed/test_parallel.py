@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.apply import materialize, parallelize
@@ -152,9 +152,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
     """The model of `case` with its initial weights, on the mesh of all ranks; `float8` are keys of a `Float8Config`."""
     if case.compile_backend is not None:
-        torch._dynamo.reset()
-        # However deep the model, blocks of one kind share one graph; there are two kinds, of three blocks.
-        torch._dynamo.config.recompile_limit = 2
+        torch._dynamo.reset()  # what earlier cases compiled counts against the limit of recompilations
     model = built(case, **float8)
     mesh = mesh_of(
         MeshDegrees(

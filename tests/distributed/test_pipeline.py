@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_fp8.parallel.apply import materialize, parallelize

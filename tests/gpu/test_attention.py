@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_fp8.models.attention_backends import AttentionTask, attention_mask, causal_attention, resolve_backend
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims, resolve_dims
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.runtime.device import detect_device

@@ -7,7 +7,7 @@ from torch import Tensor
 from titan_fp8.kernels.rope import reference, rotate
 from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.models.rope import RopeTables, RotaryEmbedding, apply_rope, rotate_queries_and_keys

@@ -32,8 +32,8 @@ LAYERS = (
     ("runtime",),
 )
 
-# A part that stands in two files at the top.
-SAME_PART = {"job_rules": "job_config"}
+# A part that stands in several files at the top.
+SAME_PART = {"job_rules": "job_config", "family_rules": "job_config"}
 
 # What an answer in well under a second cannot afford.
 HEAVY = {"torch", "triton", "numpy", "pandas", "pyarrow", "datasets", "tokenizers", "transformers", "safetensors"}

@@ -16,7 +16,7 @@ from titan_fp8.config.keys import all_keys
 from titan_fp8.config.text import show
 from titan_fp8.converters.config import RECIPE_NAMES
 from titan_fp8.job_config import ConfigErrors, JobConfig, load_job_config
-from titan_fp8.models.flavors import FLAVORS
+from titan_fp8.models.families import FLAVORS
 
 REPOSITORY = Path(__file__).parents[2]
 FLOAT8 = "quantize.linear.float8"

@@ -36,7 +36,7 @@ def describe(job: JobConfig, world_size: int) -> str:
     """
     # torch is imported only once the configuration itself is known to be right.
     from titan_fp8.model_plan import plan_model
-    from titan_fp8.models.flavors import count_parameters
+    from titan_fp8.models.arithmetic import count_parameters
     from titan_fp8.parallel.degrees import resolve_degrees
     from titan_fp8.runtime.device import detect_device
 

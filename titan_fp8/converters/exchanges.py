@@ -18,9 +18,12 @@ def exchanges(model: nn.Module) -> dict[str, str]:
         if isinstance(module, TransformerBlock):
             for name, readers in READERS.items():
                 part = getattr(module, name)
+                if not all(hasattr(part, reader) for reader in readers):
+                    continue  # such parts are not divided
                 found[f"{fqn}.{name} input"] = _way([getattr(part, reader) for reader in readers])
             found[f"{fqn}.attention.wo gradient"] = _way([module.attention.wo])
-            found[f"{fqn}.feed_forward.w2 gradient"] = _way([module.feed_forward.w2])
+            if module.feed_forward is not None:
+                found[f"{fqn}.feed_forward.w2 gradient"] = _way([module.feed_forward.w2])
     output = getattr(model, "output", None)
     if isinstance(output, nn.Linear):
         found["output input"] = _way([output])

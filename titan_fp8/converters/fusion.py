@@ -56,7 +56,7 @@ def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[s
             if not tensor_parallel:
                 _share_attention_output(block)
             for name, new in _fused_parts(block, tensor_parallel).items():
-                setattr(block, name, new)
+                block.set_submodule(name, new)
                 fused.append(f"{fqn}.{name}" if fqn else name)
     return fused
 
@@ -64,26 +64,35 @@ def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[s
 def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn.Module]:
     """Name -> what to put there."""
     parts: dict[str, nn.Module] = {}
-    feed_forward = block.feed_forward
-    if type(feed_forward) is FeedForward and _can_gate(feed_forward):
-        assert isinstance(feed_forward.w2, Float8Linear)
-        one_scale = feed_forward.w2.config.recipe.granularity is Granularity.TENSOR
-        if not (tensor_parallel and one_scale):
-            parts["feed_forward"] = _converted(feed_forward, Float8FeedForward)
+    for name in ("feed_forward", "moe.shared_experts"):
+        feed_forward = _part(block, name)
+        if type(feed_forward) is FeedForward and _can_gate(feed_forward):
+            assert isinstance(feed_forward.w2, Float8Linear)
+            one_scale = feed_forward.w2.config.recipe.granularity is Granularity.TENSOR
+            if not (tensor_parallel and one_scale):
+                parts[name] = _converted(feed_forward, Float8FeedForward)
     if tensor_parallel:
         return parts
-    if type(block.attention) is Attention and _can_share(block.attention.wq, block.attention.wk, block.attention.wv):
-        parts["attention"] = _converted(block.attention, Float8Attention)
-    readers = {
-        "attention_norm": Readers(parts.get("attention", block.attention), ("wq", "wk", "wv")),
-        "ffn_norm": Readers(parts.get("feed_forward", block.feed_forward), ("w1", "w3")),
-    }
+    attention = block.attention
+    if type(attention) is Attention and _can_share(attention.wq, attention.wk, attention.wv):
+        parts["attention"] = _converted(attention, Float8Attention)
+    readers = {"attention_norm": Readers(parts.get("attention", attention), attention.READERS)}
+    if block.feed_forward is not None:  # the norm before a mixture of experts has its router as a reader
+        readers["ffn_norm"] = Readers(parts.get("feed_forward", block.feed_forward), ("w1", "w3"))
     for name, reader in readers.items():
         norm = getattr(block, name)
         if type(norm) is RMSNorm and reader.recipe() is not None:
             fused = parts[name] = _converted(norm, Float8RMSNorm)
             fused.readers = reader
     return parts
+
+
+def _part(block: TransformerBlock, name: str) -> nn.Module | None:
+    """The module of that dotted name; None where there is none."""
+    part: nn.Module | None = block
+    for step in name.split("."):
+        part = getattr(part, step, None)
+    return part
 
 
 def _share_attention_output(block: TransformerBlock) -> None:

@@ -8,20 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from titan_fp8.models.arithmetic import count_parameters, flops_per_token
     from titan_fp8.models.decoder import Decoder
-    from titan_fp8.models.flavors import FLAVORS, ModelDims, count_parameters, flops_per_token, resolve_dims
+    from titan_fp8.models.dims import ModelDims
+    from titan_fp8.models.families import FLAVORS
+    from titan_fp8.models.flavors import resolve_dims
     from titan_fp8.models.initialization import initialize
     from titan_fp8.models.linear import Linear
     from titan_fp8.models.loss import cross_entropy_sum
 
 _HOMES = {
-    "FLAVORS": "flavors",
+    "FLAVORS": "families",
     "Decoder": "decoder",
     "Linear": "linear",
-    "ModelDims": "flavors",
-    "count_parameters": "flavors",
+    "ModelDims": "dims",
+    "count_parameters": "arithmetic",
     "cross_entropy_sum": "loss",
-    "flops_per_token": "flavors",
+    "flops_per_token": "arithmetic",
     "initialize": "initialization",
     "resolve_dims": "flavors",
 }

@@ -52,6 +52,8 @@ _SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _HALF = (torch.bfloat16, torch.float16)
+_OF_ONE_WIDTH = ("flash", "cudnn")
+"""Kernels whose values must be as wide as queries and keys."""
 _MAX_HEAD_DIM = {"flash": 256, "cudnn": 128, "flash4": flash4.MAX_HEAD_DIM}
 
 
@@ -62,6 +64,8 @@ class AttentionTask:
     device: DeviceCapabilities
     dtype: torch.dtype
     head_dim: int
+    scaled: bool = False
+    """Values are narrower than queries, and products have a factor of their own, as in latent attention."""
     document_masking: bool = False
     deterministic: bool = False
 
@@ -139,6 +143,8 @@ def _half_precision_obstacle(backend: Backend, task: AttentionTask) -> str | Non
         return f"it takes head widths that are multiples of 8 up to {limit}, and the model's is {task.head_dim}"
     if backend == "cudnn" and task.device.compute_capability is None:
         return f"it needs an NVIDIA GPU, and this is {task.device.name}"
+    if backend == "flash4" and task.scaled:
+        return "it has one width and one factor, and the model's latent attention has others"
     if backend == "flash4":
         capability = task.device.compute_capability
         if capability is None or capability[0] != 9:
@@ -151,24 +157,31 @@ def _half_precision_obstacle(backend: Backend, task: AttentionTask) -> str | Non
     return None
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Mask = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Mask = None, *, scale: float | None = None
+) -> Tensor:
     """Attention in which token s sees tokens 0..s, or what `mask` lets it see.
 
     Args:
         q: `[B, H, S, D]`.
-        k, v: `[B, G, S, D]`; query head h uses head `h // (H / G)` of them.
+        k, v: `[B, G, S, D]`; query head h uses head `h // (H / G)` of them. Values may be narrower, `[B, G, S, D']`.
         backend: a resolved backend.
         mask: what `attention_mask` returned for this backend.
+        scale: factor on the products of queries and keys; None: `1 / sqrt(D)`.
 
     Returns:
-        `[B, H, S, D]` in the dtype of `q`.
+        `[B, H, S, D]`, as wide as the values, in the dtype of `q`.
     """
     is_grouped = q.shape[1] != k.shape[1]
+    width = v.shape[-1]
+    if width < q.shape[-1] and backend in _OF_ONE_WIDTH:
+        return causal_attention(q, k, F.pad(v, (0, q.shape[-1] - width)), backend, mask, scale=scale)[..., :width]
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attention needs the block mask that attention_mask makes"
-        return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped)
+        return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped, scale=scale)
     if backend == "flash4":
         assert mask is None, "FlashAttention 4 is given no mask"
+        assert scale is None, "FlashAttention 4 is given no scale"
         return flash4.attend(q, k, v)
     assert mask is None or isinstance(mask, Tensor), f"{backend} attention takes a dense mask"
     if is_grouped and backend == "efficient":  # the one kernel without grouped heads
@@ -176,7 +189,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend, mask: Ma
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         is_grouped = False
     with sdpa_kernel(_SDPA_BACKENDS[backend]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped, scale=scale
+        )
 
 
 def attention_mask(backend: Backend, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:

@@ -16,7 +16,7 @@ class ModelOverrides(Section):
     """Number of transformer blocks."""
 
     n_heads: int | None = key(None, ge=1, unit="heads")
-    """Query heads of the attention; `dim` is split evenly over them."""
+    """Query heads of the attention; `dim` is split evenly over them, unless `head_dim` is set."""
 
     n_kv_heads: int | None = key(None, ge=1, unit="heads")
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
@@ -57,7 +57,101 @@ class ModelOverrides(Section):
     tied_embeddings: bool | None = None
     """Use the embedding's weight as the output projection's."""
 
-    def given(self) -> dict[str, int | float | bool]:
+    head_dim: int | None = key(None, ge=1, unit="features")
+    """Width of a head; unset: `dim / n_heads`."""
+
+    yarn_factor: float | None = key(None, gt=0)
+    """YaRN's frequency scaling; 1: unscaled."""
+
+    yarn_beta_fast: float | None = key(None, gt=0)
+    """Upper bound of YaRN's scaling, see `YarnScaling`."""
+
+    yarn_beta_slow: float | None = key(None, gt=0)
+    """Lower bound of YaRN's scaling, see `YarnScaling`."""
+
+    yarn_mscale: float | None = key(None, gt=0)
+    """Attention is sharpened by `(1 + 0.1 yarn_mscale ln(yarn_factor))^2`."""
+
+    qk_norm: Literal["none", "head", "l2"] | None = None
+    """RMSNorm of each head of queries and keys: `head` with a learned scale before they are rotated (Qwen3),
+    `l2` without one after it (Llama 4, in layers with rotary positions)."""
+
+    nope_interval: int | None = key(None, ge=1, unit="layers")
+    """Every so many layers one has no rotary positions; unset: all have them."""
+
+    attention_chunk: int | None = key(None, ge=1, unit="tokens")
+    """In layers with rotary positions a token sees its own chunk of so many tokens alone; unset: the whole
+    sequence."""
+
+    temperature_floor: int | None = key(None, ge=1, unit="tokens")
+    """In layers without rotary positions the query at position p is multiplied by `1 + temperature_scale ln(1 +
+    floor((p + 1) / temperature_floor))`; unset: not."""
+
+    temperature_scale: float | None = key(None, gt=0)
+    """See `temperature_floor`."""
+
+    kv_lora_rank: int | None = key(None, ge=1, unit="features")
+    """Width of the latent vector of keys and values; unset: no latent attention."""
+
+    q_lora_rank: int | None = key(None, ge=1, unit="features")
+    """Width of the latent vector of queries; unset: they come from the stream itself."""
+
+    qk_nope_head_dim: int | None = key(None, ge=1, unit="features")
+    """Features of a query's and key's head without positions."""
+
+    qk_rope_head_dim: int | None = key(None, ge=1, unit="features")
+    """Rotated features of a query's and key's head; of keys, all heads have the same."""
+
+    v_head_dim: int | None = key(None, ge=1, unit="features")
+    """Width of a value's head."""
+
+    n_experts: int | None = key(None, ge=1, unit="experts")
+    """Number of experts of a layer; unset: every feed-forward is dense."""
+
+    top_k: int | None = key(None, ge=1, unit="experts")
+    """Experts that a token goes to."""
+
+    moe_ffn_dim: int | None = key(None, ge=1, unit="features")
+    """Hidden width of an expert; unset: that of the dense feed-forward."""
+
+    n_shared_experts: int | None = key(None, ge=0, unit="experts")
+    """Experts that every token goes to, as one feed-forward of so many times `moe_ffn_dim`."""
+
+    first_dense_layers: int | None = key(None, ge=0, unit="layers")
+    """So many first layers have a dense feed-forward."""
+
+    moe_interval: int | None = key(None, ge=1, unit="layers")
+    """After those, every so many layers the last one has experts."""
+
+    router_score: Literal["softmax", "sigmoid"] | None = None
+    """What makes scores of a router's logits: `softmax` over the experts, or the `sigmoid` of each."""
+
+    router_norm: bool | None = None
+    """A token's scores are divided by their sum."""
+
+    router_scale: float | None = key(None, gt=0)
+    """Factor on a token's scores."""
+
+    score_before_experts: bool | None = None
+    """Scores multiply what goes into the experts instead of what comes out."""
+
+    expert_groups: int | None = key(None, ge=1, unit="groups")
+    """Experts are in so many groups, of which a token may use some (node-limited routing)."""
+
+    expert_groups_per_token: int | None = key(None, ge=1, unit="groups")
+    """Groups that a token's experts are in."""
+
+    expert_group_score: Literal["max", "top2"] | None = None
+    """A group's score: that of its best expert (`max`), or of its two best together (`top2`)."""
+
+    balance_rate: float | None = key(None, ge=0)
+    """After each step an expert that got too few tokens gains so much in the choice of experts, and one that
+    got too many loses it (arXiv 2408.15664); 0: off."""
+
+    aux_loss_weight: float | None = key(None, ge=0)
+    """Weight of the auxiliary loss that draws the routers to balanced loads; 0: off."""
+
+    def given(self) -> dict[str, int | float | bool | str]:
         """The dimensions that are overridden."""
         return self.model_dump(exclude_none=True)
 

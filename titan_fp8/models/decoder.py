@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from titan_fp8.models.attention import Attention
 from titan_fp8.models.attention_backends import AttentionTask, Backend, Mask, attention_mask, resolve_backend
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.feed_forward import FeedForward
-from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import Distribution, Normal, TruncatedNormal
 from titan_fp8.models.linear import Linear
+from titan_fp8.models.mla import LatentAttention
+from titan_fp8.models.moe import MoE
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.rope import RopeTables, RotaryEmbedding
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
@@ -31,7 +33,8 @@ from titan_fp8.runtime.errors import UserError
 
 
 class TransformerBlock(nn.Module):
-    """One layer: `x + attention(attention_norm(x))`, then `x + feed_forward(ffn_norm(x))`.
+    """One layer: `x + attention(attention_norm(x))`, then `x + feed_forward(ffn_norm(x))`, where `moe` may stand in
+    the place of `feed_forward`.
 
     Args:
         dims: the model's dimensions.
@@ -42,8 +45,14 @@ class TransformerBlock(nn.Module):
     def __init__(self, dims: ModelDims, layer: int, backend: Backend):
         super().__init__()
         residual_std = 0.02 / math.sqrt(2 * (layer + 1))
-        self.attention = Attention(dims, backend, residual_std)
-        self.feed_forward = FeedForward(dims.dim, dims.ffn_hidden_dim, residual_std)
+        self.attention: Attention | LatentAttention = (
+            LatentAttention(dims, backend, residual_std)
+            if dims.is_latent
+            else Attention(dims, layer, backend, residual_std)
+        )
+        has_experts = dims.has_experts(layer)
+        self.feed_forward = None if has_experts else FeedForward(dims.dim, dims.ffn_hidden_dim, residual_std)
+        self.moe = MoE(dims, residual_std) if has_experts else None
         self.attention_norm = RMSNorm(dims.dim, dims.norm_eps)
         self.ffn_norm = RMSNorm(dims.dim, dims.norm_eps)
 
@@ -51,6 +60,9 @@ class TransformerBlock(nn.Module):
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
         x, normed = self.attention_norm.keep_and_norm(x)
         x, normed = self.ffn_norm.add_and_norm(x, self.attention(normed, rope, mask))
+        if self.moe is not None:
+            return x + self.moe(normed)
+        assert self.feed_forward is not None
         return x + self.feed_forward(normed)
 
 
@@ -97,14 +109,15 @@ class Decoder(nn.Module):
         task = AttentionTask(
             device=detect_device() if device is None else device,
             dtype=compute_dtype or torch.get_default_dtype(),
-            head_dim=dims.head_dim,
+            head_dim=dims.head_width,
+            scaled=dims.is_latent,
             document_masking=document_masking,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         self.attention_backend: Backend = resolve_backend(attention_backend, task)
 
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(dims.vocab_size, dims.dim)
-        self.rope = RotaryEmbedding(dims.head_dim, seq_len, dims.rope_theta, dims.rope_scaling)
+        self.rope = RotaryEmbedding(dims.rope_width, seq_len, dims.rope_theta, dims.rope_scaling)
         self.layers = nn.ModuleDict(
             {str(layer): TransformerBlock(dims, layer, self.attention_backend) for layer in range(dims.n_layers)}
         )
@@ -164,11 +177,22 @@ class Decoder(nn.Module):
             x = self.tok_embeddings(x)
             if self.compute_dtype is not None:
                 x = x.to(self.compute_dtype)
+        in_chunks = self._mask_in_chunks(rope, mask, x.device, document_ids)
         for layer in self.layers.values():
-            x = layer(x, rope, mask)
+            x = layer(x, rope, mask if layer.attention.chunk is None else in_chunks)
         if self.output is None:
             return x
         return self.output(self.norm(x)) if labels is None else self.output(self.norm(x), labels)
+
+    def _mask_in_chunks(self, rope: RopeTables, mask: Mask, device: torch.device, document_ids: Tensor | None) -> Mask:
+        """The mask of layers that see a chunk of the sequence alone; None where their attention cuts it itself."""
+        chunk = self.dims.attention_chunk
+        if chunk is None or mask is None or rope.seq_len <= chunk:
+            return mask
+        # A token sees those of its own document and chunk: that is a mask of documents.
+        chunks = torch.arange(rope.seq_len, device=device).div(chunk, rounding_mode="floor").unsqueeze(0)
+        n_chunks = -(-rope.seq_len // chunk)
+        return self.mask(rope.seq_len, device, chunks if document_ids is None else document_ids * n_chunks + chunks)
 
     def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
         """What a token may see, for `Attention.attend`. A model that is spread along S has another function here."""

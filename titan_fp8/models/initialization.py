@@ -90,6 +90,10 @@ class Initializable(Protocol):
         """As `nn.Module` has it."""
         ...
 
+    def get_buffer(self, target: str) -> Tensor:
+        """As `nn.Module` has it."""
+        ...
+
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, *, device: torch.device | None = None) -> None:
@@ -120,12 +124,19 @@ def initialize(model: nn.Module, seed: int, *, device: torch.device | None = Non
         )
 
 
-def _rules(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Distribution]]:
-    """(clean name, parameter, rule) for each rule of each module."""
+def _rules(model: nn.Module) -> Iterator[tuple[str, Tensor, Distribution]]:
+    """(clean name, parameter or buffer, rule) for each rule of each module."""
     for prefix, module in model.named_modules():
         if isinstance(module, Initializable):
             for name, rule in module.init_rules().items():
-                yield clean_fqn(f"{prefix}.{name}"), module.get_parameter(name), rule
+                yield clean_fqn(f"{prefix}.{name}"), _tensor(module, name), rule
+
+
+def _tensor(module: Initializable, name: str) -> Tensor:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return module.get_buffer(name)
 
 
 def clean_fqn(name: str) -> str:

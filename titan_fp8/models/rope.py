@@ -13,12 +13,19 @@ tokens, and `context` the original context length:
     in between                                  (1 - s) * frequency / factor + s * frequency
                                                 s = (context / wavelength - low) / (high - low)
 
+YaRN (arXiv 2309.00071) blends by the pair's number instead. Pair `n(t)` turns `t` times within the original context:
+
+    n(t) = width ln(context / (2 pi t)) / (2 ln theta),  low = floor(n(beta_fast)),  high = ceil(n(beta_slow))
+
+Pairs up to `low` stay, those from `high` on are divided by the factor, in between it is blended in proportion.
+
 Tables are computed in float64 on the CPU and rounded to float32, so they are the same on every device.
 
 On a GPU queries and keys are turned together by one kernel (`kernels/rope`), in an operator that the compiler does not
 look into and that keeps nothing but the tables for the backward pass, which turns the gradients back.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.kernels.rope import DTYPES, reference, rotate
-from titan_fp8.models.flavors import RopeScaling
+from titan_fp8.models.dims import RopeScaling, YarnScaling
 from titan_fp8.runtime.operators import register_operator
 
 
@@ -37,26 +44,52 @@ class RopeTables:
     and looks into both, and tables in bfloat16 confuse neighbouring positions.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor):
+    def __init__(self, cos: Tensor, sin: Tensor, positions: Tensor | None = None, longest: int | None = None):
         self.cos = cos
         self.sin = sin
+        self._positions = positions
+        self.longest = self.seq_len if longest is None else longest
+        """The largest position + 1, or more."""
 
     @property
     def seq_len(self) -> int:
         """S."""
         return self.cos.shape[0]
 
+    @property
+    def positions(self) -> Tensor:
+        """The tokens' positions in their sequence, `[S]`."""
+        return torch.arange(self.seq_len, device=self.cos.device) if self._positions is None else self._positions
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+
+Scaling = RopeScaling | YarnScaling | None
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Scaling = None) -> Tensor:
     """Angle per position of each pair of features, float64 `[head_dim / 2]` on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
     frequencies = theta**-exponents
     if scaling is None:
         return frequencies
+    if isinstance(scaling, YarnScaling):
+        stretched = _yarn_ramp(head_dim, theta, scaling)
+        return frequencies * (1.0 - stretched + stretched / scaling.factor)
     turns = scaling.original_max_position * frequencies / (2 * torch.pi)  # full turns within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0) if high > low else (turns >= low).double()
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def _yarn_ramp(width: int, theta: float, scaling: YarnScaling) -> Tensor:
+    """How far each pair is stretched, from 0 to 1, float64 `[width / 2]`."""
+
+    def pair_of(turns: float) -> float:
+        return width * math.log(scaling.original_max_position / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float64, device="cpu")
+    return ((pairs - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
 
 
 def apply_rope(x: Tensor, tables: RopeTables) -> Tensor:
@@ -126,7 +159,7 @@ class RotaryEmbedding(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None):
+    def __init__(self, head_dim: int, max_positions: int, theta: float, scaling: Scaling = None):
         super().__init__()
         self.head_dim, self.max_positions, self.theta, self.scaling = head_dim, max_positions, theta, scaling
         empty = torch.empty(max_positions, head_dim // 2)
@@ -162,5 +195,5 @@ class RotaryEmbedding(nn.Module):
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         if positions is not None:
-            return RopeTables(self.cos[positions], self.sin[positions])
+            return RopeTables(self.cos[positions], self.sin[positions], positions, seq_len)
         return RopeTables(self.cos[:seq_len], self.sin[:seq_len])

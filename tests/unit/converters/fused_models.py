@@ -10,8 +10,8 @@ from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.kernels.producers import reference
 from titan_fp8.models.attention import Attention
 from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.feed_forward import FeedForward
-from titan_fp8.models.flavors import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.models.norm import RMSNorm

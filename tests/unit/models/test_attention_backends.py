@@ -5,7 +5,7 @@ import torch
 
 from titan_fp8.models.attention_backends import AttentionTask, attention_mask, causal_attention, resolve_backend
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError

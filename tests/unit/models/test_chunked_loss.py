@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from titan_fp8.kernels.cross_entropy import cross_entropy_
 from titan_fp8.models.chunked_loss import ChunkedHead, chunk_loss
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.linear import Linear
 from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum

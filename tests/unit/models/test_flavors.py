@@ -8,17 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from titan_fp8.models.arithmetic import count_active_parameters, count_parameters, flops_per_token
 from titan_fp8.models.config import ModelOverrides
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import FLAVORS, ModelDims, count_parameters, flops_per_token, resolve_dims
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.families import FLAVORS
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.runtime.errors import UserError
 
 PUBLISHED_PARAMETERS = {
-    "1B": 1_235_814_400,
-    "3B": 3_212_749_824,
-    "8B": 8_030_261_248,
-    "70B": 70_553_706_496,
-    "405B": 405_853_388_800,
+    ("llama3", "1B"): 1_235_814_400,
+    ("llama3", "3B"): 3_212_749_824,
+    ("llama3", "8B"): 8_030_261_248,
+    ("llama3", "70B"): 70_553_706_496,
+    ("llama3", "405B"): 405_853_388_800,
+    ("qwen3_moe", "30B-A3B"): 30_532_122_624,
+    ("qwen3_moe", "235B-A22B"): 235_093_634_560,
+    ("mixtral", "8x7B"): 46_702_792_704,
+    ("deepseek_v3", "16B"): 15_706_484_224,
+    ("deepseek_v3", "236B"): 235_741_434_880,
+    ("deepseek_v3", "671B"): 671_026_404_352,
+}
+"""Elements of the published checkpoints' tensors. Of Llama 4 these hold an image encoder besides."""
+PUBLISHED_BILLIONS = {
+    # (all, active), as their papers and model cards round them
+    ("llama4", "17bx16e"): (109, 17),
+    ("llama4", "17bx128e"): (400, 17),
+    ("qwen3_moe", "30B-A3B"): (30.5, 3.3),
+    ("qwen3_moe", "235B-A22B"): (235, 22),
+    ("mixtral", "8x7B"): (46.7, 12.9),
+    ("deepseek_v3", "236B"): (236, 21),
+    ("deepseek_v3", "671B"): (671, 37),
 }
 TINY = ModelDims(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101)
 
@@ -28,14 +48,29 @@ def build_on_meta(dims: ModelDims) -> Decoder:
         return Decoder(dims)
 
 
-@pytest.mark.parametrize("flavor", PUBLISHED_PARAMETERS)
-def test_flavor_has_the_published_number_of_parameters(flavor: str) -> None:
-    dims = resolve_dims("llama3", flavor)
-    assert count_parameters(dims) == PUBLISHED_PARAMETERS[flavor]
-    assert sum(p.numel() for p in build_on_meta(dims).parameters()) == PUBLISHED_PARAMETERS[flavor]
+@pytest.mark.parametrize(("family", "flavor"), PUBLISHED_PARAMETERS)
+def test_flavor_has_the_published_number_of_parameters(family: str, flavor: str) -> None:
+    dims = resolve_dims(family, flavor)
+    assert count_parameters(dims) == PUBLISHED_PARAMETERS[family, flavor]
+    assert sum(p.numel() for p in build_on_meta(dims).parameters()) == PUBLISHED_PARAMETERS[family, flavor]
 
 
-@pytest.mark.parametrize("dims", [FLAVORS["llama3"]["debugmodel"], TINY, ModelDims(**{**vars(TINY), "ffn_dim": 100})])
+@pytest.mark.parametrize(("family", "flavor"), PUBLISHED_BILLIONS)
+def test_a_token_meets_the_published_number_of_parameters(family: str, flavor: str) -> None:
+    dims = resolve_dims(family, flavor)
+    counts = count_parameters(dims) / 1e9, count_active_parameters(dims) / 1e9
+    assert counts == pytest.approx(PUBLISHED_BILLIONS[family, flavor], rel=0.025)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        TINY,
+        ModelDims(**{**vars(TINY), "ffn_dim": 100}),
+        *(flavors["debugmodel"] for flavors in FLAVORS.values()),
+        FLAVORS["llama4"]["17bx128e"],
+    ],
+)
 def test_counted_parameters_are_those_of_the_built_model(dims: ModelDims) -> None:
     assert count_parameters(dims) == sum(p.numel() for p in build_on_meta(dims).parameters())
 
@@ -46,7 +81,7 @@ def test_counted_parameters_are_those_of_the_built_model(dims: ModelDims) -> Non
 )
 def test_derived_widths_are_the_published_ones(flavor: str, ffn_hidden_dim: int, head_dim: int, kv_heads: int) -> None:
     dims = resolve_dims("llama3", flavor)
-    assert (dims.ffn_hidden_dim, dims.head_dim, dims.kv_heads) == (ffn_hidden_dim, head_dim, kv_heads)
+    assert (dims.ffn_hidden_dim, dims.head_width, dims.kv_heads) == (ffn_hidden_dim, head_dim, kv_heads)
 
 
 def test_flops_count_six_per_weight_and_twelve_per_attended_feature() -> None:
@@ -81,7 +116,17 @@ def test_every_dimension_has_an_override_key() -> None:
         ("llama3", "8B", {"n_kv_heads": 5}, r"n_heads 32 is not a multiple of n_kv_heads 5"),
         ("llama3", "8B", {"dim": 32 * 33}, r"head width dim / n_heads = 33 is odd"),
         ("llama3", "8B", {"n_layers": 0}, r"n_layers = 0: must be greater than 0"),
-        ("llama3", "8B", {"rope_low_freq_factor": 4.0}, r"rope_high_freq_factor 4.0 must be greater than"),
+        ("llama3", "8B", {"rope_low_freq_factor": 4.5}, r"rope_high_freq_factor 4.0 must not be less than"),
+        ("llama3", "8B", {"head_dim": 33}, r"head_dim = 33 is odd"),
+        ("llama3", "8B", {"yarn_factor": 2.0}, r"both stretch the rotary frequencies"),
+        ("llama3", "8B", {"kv_lora_rank": 64, "n_kv_heads": 8}, r"n_kv_heads = 8: latent attention has no such thing"),
+        ("llama4", "17bx16e", {"top_k": 17}, r"top_k = 17: there are only 16 experts"),
+        ("llama4", "17bx128e", {"n_layers": 1}, r"none of the 1 layers has experts.*moe_interval 2"),
+        ("deepseek_v3", "671B", {"n_experts": 9}, r"n_experts 9 is not a multiple of expert_groups 8"),
+        ("deepseek_v3", "671B", {"expert_groups_per_token": 9}, r"there are only 8 expert_groups"),
+        ("deepseek_v3", "671B", {"n_experts": 8}, r"top_k 8 is more than the 4 experts of 4 groups"),
+        ("deepseek_v3", "671B", {"n_experts": 8, "top_k": 2}, r'expert_group_score = "top2": groups have one expert'),
+        ("llama4", "17bx16e", {"balance_rate": -1.0}, r"balance_rate = -1.0: must be at least 0"),
     ],
 )
 def test_impossible_dimensions_are_refused_by_name(name: str, flavor: str, overrides: dict, message: str) -> None:
@@ -104,9 +149,12 @@ def test_the_documented_table_is_the_table() -> None:
     text = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
     for name, flavors in FLAVORS.items():
         for flavor, dims in flavors.items():
-            row = (
-                f"| {name} | {flavor} | {count_parameters(dims):,} | {dims.dim:,} | {dims.n_layers} "
-                f"| {dims.n_heads} / {dims.kv_heads} | {dims.ffn_hidden_dim:,} | {dims.vocab_size:,} "
-                f"| {'tied' if dims.tied_embeddings else 'separate'} |"
-            )
+            heads = f"{dims.n_heads} / {dims.kv_heads}" if dims.kv_lora_rank is None else f"{dims.n_heads}, latent"
+            row = f"| {name} | {flavor} | {count_parameters(dims):,} "
+            row += f"| {count_active_parameters(dims):,} " if dims.n_experts else ""
+            row += f"| {dims.dim:,} | {dims.n_layers} | {heads} | {dims.ffn_hidden_dim:,} "
+            if dims.n_experts:
+                row += f"| {dims.n_experts} x {dims.expert_hidden_dim:,}, {dims.top_k} + {dims.n_shared_experts} "
+            row += f"| {dims.vocab_size:,} |"
+            row += f" {'tied' if dims.tied_embeddings else 'separate'} |" if not dims.n_experts else ""
             assert row in text, row

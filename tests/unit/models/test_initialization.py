@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_fp8.models import initialization
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import Normal, TruncatedNormal, initialize
 
 DIMS = ModelDims(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101, ffn_dim=80, max_seq_len=16)

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 
@@ -38,7 +38,7 @@ def _to_hf(name: str, tensor: torch.Tensor, dims: ModelDims) -> torch.Tensor:
     """Rows of wq and wk from neighbouring pairs to pairs half a head apart."""
     if name.split(".")[-2] not in ("wq", "wk"):
         return tensor
-    pairs = tensor.unflatten(0, (-1, dims.head_dim // 2, 2))  # [heads, pair, real or imaginary, dim]
+    pairs = tensor.unflatten(0, (-1, dims.head_width // 2, 2))  # [heads, pair, real or imaginary, dim]
     return pairs.transpose(1, 2).flatten(0, 2)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims, RopeScaling
+from titan_fp8.models.dims import ModelDims, RopeScaling
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.models.rope import RotaryEmbedding, apply_rope, rope_frequencies, rotate_queries_and_keys

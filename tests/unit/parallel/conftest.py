@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear

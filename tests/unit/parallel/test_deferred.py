@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.linear import Linear
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing

@@ -13,7 +13,7 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.parallel.apply import materialize
 from titan_fp8.parallel.config import ParallelismSection

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.flavors import ModelDims
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.linear import Linear
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.parallel.apply import check_parallelization

@@ -1,0 +1,51 @@
+"""Rules of what only some families of models have: experts, latent attention, attention in chunks.
+
+They are among those of `job_rules.py`, which has them in its list and gives them the model's dimensions.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from titan_fp8.config.section import Problem
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.parallel.degrees import MeshDegrees
+
+if TYPE_CHECKING:
+    from titan_fp8.job_config import JobConfig
+
+
+def experts_exist(job: "JobConfig", dims: ModelDims) -> Iterator[Problem]:
+    """Nothing is routed in a dense model."""
+    if job.debug.moe_force_load_balance and dims.n_experts is None:
+        yield Problem("debug.moe_force_load_balance", f"{job.model.name} has no experts to balance; leave it at false")
+
+
+def experts_are_whole(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """Tensor parallelism has no rules for experts, nor for latent attention."""
+    if degrees.tensor == 1:
+        return
+    for what, has in (("experts", dims.n_experts is not None), ("latent attention", dims.is_latent)):
+        if has:
+            yield Problem(
+                "parallelism.tensor_parallel_degree",
+                f"{degrees.tensor} ranks cannot divide the {what} of {job.model.name} yet; set it to 1",
+            )
+
+
+def sequences_of_the_family_are_spread(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """Context parallelism knows attention over whole sequences, and heads of one width."""
+    if degrees.context == 1:
+        return
+    key = "parallelism.context_parallel_degree"
+    if dims.is_latent:
+        yield Problem(key, f"cannot spread the latent attention of {job.model.name} yet; set it to 1")
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for name, seq_len in lengths.items():
+        if dims.attention_chunk is not None and seq_len > dims.attention_chunk:
+            yield Problem(
+                key,
+                f"cannot spread attention in chunks of {dims.attention_chunk} tokens, and {name} is {seq_len}; set it "
+                f"to 1, or {name} to at most {dims.attention_chunk}",
+            )

@@ -1,0 +1,82 @@
+"""Dispatch of tokens to experts on one device: where each token goes, and the two ways between tokens and groups.
+
+Each token chooses k of E experts. A grouped product wants the rows of an expert together, and each group to begin at a
+multiple of an alignment. `plan` finds the places, `permute` brings rows there, `unpermute` brings them back, summed
+over a token's choices; each is the other's gradient. How many rows an expert gets is known to the device alone, so the
+groups lie in a number of rows that suffices for any choice (`rows_for`), and nobody waits for the device. Rows that
+hold no token are zero, so that they add nothing to the products over rows that gradients of weights are.
+
+`reference.py` says what is computed.
+
+T tokens, k choices of each, E experts, D features, M rows of the groups.
+"""
+
+from torch import Tensor
+
+from titan_fp8.kernels.moe import reference
+
+__all__ = ["permute", "plan", "row_products", "rows_for", "unpermute"]
+
+
+def rows_for(choices: int, n_experts: int, alignment: int) -> int:
+    """Rows that suffice for the groups of so many choices (T * k), however they fall; a multiple of the alignment."""
+    most = choices + min(choices, n_experts) * (alignment - 1)
+    return -(-most // alignment) * alignment
+
+
+def plan(experts: Tensor, n_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where each token's choices go.
+
+    Args:
+        experts: `[T, k]`, integers in `0 .. E-1`, distinct in a row.
+        n_experts: E.
+        alignment: each group is filled up to a multiple of so many rows; an expert without tokens has none.
+
+    Returns:
+        counts int32 `[E]`: tokens of each expert.
+        ends int32 `[E]`: the row behind each group.
+        position int32 `[T, k]`: the row of each choice.
+        source int32 `[M]`: of each row, the choice `t * k + j` that it holds, or -1.
+
+    Raises:
+        ValueError: for a shape that does not fit.
+    """
+    if experts.dim() != 2 or alignment < 1:
+        raise ValueError(
+            f"expected choices [T, k] and an alignment of at least 1, got {list(experts.shape)}, {alignment}"
+        )
+    return reference.plan(experts, n_experts, alignment, rows_for(experts.numel(), n_experts, alignment))
+
+
+def permute(x: Tensor, source: Tensor, scores: Tensor | None, top_k: int) -> Tensor:
+    """Rows of tokens to the rows of groups.
+
+    Args:
+        x: `[T, D]`, any floating dtype.
+        source: int32 `[M]`, from `plan`.
+        scores: fp32 `[T, k]`, factors; None: 1.
+        top_k: k.
+
+    Returns:
+        `[M, D]` in x's dtype: `x[t] * scores[t, j]` in fp32, rounded once, or zero where a row holds nothing.
+    """
+    return reference.permute(x, source, scores, top_k)
+
+
+def unpermute(y: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
+    """Rows of groups back to tokens.
+
+    Args:
+        y: `[M, D]`, any floating dtype.
+        position: int32 `[T, k]`, from `plan`.
+        scores: fp32 `[T, k]`, factors; None: 1.
+
+    Returns:
+        `[T, D]` in y's dtype: the sum over j of `y[position[t, j]] * scores[t, j]` in fp32, rounded once.
+    """
+    return reference.unpermute(y, position, scores)
+
+
+def row_products(x: Tensor, y: Tensor, position: Tensor) -> Tensor:
+    """Inner products of tokens with their rows: fp32 `[T, k]`, of x `[T, D]` with y `[M, D]` at position `[T, k]`."""
+    return reference.row_products(x, y, position)

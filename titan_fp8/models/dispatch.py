@@ -1,0 +1,103 @@
+"""How tokens get to their experts and back: the dispatcher of a layer, for one device.
+
+A dispatcher owns what the grouped products need of its groups, such as their alignment. Another one, for experts that
+are spread over ranks, takes its place in a layer (`titan_fp8.parallel.expert`).
+
+T tokens, k choices of each, E experts, D features, M rows of the groups.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from titan_fp8.kernels import moe
+
+BF16_ALIGNMENT = 8
+"""Rows that a group in bf16 is a multiple of: 16 bytes, where rows are the dimension that is summed over."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows sorted by expert.
+
+    Attributes:
+        rows: `[M, D]`; zero between an expert's last token and the end of its group, anything behind the last group.
+        ends: int32 `[E]`, the row behind each group.
+        way_back: what the dispatcher needs to bring rows back.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    way_back: Any
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back."""
+
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
+        """Tokens x `[T, D]`, to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any."""
+        ...
+
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
+        """What the experts made of the groups' rows, `[M, D]`, summed up for each token, times scores if there are any:
+        `[T, D]`."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here.
+
+    Args:
+        n_experts: E.
+        alignment: rows that each group is a multiple of.
+    """
+
+    def __init__(self, n_experts: int, alignment: int = BF16_ALIGNMENT):
+        self.n_experts = n_experts
+        self.alignment = alignment
+
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
+        """See `Dispatcher`."""
+        _, ends, position, source = moe.plan(experts, self.n_experts, self.alignment)
+        return Groups(Permute.apply(x, scores, position, source), ends, (position, source))
+
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
+        """See `Dispatcher`."""
+        return Unpermute.apply(y, scores, *groups.way_back)
+
+
+class Permute(torch.autograd.Function):
+    """x `[T, D]`, scores `[T, k]` or None, position `[T, k]`, source `[M]` -> `[M, D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scores: Tensor | None, position: Tensor, source: Tensor) -> Tensor:
+        needs_scores = scores is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_scores else None, scores, position)
+        return moe.permute(x, source, scores, position.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scores, position = ctx.saved_tensors
+        grad_x = moe.unpermute(grad, position, scores) if ctx.needs_input_grad[0] else None
+        return grad_x, None if x is None else moe.row_products(x, grad, position), None, None
+
+
+class Unpermute(torch.autograd.Function):
+    """y `[M, D]`, scores `[T, k]` or None, position `[T, k]`, source `[M]` -> `[T, D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scores: Tensor | None, position: Tensor, source: Tensor) -> Tensor:
+        needs_scores = scores is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if needs_scores else None, scores, position, source)
+        return moe.unpermute(y, position, scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, scores, position, source = ctx.saved_tensors
+        grad_y = moe.permute(grad, source, scores, position.shape[1]) if ctx.needs_input_grad[0] else None
+        return grad_y, None if y is None else moe.row_products(grad, y, position), None, None

@@ -1,0 +1,262 @@
+"""A mixture of experts in place of a feed-forward (arXiv 1701.06538): each token goes to k of E small feed-forwards.
+
+    router           scores of all experts for each token, and the choice of k
+    dispatcher       brings tokens to their experts, sorted by expert, and sums what comes back
+    experts          SwiGLU feed-forwards, their weights stacked: w1, w3 [E, hidden, dim], w2 [E, dim, hidden]
+    shared_experts   a feed-forward that every token goes through, in some families
+
+Loads are kept balanced in two ways, which families choose from. Without a loss of its own (arXiv 2408.15664): each
+expert has a bias that takes part in the choice but not in the scores, and after each step experts with too few tokens
+gain `balance_rate`, and the others lose it. By the auxiliary loss (arXiv 2101.03961, as in 2405.04434):
+
+    loss = sum over e of f_e P_e,   f_e = E / (k T) * tokens of e,   P_e = mean over tokens of e's part of all scores
+
+which is 1 at balanced loads. It is the mean over the layers and over the tokens of the global batch.
+
+Legend: T tokens, k choices of each, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.dispatch import Dispatcher, LocalDispatcher
+from titan_fp8.models.feed_forward import FeedForward
+from titan_fp8.models.grouped import grouped_linear
+from titan_fp8.models.initialization import Constant, Distribution, TruncatedNormal
+from titan_fp8.models.linear import Linear
+from titan_fp8.runtime.operators import register_operator
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go.
+
+    Attributes:
+        scores: fp32 `[T, k]`, the factors of the chosen experts.
+        experts: int64 `[T, k]`, which they are.
+        probabilities: fp32 `[T, E]`, the scores of all experts, summing to 1 for each token.
+    """
+
+    scores: Tensor
+    experts: Tensor
+    probabilities: Tensor
+
+
+class Gate(Linear):
+    """The linear that makes a router's logits: from inputs and weights in the compute dtype, in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[T, dim]` of any floating dtype to fp32 `[T, E]`."""
+        return _Logits.apply(input, self.weight.to(input.dtype))
+
+
+class _Logits(torch.autograd.Function):
+    """`x @ w.T` of x `[T, dim]` and w `[E, dim]`, of one dtype, in fp32: the choice of experts depends on small
+    differences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, w.t(), out_dtype=torch.float32)
+        return x.float() @ w.t().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        grad_x = grad @ w if ctx.needs_input_grad[0] else None
+        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None
+
+
+class Router(nn.Module):
+    """Scores all experts for each token, in float32, and chooses.
+
+    Attributes:
+        gate: makes the logits, `[E, dim]`.
+        force_balance: choose experts in turns, whatever the scores; for measurements of speed.
+    """
+
+    def __init__(self, dims: ModelDims):
+        super().__init__()
+        assert dims.n_experts is not None
+        self.dims = dims
+        self.gate = Gate(dims.dim, dims.n_experts, bias=False)
+        self.force_balance = False
+
+    def init_rules(self) -> dict[str, Distribution]:
+        """See `titan_fp8.models.initialization`."""
+        return {"gate.weight": TruncatedNormal(0.02)}
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Routing:
+        """Tokens `[T, dim]`; bias fp32 `[E]`, added to the scores for the choice alone."""
+        dims = self.dims
+        logits = self.gate(x).float()
+        if dims.router_score == "softmax":
+            every = probabilities = logits.softmax(-1)
+        else:
+            every = logits.sigmoid()
+            probabilities = every / (every.sum(-1, keepdim=True) + 1e-20)
+        experts = self._choose(every.detach(), bias)
+        scores = every.gather(1, experts)
+        if dims.router_norm:
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        return Routing(scores * dims.router_scale, experts, probabilities)
+
+    def _choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        """The chosen experts, int64 `[T, k]`."""
+        dims = self.dims
+        if self.force_balance:
+            turns = torch.arange(scores.shape[0] * dims.top_k, device=scores.device)
+            return (turns % scores.shape[1]).view(-1, dims.top_k)
+        if bias is not None:
+            scores = scores + bias
+        if dims.expert_groups > 1:
+            scores = scores.masked_fill(~self._in_chosen_groups(scores), -torch.inf)
+        return scores.topk(dims.top_k, dim=-1, sorted=False).indices
+
+    def _in_chosen_groups(self, scores: Tensor) -> Tensor:
+        """Whether an expert's group is one that the token may use, bool `[T, E]`."""
+        dims = self.dims
+        in_groups = scores.unflatten(-1, (dims.expert_groups, -1))
+        best = in_groups.topk(1 if dims.expert_group_score == "max" else 2, dim=-1).values.sum(-1)
+        chosen = best.topk(dims.expert_groups_per_token, dim=-1, sorted=False).indices
+        is_chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
+        return is_chosen.unsqueeze(-1).expand_as(in_groups).flatten(1)
+
+
+class Experts(nn.Module):
+    """E gated feed-forwards `dim -> hidden_dim -> dim`.
+
+    Attributes:
+        w1, w3: `[E, hidden_dim, dim]`.
+        w2: `[E, dim, hidden_dim]`.
+    """
+
+    def __init__(self, n_experts: int, dim: int, hidden_dim: int, residual_std: float):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
+        self.residual_std = residual_std
+
+    def init_rules(self) -> dict[str, Distribution]:
+        """See `titan_fp8.models.initialization`."""
+        return {
+            "w1": TruncatedNormal(0.02),
+            "w2": TruncatedNormal(self.residual_std),
+            "w3": TruncatedNormal(self.residual_std),
+        }
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows `[M, dim]` sorted by expert, ends int32 `[E]`: `[M, dim]`, same dtype."""
+        hidden = F.silu(grouped_linear(x, self.w1, ends)) * grouped_linear(x, self.w3, ends)
+        return grouped_linear(hidden, self.w2, ends)
+
+
+class MoE(nn.Module):
+    """Router, experts and what every token goes through.
+
+    Attributes:
+        dispatcher: brings tokens to experts.
+        expert_bias: fp32 `[E]`, part of the state dict; None without balancing by biases.
+        tokens_per_expert: fp32 `[E]`, choices since it was last set to zero, of microbatches whose backward is done.
+        aux_loss_sum: fp32 `[1]`, the auxiliary loss times tokens since it was last set to zero.
+        aux_loss_scale: fp32 `[1]`, by what the auxiliary loss of a microbatch counts for each token.
+    """
+
+    expert_bias: Tensor | None
+    tokens_per_expert: Tensor
+    aux_loss_sum: Tensor
+    aux_loss_scale: Tensor
+
+    def __init__(self, dims: ModelDims, residual_std: float):
+        super().__init__()
+        assert dims.n_experts is not None
+        hidden = dims.expert_hidden_dim
+        self.dims = dims
+        self.router = Router(dims)
+        self.experts = Experts(dims.n_experts, dims.dim, hidden, residual_std)
+        self.shared_experts = (
+            FeedForward(dims.dim, dims.n_shared_experts * hidden, residual_std) if dims.n_shared_experts else None
+        )
+        self.dispatcher: Dispatcher = LocalDispatcher(dims.n_experts)
+        self.register_buffer("expert_bias", torch.zeros(dims.n_experts) if dims.balance_rate else None)
+        self.register_buffer("tokens_per_expert", torch.zeros(dims.n_experts), persistent=False)
+        self.register_buffer("aux_loss_sum", torch.zeros(1), persistent=False)
+        self.register_buffer("aux_loss_scale", torch.zeros(1), persistent=False)
+
+    def init_rules(self) -> dict[str, Distribution]:
+        """See `titan_fp8.models.initialization`."""
+        names = ["tokens_per_expert", "aux_loss_sum", "aux_loss_scale"]
+        return dict.fromkeys(names if self.expert_bias is None else [*names, "expert_bias"], Constant(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`, same dtype."""
+        tokens = x.flatten(0, -2)
+        routing = self.router(tokens, self.expert_bias)
+        scores = self._watched(routing)
+        before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
+        groups = self.dispatcher.dispatch(tokens, routing.experts, before)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        y = self.experts(groups.rows, groups.ends)
+        routed = self.dispatcher.combine(y, groups, after).view(x.shape)
+        return routed if shared is None else shared + routed
+
+    def _watched(self, routing: Routing) -> Tensor:
+        """The scores, whose backward counts tokens and adds the auxiliary loss's gradient."""
+        if not torch.is_grad_enabled() or not routing.scores.requires_grad:
+            return routing.scores
+        counts = torch.zeros_like(self.tokens_per_expert)
+        counts.scatter_add_(0, routing.experts.flatten(), torch.ones_like(routing.scores).flatten())
+        choices = routing.experts.numel()
+        aux = routing.probabilities.sum(0) @ counts * (counts.numel() / max(choices, 1))  # times T
+        totals = (self.tokens_per_expert, self.aux_loss_sum, self.aux_loss_scale)
+        return _Watch.apply(routing.scores, aux, counts, *totals)
+
+
+class _Watch(torch.autograd.Function):
+    """Scores as they are. Their backward happens once a microbatch, also where a layer is computed twice, so it is
+    there that tokens are counted; and it gives the auxiliary loss its gradient, whichever part of a model has the
+    layer."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, aux: Tensor, counts: Tensor, *totals: Tensor) -> Tensor:
+        """scores `[T, k]`; aux `[]`: the layer's auxiliary loss times T; counts `[E]`; what `MoE` has of totals."""
+        ctx.save_for_backward(aux, counts, *totals)
+        return scores.view_as(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad, of_aux = watch(grad, *ctx.saved_tensors)
+        return grad, of_aux, None, None, None, None
+
+
+def _count(
+    grad: Tensor, aux: Tensor, counts: Tensor, tokens_per_expert: Tensor, aux_loss_sum: Tensor, aux_loss_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Autograd keeps the totals of one microbatch while another one's are added: through `data` it does not see that.
+    tokens_per_expert.data.add_(counts)
+    aux_loss_sum.data.add_(aux)
+    return grad.clone(), aux_loss_scale.clone().view(())
+
+
+watch = register_operator(
+    "moe_watch(Tensor grad, Tensor aux, Tensor counts, Tensor tokens_per_expert, Tensor aux_loss_sum, "
+    "Tensor aux_loss_scale) -> (Tensor, Tensor)",
+    _count,
+    lambda grad, aux, counts, tokens_per_expert, aux_loss_sum, aux_loss_scale: (
+        torch.empty_like(grad),
+        aux.new_empty(()),
+    ),
+)
+"""`moe_watch(grad [T, k], aux [], counts [E], totals...)` -> grad, gradient of aux. Besides, it adds counts and aux to
+the totals. Its schema does not say so: the compiler would take the totals apart from the tensors that a layer has."""

@@ -1,0 +1,120 @@
+"""How evenly the experts of a model are used: counted in each step, balanced after it, told to the metrics.
+
+Each layer counts the tokens of its experts as its backward passes go on (`titan_fp8.models.moe`). After the optimizer's
+step the counts of all ranks that have different tokens are summed, once for all layers, and the experts' biases move:
+
+    bias += rate * (sign(mean count - count) - mean of that over the experts)        arXiv 2408.15664
+
+so that the biases of a layer keep their mean. A step that is skipped moves none.
+
+L layers with experts on this rank, E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.moe import MoE
+from titan_fp8.parallel.mesh import ParallelMesh
+
+
+class ExpertLoad:
+    """The loads of a model's experts. Build it when the model's tensors are where they stay.
+
+    Args:
+        parts: the model, or the stages of it that this rank has.
+        dims: the whole model's dimensions; some layer has experts.
+        mesh: from `build_mesh`.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], dims: ModelDims, mesh: ParallelMesh):
+        assert dims.n_experts is not None
+        self._layers = [module for part in parts for module in part.modules() if isinstance(module, MoE)]
+        self._mesh = mesh
+        self._rate = dims.balance_rate
+        n_layers = sum(dims.has_experts(layer) for layer in range(dims.n_layers))
+        self._aux_weight = dims.aux_loss_weight / n_layers
+        self._n_layers, self._top_k = n_layers, dims.top_k
+        device = self._layers[0].tokens_per_expert.device if self._layers else torch.device("cpu")
+        # The layers count in parts of these, so that what is done for all of them is done once.
+        self._counts = torch.zeros(len(self._layers), dims.n_experts, device=device)
+        self._aux_sums = torch.zeros(len(self._layers), device=device)
+        self._aux_scale = torch.zeros(1, device=device)
+        for number, layer in enumerate(self._layers):
+            layer.tokens_per_expert = self._counts[number]
+            layer.aux_loss_sum = self._aux_sums[number : number + 1]
+            layer.aux_loss_scale = self._aux_scale
+        self._last_counts, self._last_aux = self._counts.clone(), self._aux_sums.clone()
+
+    def begin_step(self, label_tokens: Tensor) -> None:
+        """Call before a step's first microbatch.
+
+        Args:
+            label_tokens: fp32 `[]`, by which the losses of the step are divided.
+        """
+        self._aux_scale.copy_((self._aux_weight / label_tokens).view(1))
+
+    @torch.no_grad()
+    def end_step(self, skip: Tensor | None = None) -> None:
+        """Sum up the step and move the biases. Every rank calls it.
+
+        Args:
+            skip: bool `[]`; where it is true, the step counts for nothing.
+        """
+        sums = torch.cat([self._counts, self._aux_sums.unsqueeze(1)], dim=1)
+        dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.tokens.get_group())
+        self._last_counts, self._last_aux = sums[:, :-1], sums[:, -1]
+        self._counts.zero_()
+        self._aux_sums.zero_()
+        if not self._rate:
+            return
+        moves = torch.sign(self._last_counts.mean(1, keepdim=True) - self._last_counts)
+        moves = self._rate * (moves - moves.mean(1, keepdim=True))
+        if skip is not None:
+            moves = moves * ~skip
+        for layer, move in zip(self._layers, moves, strict=True):
+            assert layer.expert_bias is not None
+            layer.expert_bias += move
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step, over all layers with experts, those of other pipeline stages included. Every rank calls it.
+
+        - `moe/max_load`: tokens of the fullest expert over the mean, in the worst layer; 1 is balanced.
+        - `moe/mean_max_load`: the same, as the mean of the layers.
+        - `moe/entropy`: of the distribution of tokens, over its largest value, log E; the mean of the layers.
+        - `moe/dropped_tokens`: tokens that an expert had no room for: none, ever.
+        - `moe/aux_loss`: the auxiliary loss before its weight; the mean of the layers; 1 is balanced.
+        """
+        totals = self._last_counts.sum(1, keepdim=True).clamp(min=1)
+        shares = self._last_counts / totals
+        max_loads = shares.amax(1) * shares.shape[1]
+        entropy = -torch.xlogy(shares, shares).sum(1) / torch.tensor(float(max(shares.shape[1], 2))).log()
+        aux = self._last_aux * self._top_k / totals.squeeze(1)
+        sums = torch.stack([max_loads.sum(), entropy.sum(), aux.sum()])
+        worst = max_loads.amax() if len(self._layers) else sums.new_zeros(())
+        if self._mesh.stages is not None:
+            dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.stages)
+            dist.all_reduce(worst, dist.ReduceOp.MAX, self._mesh.stages)
+        mean_max, mean_entropy, mean_aux = (sums / self._n_layers).tolist()
+        return {
+            "moe/max_load": worst.item(),
+            "moe/mean_max_load": mean_max,
+            "moe/entropy": mean_entropy,
+            "moe/dropped_tokens": 0,
+            "moe/aux_loss": mean_aux,
+        }
+
+
+def expert_load(parts: Sequence[nn.Module], dims: ModelDims, mesh: ParallelMesh) -> ExpertLoad | None:
+    """The loads of the experts of a model, or None where it has none."""
+    return None if dims.n_experts is None else ExpertLoad(parts, dims, mesh)
+
+
+def force_balance(model: nn.Module) -> None:
+    """Let all routers of `model` choose experts in turns (debug.moe_force_load_balance)."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.router.force_balance = True
