@@ -28,7 +28,7 @@ CONVERTERS = (
 )
 """All converter names, which are also the paths of their sections."""
 
-UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.mx")
 """Converters whose feature does not exist yet."""
 
 
@@ -137,10 +137,30 @@ class MXLinearSection(Section):
 
 
 class Float8GroupedSection(Section):
-    """Experts of a mixture-of-experts layer with float8 grouped matrix products."""
+    """Experts of a mixture-of-experts layer with float8 grouped matrix products, scaled by rows."""
 
-    fqns: list[str] | str = not_supported_yet([])
-    """Modules whose experts are converted."""
+    fqns: list[str] | str = key([])
+    """Which experts are converted: patterns as in `quantize.linear.float8.filter_fqns`, a list or one string with
+    commas. `experts` is all of them, and never the shared ones, which are linears."""
+
+    emulate: bool | Literal["auto"] = False
+    """Compute the same 8-bit codes and multiply them in float32, on any device. `"auto"` emulates where the device has
+    no such grouped product; false is an error there."""
+
+    fast_accum_in_backward: bool = False
+    """Accumulate the gradients of activations in the tensor core's fast, less exact mode. Outputs always do, gradients
+    of weights never."""
+
+    def patterns(self) -> list[str]:
+        """`fqns` as a list."""
+        return [part.strip() for part in self.fqns.split(",")] if isinstance(self.fqns, str) else self.fqns
+
+    def problems(self) -> Iterator[Problem]:
+        """Names that no model has."""
+        for problem in malformed(self.patterns()):
+            yield Problem("fqns", problem)
+        if self.fast_accum_in_backward and self.emulate is True:
+            yield Problem("fast_accum_in_backward", "has no effect with emulate = true, which accumulates in float32")
 
 
 class MXGroupedSection(Section):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from titan_fp8.converters.config import CONVERTERS, QuantizeSection
+from titan_fp8.converters.float8_grouped import Float8GroupedConverter
 from titan_fp8.converters.float8_linear import Float8LinearConverter
 from titan_fp8.converters.protocol import ONE_PROCESS, ConversionError, Converter, Placement
 from titan_fp8.runtime.device import DeviceCapabilities
@@ -31,8 +32,11 @@ def build_converters(
     for name in dict.fromkeys(names):
         if name == Float8LinearConverter.name:
             converters.append(Float8LinearConverter(quantize.linear.float8, device, placement))
+        elif name == Float8GroupedConverter.name:
+            converters.append(Float8GroupedConverter(quantize.grouped_mm.float8, device))
         elif name in CONVERTERS:
-            problems.append(f"{name!r}: not supported yet; use {Float8LinearConverter.name!r}")
+            supported = f"{Float8LinearConverter.name!r} or {Float8GroupedConverter.name!r}"
+            problems.append(f"{name!r}: not supported yet; use {supported}")
         else:
             problems.append(
                 f"{name!r}: no such converter{did_you_mean(name, CONVERTERS)}; known: {', '.join(CONVERTERS)}"

@@ -17,7 +17,7 @@ class ReportRow:
 
     Attributes:
         fqn: its name in the model.
-        global_shape: weight `(out_features, in_features)`.
+        global_shape: weight `(out_features, in_features)`, of experts with their number before it.
         local_shape: the part of it that one rank holds after tensor parallelism.
         recipe: the recipe it was converted with, or None.
         reason: why it was left in high precision, or None.
@@ -26,8 +26,8 @@ class ReportRow:
     """
 
     fqn: str
-    global_shape: tuple[int, int]
-    local_shape: tuple[int, int]
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
     recipe: str | None
     reason: str | None
     flop_share: float
@@ -51,6 +51,7 @@ class ConversionReport:
         size_rule: if `auto_filter_small_kn` was asked for, each recipe that the settings give -> what is too small for
             it, in words.
         rows: one row a linear layer, in the model's order.
+        what: what the rows are, in a word or two.
     """
 
     converter: str
@@ -61,6 +62,7 @@ class ConversionReport:
     exchanges: Mapping[str, str] = field(default_factory=dict)
     size_rule: Mapping[str, str] = field(default_factory=dict)
     rows: list[ReportRow] = field(default_factory=list)
+    what: str = "linears"
 
     @property
     def recipe(self) -> str:
@@ -101,7 +103,7 @@ class ConversionReport:
         exchanges = f"; between ranks travel {travels}" if travels else ""
         return (
             f"{self.converter}: {recipes}{', together' if mixed else ''} in {len(self.converted)} of {len(self.rows)} "
-            f"linears, {100 * self.flop_share:.1f} % of their FLOPs{left}{weights}{fused}{exchanges}"
+            f"{self.what}, {100 * self.flop_share:.1f} % of their FLOPs{left}{weights}{fused}{exchanges}"
         )
 
     def __str__(self) -> str:

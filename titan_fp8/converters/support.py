@@ -17,6 +17,7 @@ from titan_fp8.runtime.errors import UserError
 
 BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = (12, 9)
+GROUPED_CAPABILITY = (9, 0)
 
 
 def why_not_native(recipe: Float8Recipe, device: DeviceCapabilities) -> str | None:
@@ -68,6 +69,33 @@ def resolve_emulation(
     if lines:
         raise UserError("\n".join(lines))
     return dict.fromkeys(lacking, (False, "native"))
+
+
+def resolve_grouped_emulation(emulate: object, device: DeviceCapabilities, *, setting: str) -> tuple[bool, str]:
+    """Whether to emulate the grouped products of experts on `device`, and the words for it in a report.
+
+    Raises:
+        UserError: if `emulate` is false and the device has no such product; or if it is neither a bool nor "auto".
+    """
+    if not isinstance(emulate, bool) and emulate != "auto":
+        raise UserError(f'{setting} = {emulate!r}: expected true, false or "auto"')
+    if emulate is True:
+        return True, "emulated"
+    reason = None
+    if not device.has_fp8_tensor_cores:
+        reason = f"{device.name} has no FP8 tensor cores"
+    elif device.compute_capability != GROUPED_CAPABILITY:
+        reason = (
+            f"{device.name} has no grouped product with scales by rows, which PyTorch has for compute capability 9.0 "
+            "(Hopper) alone"
+        )
+    if reason is None:
+        return False, "native"
+    if emulate == "auto":
+        return True, f"emulated: {reason}"
+    raise UserError(
+        f'{setting} = false, but {reason}; set {setting} to true (emulate) or "auto" (emulate where needed)'
+    )
 
 
 def resolve_kernels(kernels: object, device: DeviceCapabilities, *, setting: str) -> str:

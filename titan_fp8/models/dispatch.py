@@ -35,7 +35,13 @@ class Groups:
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to experts and back."""
+    """Brings tokens to experts and back.
+
+    Attributes:
+        alignment: rows that each group is a multiple of, as the grouped products want it.
+    """
+
+    alignment: int
 
     def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
         """Tokens x `[T, D]`, to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any."""

@@ -230,7 +230,7 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 def _reads_master(module: nn.Module, param_dtype: torch.dtype) -> bool:
     """Whether a module's result or gradient depends on bits of a gathered master weight that `param_dtype` drops."""
     if not isinstance(module, Float8Linear):
-        return isinstance(module, nn.Embedding)
+        return isinstance(module, nn.Embedding) or getattr(module, "reads_master_weights", False)
     wide_gradient = torch.promote_types(module.config.grad_weight_dtype, param_dtype) != param_dtype
     return module.fsdp_weight_state is None or module.bias is not None or wide_gradient
 

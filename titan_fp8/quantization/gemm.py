@@ -148,7 +148,7 @@ def _check_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> boo
 
 
 def _emulated(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    with _exact_fp32(a.device.type):
+    with exact_fp32(a.device.type):
         product = reference.to_float(a) @ reference.to_float(b).t()
     return product.mul_(scale_a).mul_(scale_b.t()).to(out_dtype)
 
@@ -158,7 +158,7 @@ def _emulated_blockwise(
 ) -> Tensor:
     result = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     of_columns = scale_b.repeat_interleave(BLOCK, 0) if tiles else scale_b
-    with _exact_fp32(a.device.type):
+    with exact_fp32(a.device.type):
         for j in range(a.shape[1] // BLOCK):
             block = slice(j * BLOCK, (j + 1) * BLOCK)
             part = reference.to_float(a[:, block]) @ reference.to_float(b[:, block]).t()
@@ -228,7 +228,7 @@ def _native_blockwise(
 
 
 @contextlib.contextmanager
-def _exact_fp32(device_type: str) -> Iterator[None]:
+def exact_fp32(device_type: str) -> Iterator[None]:
     """fp32 products are exact fp32 inside: no autocast, no TF32, no bf16 passes."""
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, _MATMUL)]
     saved = [backend.fp32_precision for backend in backends]

@@ -61,6 +61,11 @@ def amax_bits(x: Tensor, dim: int | None = None) -> Tensor:
     else:
         largest = bits.amax(dim)
     largest = largest.to(torch.int32) << shift
+    return with_one_nan(largest)
+
+
+def with_one_nan(largest: Tensor) -> Tensor:
+    """Bits of magnitudes, int32, in which every NaN is the same one."""
     return torch.where(largest > _EXPONENT_MASK, _NAN_BITS, largest)
 
 

@@ -1,0 +1,136 @@
+"""The converter `quantize.grouped_mm.float8`: experts of a mixture of experts multiply in float8, by rows.
+
+All problems are collected and raised at once, with the model unchanged. Experts that no pattern names stay in bf16.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from titan_fp8.converters.config import Float8GroupedSection
+from titan_fp8.converters.filters import check_patterns, first_match
+from titan_fp8.converters.grouped_experts import Float8Experts, convert_experts, experts_of
+from titan_fp8.converters.protocol import ConversionError
+from titan_fp8.converters.report import ConversionReport, ReportRow
+from titan_fp8.converters.support import resolve_grouped_emulation
+from titan_fp8.kernels.grouped import ALIGNMENT
+from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.quantization.grouped import Float8GroupedConfig
+from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.errors import UserError
+
+NAME = "quantize.grouped_mm.float8"
+RECIPE = "rowwise"
+
+
+class Float8GroupedConverter:
+    """The converter of one `[quantize.grouped_mm.float8]` section for one device; see `protocol.Converter`."""
+
+    name = NAME
+
+    def __init__(self, section: Float8GroupedSection, device: DeviceCapabilities) -> None:
+        self._section, self._device = section, device
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Convert in place; see `convert_grouped`."""
+        section = self._section
+        return convert_grouped(
+            model,
+            section.patterns(),
+            self._device,
+            emulate=section.emulate,
+            fast_accum_in_backward=section.fast_accum_in_backward,
+            prefix=f"{NAME}.",
+        )
+
+    def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
+        """Nothing: experts are cast in each forward pass."""
+
+    def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
+        """Nothing: experts are cast in each forward pass."""
+
+
+def convert_grouped(
+    model: nn.Module,
+    fqns: Sequence[str],
+    device: DeviceCapabilities,
+    *,
+    emulate: object = False,
+    fast_accum_in_backward: bool = False,
+    prefix: str = "",
+) -> ConversionReport:
+    """Let the experts of `model` that `fqns` names multiply in float8, in place.
+
+    Args:
+        model: has layers with experts (`titan_fp8.models.moe.MoE`); on any device.
+        fqns: patterns of names.
+        device: what training runs on.
+        emulate, fast_accum_in_backward: see `Float8GroupedSection`.
+        prefix: what stands before a setting's name in messages.
+
+    Raises:
+        ConversionError: with everything that is wrong; the model is then unchanged.
+    """
+    experts = experts_of(model)
+    problems = _problems(model, experts, fqns, f"{prefix}fqns")
+    emulated, mode = False, "native"
+    try:
+        emulated, mode = resolve_grouped_emulation(emulate, device, setting=f"{prefix}emulate")
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConversionError(problems)
+    rows = [row for fqn, (_, each) in experts.items() for row in _rows(fqn, each, _is_named(fqns, fqn), experts)]
+    config = Float8GroupedConfig(emulated, fast_accum_in_backward)
+    for fqn, (layer, _) in experts.items():
+        if _is_named(fqns, fqn):
+            convert_experts(layer, config, ALIGNMENT)
+    weights = "cast in each forward pass"
+    return ConversionReport(NAME, {RECIPE: mode}, weights=weights, rows=rows, what="weights of experts")
+
+
+def _is_named(fqns: Sequence[str], fqn: str) -> bool:
+    return first_match(fqns, fqn) is not None
+
+
+def _problems(
+    model: nn.Module, experts: dict[str, tuple[MoE, Experts]], fqns: Sequence[str], setting: str
+) -> list[str]:
+    if not experts:
+        return ["the model has no experts, so there is nothing to convert; take the converter out of model.converters"]
+    if not fqns:
+        return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
+    names = [name for name, _ in model.named_modules() if name]
+    problems = check_patterns(fqns, names, setting=setting, may_match_nothing=False)
+    if not problems and not any(_is_named(fqns, fqn) for fqn in experts):
+        problems.append(f"{setting}: {', '.join(map(repr, fqns))} matches no experts of the model; set it to experts")
+    for fqn, (_, each) in experts.items():
+        if not _is_named(fqns, fqn):
+            continue
+        if isinstance(each, Float8Experts):
+            problems.append(f"{fqn}: its experts are converted to float8 already; leave it out of {setting}")
+        elif type(each) is not Experts:
+            problems.append(f"{fqn}: it is a {type(each).__qualname__}, which computes otherwise; leave it out")
+        for name, weight in each.named_parameters():
+            if any(size % ALIGNMENT for size in weight.shape[1:]):
+                problems.append(
+                    f"{fqn}.{name}: its experts are {' x '.join(map(str, weight.shape[1:]))}, and float8 needs multiples "
+                    f"of {ALIGNMENT}; leave it out of {setting}"
+                )
+    return problems
+
+
+def _rows(fqn: str, experts: Experts, is_named: bool, everywhere: dict[str, tuple[MoE, Experts]]) -> list[ReportRow]:
+    total = sum(weight.numel() for _, each in everywhere.values() for weight in each.parameters())
+    return [
+        ReportRow(
+            f"{fqn}.{name}",
+            tuple(weight.shape),
+            tuple(weight.shape),
+            recipe=RECIPE if is_named else None,
+            reason=None if is_named else "no pattern of fqns",
+            flop_share=weight.numel() / max(total, 1),
+            assigned=RECIPE,
+        )
+        for name, weight in experts.named_parameters()
+    ]

@@ -1,0 +1,66 @@
+"""Float8 casts of rows that are sorted into groups, one group an expert: what grouped products consume.
+
+`reference.py` says what they compute.
+
+M rows, a multiple of 16, K columns, E groups, N out features of an expert. `ends` int32 [E]: the row behind each group,
+ascending, multiples of 16.
+"""
+
+import torch
+from torch import Tensor
+
+from titan_fp8.kernels import float8
+from titan_fp8.kernels.grouped import reference
+from titan_fp8.kernels.producers import reference as producers
+
+__all__ = ["ALIGNMENT", "cast_both", "cast_columns", "columns_of_experts", "swiglu_backward", "swiglu_rows"]
+
+ALIGNMENT = 16
+"""Rows that a group is a multiple of: 16 bytes of codes, where rows are the dimension that is summed over."""
+
+
+def cast_columns(x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cast x `[M, K]` with a power-of-two scale for each column of each group, transposed: `(codes_t [K, M], scale_t
+    [E, K])`. Codes behind the last group are zero."""
+    _check(x, ends, dtype)
+    return reference.cast_columns(x, ends, dtype)
+
+
+def cast_both(x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`float8.cast_rows` and `cast_columns` of one tensor: `(codes [M, K], scale [M, 1], codes_t, scale_t)`."""
+    _check(x, ends, dtype)
+    return *float8.cast_rows(x, dtype), *reference.cast_columns(x, ends, dtype)
+
+
+def swiglu_rows(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`silu(gate) * up` of gate and up `[M, K]`, rounded to their dtype, by rows: `(codes [M, K], scale [M, 1])`."""
+    return float8.cast_rows(producers.swiglu_output(gate, up), dtype)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, ends: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """For the gradient `[M, K]` of `silu(gate) * up`: the gradients of gate and up as `cast_both` gives them, and
+    `silu(gate) * up` as `cast_columns` does."""
+    _check(grad, ends, dtype)
+    return reference.swiglu_backward(grad, gate, up, ends, dtype)
+
+
+def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Column codes of each expert's weight from its row codes `[E, N, K]` and their power-of-two scale `[E, N]`:
+    `(codes_t [E, K, N], scale_t [E, K])`; exact but for subnormals. N and K are multiples of 16."""
+    if codes.dim() != 3 or scale.shape != codes.shape[:2] or any(size % ALIGNMENT for size in codes.shape[1:]):
+        raise ValueError(
+            f"expected codes [E, N, K], N and K multiples of {ALIGNMENT}, and scale [E, N], got {list(codes.shape)}, "
+            f"{list(scale.shape)}"
+        )
+    return reference.columns_of_experts(codes, scale)
+
+
+def _check(x: Tensor, ends: Tensor, dtype: torch.dtype) -> None:
+    float8.check_input(x, dtype)
+    if x.shape[0] % ALIGNMENT or ends.dim() != 1 or ends.dtype != torch.int32 or not len(ends):
+        raise ValueError(
+            f"expected rows in a multiple of {ALIGNMENT} and the int32 ends of their groups, got {list(x.shape)} and "
+            f"{ends.dtype} {list(ends.shape)}"
+        )

@@ -1,0 +1,120 @@
+"""Experts in float8: the gated feed-forward of rows that are sorted by expert, with all its products by rows.
+
+    product      left operand                       right operand                    scales of the left, the right
+    gate, up     x rows             [M, K]          w1, w3 rows       [E, H, K]      a row; a row of each expert
+    output       hidden rows        [M, H]          w2 rows           [E, K, H]
+    grad hidden  grad rows          [M, K]          w2 columns        [E, H, K]      a row; a column of each expert
+    grad w2      grad columns       [K, M]          hidden columns    [H, M]         a column in each group
+    grad x       grad gate, up rows [M, H]          w1, w3 columns    [E, K, H]      the two products are added
+    grad w1, w3  grad gate, up cols [H, M]          x columns         [K, M]
+
+All are e4m3 with power-of-two scales, as in the recipe `rowwise` of a linear. Kept for backward are the columns of x, 8
+bits a value, gate and up; hidden is made again from these. Of the weights their row codes are kept, from which backward
+derives the columns.
+
+M rows, K features of the stream, H hidden features, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_fp8.quantization import grouped_ops as ops
+from titan_fp8.quantization.function import differentiable_once
+from titan_fp8.quantization.ops import cast_rows
+
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Float8GroupedConfig:
+    """How experts compute.
+
+    Attributes:
+        emulate: multiply the codes in fp32, on any device.
+        fast_accum_in_backward: fast accumulation in the products for gradients of activations; outputs always have it,
+            gradients of weights never.
+    """
+
+    emulate: bool = False
+    fast_accum_in_backward: bool = False
+
+
+def grouped_feed_forward(
+    x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ends: Tensor, config: Float8GroupedConfig
+) -> Tensor:
+    """`w2(silu(w1 x) * w3 x)` for each expert's rows.
+
+    Args:
+        x: `[M, K]`, sorted by expert, groups multiples of 16 rows; zero where a group's row holds nothing.
+        w1, w3: `[E, H, K]` in high precision.
+        w2: `[E, K, H]`.
+        ends: int32 `[E]`, the row behind each expert's rows.
+        config: how to compute.
+
+    Returns:
+        `[M, K]` in x's dtype; rows behind the last group may be anything.
+    """
+    return _GroupedFeedForward.apply(x, w1, w3, w2, ends, config)
+
+
+class _GroupedFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ends: Tensor, config: Float8GroupedConfig
+    ) -> Tensor:
+        needs_columns = any(ctx.needs_input_grad[1:3])
+        x_codes_t = x_scale_t = None
+        if needs_columns:
+            *x_rows, x_codes_t, x_scale_t = ops.cast_group_both(x, ends, E4M3)
+        else:
+            x_rows = cast_rows(x, E4M3)
+        weights = [ops.cast_experts(w.detach(), E4M3) for w in (w1, w3, w2)]
+        gate, up = (_by_rows(x_rows, w, ends, x.dtype, config, fast=True) for w in weights[:2])
+        hidden = ops.swiglu_group_rows(gate, up, E4M3)
+        output = _by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
+        kept = [tensor for w in weights for tensor in w] if any(ctx.needs_input_grad[:4]) else [None] * 6
+        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, *kept)
+        ctx.config, ctx.dtypes = config, (x.dtype, w1.dtype, w3.dtype, w2.dtype)
+        return output
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_codes_t, x_scale_t, gate, up, ends, *weights = ctx.saved_tensors
+        config: Float8GroupedConfig = ctx.config
+        dtype, *weight_dtypes = ctx.dtypes
+        fast = config.fast_accum_in_backward
+        needs = ctx.needs_input_grad
+        *g_rows, g_codes_t, g_scale_t = ops.cast_group_both(grad.contiguous(), ends, E4M3)
+        w2_columns = ops.columns_of_experts(*weights[4:6], grad)
+        grad_hidden = _by_rows(g_rows, w2_columns, ends, dtype, config, fast=fast)
+        *made, hidden_t, hidden_scale_t = ops.swiglu_group_backward(grad_hidden, gate, up, ends, E4M3)
+        of_gate, of_up = made[:4], made[4:]
+        grads: list[Tensor | None] = [None] * 4
+        if needs[0]:
+            parts = (
+                _by_rows(each[:2], ops.columns_of_experts(*w, grad), ends, dtype, config, fast=fast)
+                for each, w in ((of_gate, weights[:2]), (of_up, weights[2:4]))
+            )
+            grads[0] = next(parts).add_(next(parts))
+        for number, each in ((1, of_gate), (2, of_up)):
+            if needs[number]:
+                grads[number] = _by_columns(each[2:], (x_codes_t, x_scale_t), ends, config)
+        if needs[3]:
+            grads[3] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
+        of_weights = [g if g is None else g.to(d) for g, d in zip(grads[1:], weight_dtypes, strict=True)]
+        return grads[0], *of_weights, None, None
+
+
+def _by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:
+    """The product of (codes, scale) `[M, K]` with those of `[E, N, K]`: `[M, N]`."""
+    return ops.grouped_mm_rows(a[0], w[0], a[1], w[1], ends, dtype, fast, config.emulate)
+
+
+def _by_columns(a: Any, b: Any, ends: Tensor, config: Float8GroupedConfig) -> Tensor:
+    """The product of (codes, scale) `[N, M]` with those of `[K, M]` in each group: `[E, N, K]` in bf16, as the tensor
+    cores give it."""
+    return ops.grouped_mm_columns(a[0], b[0], a[1], b[1], ends, torch.bfloat16, config.emulate)
