@@ -4,6 +4,7 @@ They are among those of `job_rules.py`, which has them in its list and gives the
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from titan_fp8.config.section import Problem
@@ -18,6 +19,23 @@ def experts_exist(job: "JobConfig", dims: ModelDims) -> Iterator[Problem]:
     """Nothing is routed in a dense model."""
     if job.debug.moe_force_load_balance and dims.n_experts is None:
         yield Problem("debug.moe_force_load_balance", f"{job.model.name} has no experts to balance; leave it at false")
+
+
+def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """Every rank of expert parallelism has as many experts."""
+    key, ranks = "parallelism.expert_parallel_degree", job.parallelism.expert_parallel_degree
+    if job.parallelism.expert_parallel_comm_backend == "deepep":
+        missing = "" if find_spec("deep_ep") else ", whose package deep_ep is not installed"
+        yield Problem(
+            "parallelism.expert_parallel_comm_backend",
+            f'deepep{missing}: tokens are not exchanged by it; set it to "standard"',
+        )
+    if ranks == 1:
+        return
+    if dims.n_experts is None:
+        yield Problem(key, f"{job.model.name} has no experts to deal out; set it to 1")
+    elif dims.n_experts % ranks:
+        yield Problem(key, f"{ranks} ranks do not divide the {dims.n_experts} experts; choose a divisor")
 
 
 def experts_are_whole(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:

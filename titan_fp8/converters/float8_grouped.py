@@ -114,7 +114,7 @@ def _problems(
         for name, weight in each.named_parameters():
             if any(size % ALIGNMENT for size in weight.shape[1:]):
                 problems.append(
-                    f"{fqn}.{name}: its experts are {' x '.join(map(str, weight.shape[1:]))}, and float8 needs multiples "
+                    f"{fqn}.{name}: an expert is {' x '.join(map(str, weight.shape[1:]))}, and float8 needs multiples "
                     f"of {ALIGNMENT}; leave it out of {setting}"
                 )
     return problems

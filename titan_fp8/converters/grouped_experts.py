@@ -19,7 +19,7 @@ class Float8Experts(Experts):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """As in `Experts`; groups are multiples of 16 rows."""
-        return grouped_feed_forward(x, self.w1, self.w3, self.w2, ends, self.config)
+        return grouped_feed_forward(x, *self.weights(), ends, self.config)
 
     def extra_repr(self) -> str:
         """The recipe, and whether it is emulated."""

@@ -14,6 +14,7 @@ Legend: B sequences, S tokens, V vocabulary.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,16 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
-        x, normed = self.attention_norm.keep_and_norm(x)
-        x, normed = self.ffn_norm.add_and_norm(x, self.attention(normed, rope, mask))
+        x, normed = self.attend_and_norm(x, rope, mask)
         if self.moe is not None:
             return x + self.moe(normed)
         assert self.feed_forward is not None
         return x + self.feed_forward(normed)
+
+    def attend_and_norm(self, x: Tensor, rope: RopeTables, mask: Mask) -> tuple[Tensor, Any]:
+        """`x + attention(attention_norm(x))` and the `ffn_norm` of it, `[B, S, dim]` each."""
+        x, normed = self.attention_norm.keep_and_norm(x)
+        return self.ffn_norm.add_and_norm(x, self.attention(normed, rope, mask))
 
 
 class Decoder(nn.Module):

@@ -38,9 +38,11 @@ class Dispatcher(Protocol):
     """Brings tokens to experts and back.
 
     Attributes:
+        n_experts: E.
         alignment: rows that each group is a multiple of, as the grouped products want it.
     """
 
+    n_experts: int
     alignment: int
 
     def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:

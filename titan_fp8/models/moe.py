@@ -157,8 +157,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Rows `[M, dim]` sorted by expert, ends int32 `[E]`: `[M, dim]`, same dtype."""
-        hidden = F.silu(grouped_linear(x, self.w1, ends)) * grouped_linear(x, self.w3, ends)
-        return grouped_linear(hidden, self.w2, ends)
+        w1, w3, w2 = self.weights()
+        hidden = F.silu(grouped_linear(x, w1, ends)) * grouped_linear(x, w3, ends)
+        return grouped_linear(hidden, w2, ends)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w3 and w2 of the experts that are here. Where they are spread over ranks there is another function."""
+        return self.w1, self.w3, self.w2
 
 
 class MoE(nn.Module):

@@ -28,7 +28,7 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_fp8.models import flash4
-from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
@@ -68,6 +68,7 @@ def apply_activation_checkpointing(
     *,
     compile_config: CompileSection,
     dump_folder: Path | None = None,
+    around_experts: bool = False,
 ) -> None:
     """Apply `section` to the blocks of `model`, in place.
 
@@ -75,6 +76,8 @@ def apply_activation_checkpointing(
         model: not yet compiled, not yet sharded.
         compile_config: how the blocks will be compiled; `memory_budget` is the compiler's work.
         dump_folder: the run's folder, where the picture of `visualize_memory_budget_pareto` goes.
+        around_experts: of a block with experts, parts will be compiled and not the whole (`apply_compile`). By
+            operation, these parts and the experts are then checkpointed one by one.
 
     Raises:
         UserError: from `check_activation_checkpointing`.
@@ -99,7 +102,12 @@ def apply_activation_checkpointing(
     if section.mode == "selective" and not _is_per_op(section):
         every = int(section.selective_ac_option)
     for name, block in model.layers.items():
-        if (int(name) + 1) % every == 0:  # the number in the whole model, of which this may be a part
+        if (int(name) + 1) % every:  # the number in the whole model, of which this may be a part
+            continue
+        if around_experts and isinstance(block, TransformerBlock) and block.moe is not None and _is_per_op(section):
+            block.attend_and_norm = _checkpointed(block.attend_and_norm, options)
+            block.moe.forward = _checkpointed(block.moe.forward, options)
+        else:
             block.forward = _checkpointed(block.forward, options)
 
 

@@ -1,6 +1,6 @@
 """The inner order: what is done to a converted model before it gets its weights.
 
-    tensor and sequence parallelism -> context parallelism -> activation checkpointing (per block)
+    experts -> tensor and sequence parallelism -> context parallelism -> activation checkpointing (per block)
         -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
 
 Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
@@ -21,6 +21,7 @@ from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
+from titan_fp8.parallel.expert import apply_expert_parallel
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload, check_exchange
 from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor import apply_tensor_parallel
@@ -61,12 +62,24 @@ def parallelize(
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
     """
+    apply_expert_parallel(model, mesh)
     apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
     context = context_parallel(mesh, parallelism)
     if context is not None:
         apply_context_parallel(model, context)
-    apply_activation_checkpointing(model, activation_checkpoint, compile_config=compile_config, dump_folder=dump_folder)
-    apply_compile(model, compile_config, overlapped=_overlapped_axis(mesh, parallelism))
+    apply_activation_checkpointing(
+        model,
+        activation_checkpoint,
+        compile_config=compile_config,
+        dump_folder=dump_folder,
+        around_experts=mesh.degrees.expert > 1,
+    )
+    apply_compile(
+        model,
+        compile_config,
+        overlapped=_overlapped_axis(mesh, parallelism),
+        around_experts=mesh.degrees.expert > 1,
+    )
     if mesh.world_size > 1 or cpu_offload:
         apply_fsdp(
             model,

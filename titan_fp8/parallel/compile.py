@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import CompileSection
 from titan_fp8.quantization.graph_pass import DropUnusedLayouts, InOrder
 from titan_fp8.quantization.overlap_pass import OverlapExchanges
@@ -34,13 +34,17 @@ def compiles(section: CompileSection, component: str) -> bool:
     return section.enable and component in section.components
 
 
-def apply_compile(model: Decoder, section: CompileSection, *, overlapped: Axis | None = None) -> None:
+def apply_compile(
+    model: Decoder, section: CompileSection, *, overlapped: Axis | None = None, around_experts: bool = False
+) -> None:
     """Compile the blocks of `model` in place, if `section` says so. Compilation itself happens at the first call.
 
     Args:
         model: with its parallelism and activation checkpointing, not yet sharded.
         section: the section.
         overlapped: an axis whose gathers and sums shall overlap with the matrix products beside them; Inductor only.
+        around_experts: experts are dealt out to ranks. What their exchange needs to know is found out as the step goes
+            on, so of a block with experts the parts before and beside them are compiled, and they are not.
 
     Raises:
         UserError: no such backend.
@@ -51,9 +55,20 @@ def apply_compile(model: Decoder, section: CompileSection, *, overlapped: Axis |
     # One object for all blocks: the compiler takes blocks for the same program only if their options are equal.
     options = _inductor_options(overlapped) if section.backend == "inductor" else None
     for block in model.layers.values():
+        if around_experts and isinstance(block, TransformerBlock) and block.moe is not None:
+            _compile_around_experts(block, section, options)
+            continue
         compiled = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
         divided = [m for m in block.modules() if isinstance(m._parameters.get("weight"), DTensor)]
         block.forward = _with_local_weights(compiled, divided) if divided else compiled
+
+
+def _compile_around_experts(block: TransformerBlock, section: CompileSection, options: dict[str, Any] | None) -> None:
+    assert block.moe is not None
+    compile_part = functools.partial(torch.compile, backend=section.backend, fullgraph=True, options=options)
+    block.attend_and_norm = compile_part(block.attend_and_norm)
+    if block.moe.shared_experts is not None:
+        block.moe.shared_experts.forward = compile_part(block.moe.shared_experts.forward)
 
 
 def _with_local_weights(compiled: Callable[P, R], divided: list[nn.Module]) -> Callable[P, R]:

@@ -79,14 +79,16 @@ class ParallelismSection(Section):
     """How keys and values travel between the ranks of one sequence: `allgather` collects all at once, `alltoall` passes
     one rank's at a time around, in less memory."""
 
-    expert_parallel_degree: int = not_supported_yet(1, ge=1, unit="ranks")
-    """Ranks over which the experts of a layer are dealt out."""
+    expert_parallel_degree: int = key(1, ge=1, unit="ranks")
+    """Ranks over which the experts of a layer are dealt out. They are taken from `data_parallel_shard_degree` and
+    `context_parallel_degree`, whose product is a multiple of it."""
 
     expert_tensor_parallel_degree: int = not_supported_yet(1, ge=1, unit="ranks")
     """Ranks over which each expert is split."""
 
-    expert_parallel_comm_backend: Literal["standard", "deepep"] = not_supported_yet("standard")
-    """Implementation of the exchange of tokens between experts."""
+    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
+    """Implementation of the exchange of tokens between experts: `standard` is all-to-all by the process group.
+    `deepep`, the package of that name, is refused."""
 
 
 class ActivationCheckpointSection(Section):

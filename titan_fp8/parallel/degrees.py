@@ -5,7 +5,7 @@ number of processes. A length of -1 in the configuration means "what the others 
 process and no torch, so a configuration that does not fit its WORLD_SIZE is refused before anything starts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from titan_fp8.parallel.config import ParallelismSection
@@ -29,6 +29,7 @@ class MeshDegrees:
         data_parallel_replicate: copies of the parameters.
         data_parallel_shard: ranks over which one copy of the parameters is sharded.
         tensor, pipeline, context: ranks over which a matrix product, the layers, a sequence are split.
+        expert: ranks over which experts are dealt out; they are taken from `data_parallel_shard` and `context`.
     """
 
     data_parallel_replicate: int = 1
@@ -36,6 +37,12 @@ class MeshDegrees:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Parts into which FSDP cuts the experts of a rank."""
+        return self.shards // self.expert
 
     @property
     def data_parallel(self) -> int:
@@ -84,7 +91,18 @@ def resolve_degrees(parallelism: ParallelismSection, world_size: int) -> MeshDeg
         raise UserError(
             f"{factors}{_equals(given, product)}, but WORLD_SIZE is {world_size}; {_remedy(given, product, world_size)}"
         )
-    return MeshDegrees(**degrees)
+    return _with_experts(MeshDegrees(**degrees), parallelism)
+
+
+def _with_experts(degrees: MeshDegrees, parallelism: ParallelismSection) -> MeshDegrees:
+    expert = parallelism.expert_parallel_degree
+    if degrees.shards % expert:
+        raise UserError(
+            f"expert_parallel_degree = {expert} takes its ranks from data_parallel_shard_degree "
+            f"{degrees.data_parallel_shard} x context_parallel_degree {degrees.context} = {degrees.shards}, which is "
+            f"no multiple of it; choose a divisor of {degrees.shards}"
+        )
+    return replace(degrees, expert=expert)
 
 
 def given_degrees(parallelism: ParallelismSection) -> MeshDegrees:

@@ -45,6 +45,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titan_fp8.models.decoder import Decoder, TransformerBlock
+from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
 from titan_fp8.parallel.fsdp_exchange import TURNS, PeerAllGather, PeerReduceScatter
@@ -90,6 +91,7 @@ def apply_fsdp(
         axis = Axis.of(mesh.shards.get_group())
         in_place.add(shard_embedding(model.tok_embeddings, mesh.fsdp_mesh, axis, model.compute_dtype))
     units = _units(model)
+    in_place |= _shard_experts(model, mesh, parallelism, param_dtype, reduce_dtype, offload)
     root: list[nn.Module] = [model]
     for number, modules in enumerate([*units, root]):
         travels_by_peers = by_peers and (_is_block(modules) or _is_output(modules, model))
@@ -115,6 +117,33 @@ def apply_fsdp(
     if isinstance(model.tok_embeddings, FSDPModule):
         model.tok_embeddings.set_unshard_in_backward(False)  # the gradient of a table needs no table
     _prefetch(model, units)
+
+
+def _shard_experts(
+    model: Decoder,
+    mesh: ParallelMesh,
+    parallelism: ParallelismSection,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    offload: OffloadPolicy,
+) -> set[nn.Parameter]:
+    """Shard experts that are dealt out to ranks as units of their own, over the ranks that have the same ones; where
+    each rank is the only one, its experts stay as they are, and are returned."""
+    if mesh.degrees.expert == 1:
+        return set()
+    experts = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    expert_mesh = mesh.expert_fsdp_mesh
+    if expert_mesh.size() == 1 and not isinstance(offload, CPUOffloadPolicy):
+        return {parameter for each in experts for parameter in each.parameters()}
+    for each in experts:
+        fully_shard(
+            each,
+            mesh=expert_mesh,
+            reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=False),
+            mp_policy=_precision([each], param_dtype, reduce_dtype, travels_by_peers=False),
+            offload_policy=offload,
+        )
+    return set()
 
 
 def _precision(

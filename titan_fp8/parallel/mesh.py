@@ -16,6 +16,12 @@ axis by name and need not know which are in use:
 
 Ranks of one tp or pp axis see the same data. Over what is left, batches, losses and gradients are divided:
 
+Experts of a mixture of experts may be dealt out to ranks of dp_shard and cp. For their parameters the same ranks form
+another grid, in which `ep` and `expert_shards` are in the place of these two axes:
+
+    ep             experts: which of them a rank has, neighbours first
+    expert_shards  shards of these
+
     data     dp_replicate x dp_shard            which sequences a rank reads
     tokens   dp_replicate x dp_shard x cp       which tokens a rank computes the loss of
     shards   dp_shard x cp                      which shard of the parameters FSDP gives it
@@ -30,6 +36,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titan_fp8.parallel.degrees import MeshDegrees
 
 PP, DP_REPLICATE, DP_SHARD, CP, TP = AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_SHARDS, EP = "expert_shards", "ep"
+EXPERT_AXES = (PP, DP_REPLICATE, EXPERT_SHARDS, EP, TP)
 SHARDS = "dp_shard_cp"
 TOKENS = "dp_cp"
 
@@ -43,12 +51,14 @@ class ParallelMesh:
         device_mesh: the whole grid.
         shards: its axes `dp_shard` and `cp` as one, of the name `dp_shard_cp`.
         tokens: its axes `dp_replicate`, `dp_shard` and `cp` as one.
+        expert_mesh: the same ranks, by the axes of experts; where no experts are dealt out it is `device_mesh`.
     """
 
     degrees: MeshDegrees
     device_mesh: DeviceMesh
     shards: DeviceMesh
     tokens: DeviceMesh
+    expert_mesh: DeviceMesh
 
     def place(self, axis: str) -> int:
         """This rank's number on an axis."""
@@ -108,12 +118,19 @@ class ParallelMesh:
         return DeviceMesh._concatenate([self.device_mesh[DP_REPLICATE], self.shards]) if has_copies else self.shards
 
     @property
+    def expert_fsdp_mesh(self) -> DeviceMesh:
+        """`fsdp_mesh` of experts that are dealt out."""
+        has_copies = self.degrees.data_parallel_replicate > 1
+        return self.expert_mesh[DP_REPLICATE, EXPERT_SHARDS] if has_copies else self.expert_mesh[EXPERT_SHARDS]
+
+    @property
     def groups(self) -> list[dist.ProcessGroup]:
         """Every process group of the mesh that this rank belongs to, the world's included."""
         world = dist.group.WORLD
         assert world is not None
         axes = [self.device_mesh.get_group(axis) for axis in AXES]
-        return [world, *axes, self.shards.get_group(), self.tokens.get_group()]
+        experts = [self.expert_mesh.get_group(axis) for axis in (EXPERT_SHARDS, EP)] if self.degrees.expert > 1 else []
+        return [world, *axes, self.shards.get_group(), self.tokens.get_group(), *experts]
 
 
 def build_mesh(degrees: MeshDegrees, device_type: str) -> ParallelMesh:
@@ -133,4 +150,9 @@ def build_mesh(degrees: MeshDegrees, device_type: str) -> ParallelMesh:
     device_mesh = init_device_mesh(device_type, lengths, mesh_dim_names=AXES)
     shards = device_mesh[DP_SHARD, CP]._flatten(SHARDS)
     tokens = device_mesh[DP_REPLICATE, DP_SHARD, CP]._flatten(TOKENS)
-    return ParallelMesh(degrees, device_mesh, shards, tokens)
+    expert_mesh = device_mesh
+    if degrees.expert > 1:
+        outer, inner = lengths[:2], lengths[4:]
+        expert_lengths = (*outer, degrees.expert_shards, degrees.expert, *inner)
+        expert_mesh = init_device_mesh(device_type, expert_lengths, mesh_dim_names=EXPERT_AXES)
+    return ParallelMesh(degrees, device_mesh, shards, tokens, expert_mesh)

@@ -82,7 +82,9 @@ def dense(dims: ModelDims, x: Tensor, weights: dict[str, Tensor], bias: Tensor |
         output = torch.zeros_like(token) if shared[0] is None else swiglu(token, *shared)
         for expert, score in zip(experts, scores, strict=True):
             its = [weights[f"experts.{name}"][expert] for name in ("w1", "w2", "w3")]
-            output = output + (swiglu(score * token, *its) if dims.score_before_experts else score * swiglu(token, *its))
+            output = output + (
+                swiglu(score * token, *its) if dims.score_before_experts else score * swiglu(token, *its)
+            )
             counts[expert] += 1
         outputs.append(output)
     return torch.stack(outputs), counts
@@ -277,7 +279,8 @@ def _auxiliary_loss(dims: ModelDims, x: Tensor, gate: Tensor, counts: Tensor) ->
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_formula(score: str, norm: bool, before: bool) -> None:
-    layer = build(router_score=score, router_norm=norm, score_before_experts=before, n_shared_experts=1)
+    options = {"router_score": score, "router_norm": norm, "score_before_experts": before, "n_shared_experts": 1}
+    layer = build(**options, balance_rate=1e-3)  # biases, which make loads differ and are not in the loss
     layer.aux_loss_scale.fill_(0.3)
     x = inputs().requires_grad_()
     layer(x).backward(torch.zeros_like(x))  # the auxiliary loss's gradient alone
@@ -286,7 +289,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_formula(score: st
     loss = _auxiliary_loss(layer.dims, exact.squeeze(0), gate, layer.tokens_per_expert.double())
     (0.3 * TOKENS * loss).backward()
     assert layer.aux_loss_sum.item() == pytest.approx(TOKENS * loss.item(), rel=1e-5)
-    assert loss.item() != pytest.approx(1.0, abs=0.01), "loads are not balanced"
+    assert loss.item() != pytest.approx(1.0, abs=1e-3), "loads are not balanced"
     assert_same(x.grad, exact.grad, 1e-4, "x")
     assert_same(layer.router.gate.weight.grad, gate.grad, 1e-4, "gate")
     others = {name: p.grad for name, p in layer.named_parameters() if name != "router.gate.weight"}
@@ -338,6 +341,10 @@ CALLS: dict[str, Call] = {
 EVERY_CALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
+def batch(seed: int = 1) -> Tensor:
+    return inputs(seed=seed).bfloat16()
+
+
 def _counts(*batches: Tensor, **options: Any) -> Tensor:
     """By the router's choices, without a backward pass."""
     layer = build(**options)
@@ -348,7 +355,7 @@ def _counts(*batches: Tensor, **options: Any) -> Tensor:
 @EVERY_CALL
 def test_tokens_of_a_microbatch_are_counted_once_in_its_backward_pass(call: Call) -> None:
     torch._dynamo.reset()
-    layer, first, second = build(balance_rate=1e-3), inputs(), inputs(seed=5)
+    layer, first, second = build(balance_rate=1e-3), batch(), batch(seed=5)
     for x, seen in ((first, [first]), (second, [first, second])):
         before = layer.tokens_per_expert.clone()
         output = call(layer, x.clone().requires_grad_())
@@ -358,14 +365,11 @@ def test_tokens_of_a_microbatch_are_counted_once_in_its_backward_pass(call: Call
 
 
 @EVERY_CALL
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
-def test_microbatches_of_a_pipeline_each_count_whatever_the_order_of_their_backward_passes(
-    call: Call, order: tuple[int, ...]
-) -> None:
+def test_microbatches_of_a_pipeline_each_count_in_whatever_order_their_backward_passes_come(call: Call) -> None:
     torch._dynamo.reset()
-    layer, batches = build(), [inputs(seed=seed) for seed in (3, 4, 5)]
+    layer, batches = build(), [batch(seed=seed) for seed in (3, 4, 5)]
     outputs = [call(layer, x.clone().requires_grad_()) for x in batches]
-    for number in order:
+    for number in (1, 2, 0):
         outputs[number].sum().backward()
     assert torch.equal(layer.tokens_per_expert, _counts(*batches))
 
@@ -373,7 +377,7 @@ def test_microbatches_of_a_pipeline_each_count_whatever_the_order_of_their_backw
 @EVERY_CALL
 def test_microbatches_before_one_backward_pass_each_count(call: Call) -> None:
     torch._dynamo.reset()
-    layer, batches = build(), [inputs(seed=seed) for seed in (3, 4, 5)]
+    layer, batches = build(), [batch(seed=seed) for seed in (3, 4, 5)]
     torch.stack([call(layer, x.clone().requires_grad_()).sum() for x in batches]).sum().backward()
     assert torch.equal(layer.tokens_per_expert, _counts(*batches))
 
@@ -383,7 +387,7 @@ def test_nothing_is_counted_without_gradients(call: Call) -> None:
     torch._dynamo.reset()
     layer = build()
     with torch.no_grad():
-        call(layer, inputs())
+        call(layer, batch())
     assert not layer.tokens_per_expert.any()
     assert not layer.aux_loss_sum.any()
 
@@ -393,13 +397,13 @@ def test_the_auxiliary_loss_is_summed_as_tokens_are_counted(call: Call) -> None:
     torch._dynamo.reset()
     results = []
     for function in (MoE.__call__, call):
-        layer, x = build(), inputs().requires_grad_()
+        layer, x = build(), batch().requires_grad_()
         layer.aux_loss_scale.fill_(0.5)
         function(layer, x).sum().backward()
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
         results.append({"sum": layer.aux_loss_sum.clone(), "x": x.grad, **gradients})
     for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(results[1][name], expected, rtol=2**-7, atol=1e-3, msg=name)
 
 
 def _loss_and_gradients(model: Decoder) -> dict[str, Tensor]:
@@ -421,8 +425,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["none", "full", "op"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [("full", False), ("op", False), ("none", True), ("full", True), ("op", True)]
+)
 def test_compiled_and_checkpointed_blocks_compute_and_count_as_plain_ones(
     family: str, mode: str, compiled: bool
 ) -> None:
@@ -444,6 +449,24 @@ def test_compiled_and_checkpointed_blocks_compute_and_count_as_plain_ones(
         torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3, msg=name)
         if name.endswith("counts"):
             assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.xfail(strict=True, reason="PyTorch's shape rule of grouped_mm knows bf16 alone")
+def test_compiled_in_fp32_equals_eager() -> None:
+    torch._dynamo.reset()
+    layer = build()
+    torch.testing.assert_close(_compiled(layer, inputs()), layer(inputs()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, reason="buffers are made in the default dtype")
+def test_counts_and_biases_are_fp32_also_where_parameters_are_trained_in_bf16() -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as for training.dtype = "bfloat16"
+    try:
+        layer = MoE(ModelDims(**SIZES, balance_rate=1e-3), residual_std=0.02)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.experts.w1.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in layer.buffers()} == {torch.float32}
 
 
 def test_initialize_fills_the_buffers_of_materialized_layers() -> None:

@@ -1,0 +1,148 @@
+"""Expert parallelism: the experts of a layer dealt out to the ranks of the `ep` axis.
+
+Each rank has E / ep of a layer's experts whole, and its own tokens. A token travels to the ranks of its experts and
+back, in two exchanges of all ranks with all:
+
+    sort      each rank sorts its tokens by expert, so that what goes to one rank lies together
+    counts    ranks tell each other how many tokens come for each expert; the CPU waits for these numbers
+    dispatch  tokens travel
+    regroup   what has come, by rank and expert, is sorted by expert, with the alignment that the products want
+    combine   the experts' outputs travel back, and are summed for each token
+
+`ep` takes its ranks from the axes `dp_shard` and `cp`, neighbours first. So ranks of `ep` have different tokens, an
+expert's gradient sums over all of them by itself, and what is left of these axes, `expert_shards`, shards the experts
+further. Source: arXiv 2006.16668.
+
+T tokens of a rank, k choices of each, E experts, D features, R rows that have come to a rank.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
+
+from titan_fp8.kernels import moe
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.dispatch import Groups, Permute, Unpermute
+from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.parallel.mesh import EP, ParallelMesh
+from titan_fp8.quantization.tensor_parallel import local_tensor
+
+
+def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
+    """Deal the experts of `model` out over the `ep` axis of `mesh`, in place; nothing happens where its length is 1.
+
+    Args:
+        model: converted, not yet compiled or sharded; its number of experts divides (`family_rules.py`).
+        mesh: from `build_mesh`.
+    """
+    if mesh.degrees.expert == 1:
+        return
+    ep_mesh = mesh.expert_mesh[EP]
+    for module in model.modules():
+        if isinstance(module, MoE):
+            experts = module.experts
+            for name, parameter in list(experts.named_parameters()):
+                setattr(experts, name, _part_of(parameter, ep_mesh))
+            experts.weights = partial(_local_weights, experts)
+            module.dispatcher = ExchangeDispatcher(
+                module.dispatcher.n_experts, ep_mesh.get_group(), module.dispatcher.alignment
+            )
+
+
+def _part_of(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
+    """The experts of this rank, as a DTensor that knows of all."""
+    part = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].contiguous()
+    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+    dtensor = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **whole)
+    return nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+
+
+def _local_weights(experts: Experts) -> tuple[Tensor, Tensor, Tensor]:
+    return local_tensor(experts.w1), local_tensor(experts.w3), local_tensor(experts.w2)
+
+
+@dataclass(frozen=True)
+class _WayBack:
+    """What brings rows back.
+
+    Attributes:
+        position, source: of this rank's tokens, sorted by expert (`kernels.moe.plan`).
+        sent, came: rows for and from each rank.
+        place, origin: of the rows that came, sorted by expert.
+    """
+
+    position: Tensor
+    source: Tensor
+    sent: list[int]
+    came: list[int]
+    place: Tensor
+    origin: Tensor
+
+
+class ExchangeDispatcher:
+    """The experts are spread over the ranks of a group; see `titan_fp8.models.dispatch.Dispatcher`.
+
+    Args:
+        n_experts: E, a multiple of the group's size.
+        group: its ranks have the experts in order.
+        alignment: rows that each group is a multiple of.
+    """
+
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int):
+        self.n_experts = n_experts
+        self.alignment = alignment
+        self._group = group
+
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
+        """See `Dispatcher`."""
+        counts, _, position, source = moe.plan(experts, self.n_experts, 1)
+        by_rank = counts.view(self._group.size(), -1)
+        from_ranks = torch.empty_like(by_rank)
+        dist.all_to_all_single(from_ranks, by_rank.contiguous(), group=self._group)
+        # The one thing that the CPU has to know.
+        sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
+        rows = AllToAll.apply(Permute.apply(x, scores, position, source), came, sent, self._group)
+        _, ends, place, origin = moe.plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
+        grouped = Permute.apply(rows, None, place, origin)
+        return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
+
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
+        """See `Dispatcher`."""
+        way: _WayBack = groups.way_back
+        rows = Unpermute.apply(y, None, way.place, way.origin)
+        returned = AllToAll.apply(rows, way.sent, way.came, self._group)
+        return Unpermute.apply(returned, scores, way.position, way.source)
+
+
+def _experts_of(counts: Tensor, rows: int) -> Tensor:
+    """The expert, of those here, of each row that came, `[R, 1]`; counts `[ranks, experts here]`, in their order."""
+    each = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
+    return each.repeat_interleave(counts.flatten(), output_size=rows).unsqueeze(1)
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows `[sum(sent), D]`, in the order of the ranks that they go to -> those that came `[sum(came), D]`, in the
+    order of the ranks that they are from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, came: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = (came, sent), group
+        return _exchange(x, came, sent, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        came, sent = ctx.counts
+        return _exchange(grad, sent, came, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, came: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = x.new_empty(sum(came), *x.shape[1:])
+    dist.all_to_all_single(result, x.contiguous(), came, sent, group=group)
+    return result
