@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_fp8.kernels import moe
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dispatch import Groups, Permute, Unpermute
+from titan_fp8.models.dispatch import Groups, Permute, Unpermute, plan
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.mesh import EP, ParallelMesh
 from titan_fp8.quantization.tensor_parallel import local_tensor
@@ -101,14 +100,14 @@ class ExchangeDispatcher:
 
     def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
         """See `Dispatcher`."""
-        counts, _, position, source = moe.plan(experts, self.n_experts, 1)
+        counts, _, position, source = plan(experts, self.n_experts, 1)
         by_rank = counts.view(self._group.size(), -1)
         from_ranks = torch.empty_like(by_rank)
         dist.all_to_all_single(from_ranks, by_rank.contiguous(), group=self._group)
         # The one thing that the CPU has to know.
         sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
         rows = AllToAll.apply(Permute.apply(x, scores, position, source), came, sent, self._group)
-        _, ends, place, origin = moe.plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
+        _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
         grouped = Permute.apply(rows, None, place, origin)
         return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
 

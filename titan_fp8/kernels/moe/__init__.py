@@ -6,16 +6,21 @@ over a token's choices; each is the other's gradient. How many rows an expert ge
 groups lie in a number of rows that suffices for any choice (`rows_for`), and nobody waits for the device. Rows that
 hold no token are zero, so that they add nothing to the products over rows that gradients of weights are.
 
-`reference.py` says what is computed.
+`reference.py` says what is computed; `kernel.py` brings rows to and fro on a GPU.
 
 T tokens, k choices of each, E experts, D features, M rows of the groups.
 """
 
+import functools
+import importlib
+from types import ModuleType
+
 from torch import Tensor
 
+from titan_fp8.kernels import float8
 from titan_fp8.kernels.moe import reference
 
-__all__ = ["permute", "plan", "row_products", "rows_for", "unpermute"]
+__all__ = ["permute", "permute_backward", "plan", "row_products", "rows_for", "unpermute", "unpermute_backward"]
 
 
 def rows_for(choices: int, n_experts: int, alignment: int) -> int:
@@ -60,7 +65,9 @@ def permute(x: Tensor, source: Tensor, scores: Tensor | None, top_k: int) -> Ten
     Returns:
         `[M, D]` in x's dtype: `x[t] * scores[t, j]` in fp32, rounded once, or zero where a row holds nothing.
     """
-    return reference.permute(x, source, scores, top_k)
+    if not _uses_kernel(x, source):
+        return reference.permute(x, source, scores, top_k)
+    return _kernel().to_groups(_dense(x), source, _flat(scores), top_k, None)[0]
 
 
 def unpermute(y: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
@@ -74,9 +81,47 @@ def unpermute(y: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
     Returns:
         `[T, D]` in y's dtype: the sum over j of `y[position[t, j]] * scores[t, j]` in fp32, rounded once.
     """
-    return reference.unpermute(y, position, scores)
+    if not _uses_kernel(y, position):
+        return reference.unpermute(y, position, scores)
+    return _kernel().to_tokens(_dense(y), position, _flat(scores), None)[0]
+
+
+def permute_backward(grad: Tensor, x: Tensor, position: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `permute(x, source, scores, k)`, of x `[T, D]` and of scores fp32 `[T, k]`, for that of its result
+    `[M, D]`: `unpermute(grad, position, scores)`, and the inner products of tokens with their rows of grad."""
+    if not _uses_kernel(grad, position):
+        return reference.unpermute(grad, position, scores), reference.row_products(x, grad, position)
+    return _kernel().to_tokens(_dense(grad), position, _flat(scores), _dense(x))
+
+
+def unpermute_backward(
+    grad: Tensor, y: Tensor, position: Tensor, source: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `unpermute(y, position, scores)`, of y `[M, D]` and of scores fp32 `[T, k]`, for that of its result
+    `[T, D]`: `permute(grad, source, scores, k)`, and the inner products of tokens of grad with their rows of y."""
+    top_k = position.shape[1]
+    if not _uses_kernel(grad, position):
+        return reference.permute(grad, source, scores, top_k), reference.row_products(grad, y, position)
+    return _kernel().to_groups(_dense(grad), source, _flat(scores), top_k, _dense(y))
 
 
 def row_products(x: Tensor, y: Tensor, position: Tensor) -> Tensor:
     """Inner products of tokens with their rows: fp32 `[T, k]`, of x `[T, D]` with y `[M, D]` at position `[T, k]`."""
     return reference.row_products(x, y, position)
+
+
+def _uses_kernel(x: Tensor, places: Tensor) -> bool:
+    return float8.uses_kernel(x) and places.numel() > 0
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _flat(scores: Tensor | None) -> Tensor | None:
+    return None if scores is None else scores.contiguous()
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.moe.kernel")
