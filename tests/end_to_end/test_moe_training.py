@@ -168,6 +168,29 @@ def test_sequences_spread_over_ranks_equal_one_process(alone: Any, tmp_path: Pat
     assert_same(train(tmp_path, "llama4", 2, CONTEXT), alone("llama4"), keys=keys)
 
 
+def test_the_auxiliary_loss_is_no_part_of_the_loss_and_draws_loads_together(tmp_path: Path) -> None:
+    """In the first step the models are the same: the losses too, but not the gradients."""
+    runs = [
+        train(tmp_path / weight, "mixtral", 1, ONE_RANK | {"model.overrides.aux_loss_weight": weight})
+        for weight in ("0.0", "2.0")
+    ]
+    assert runs[0].lines[0]["loss"] == runs[1].lines[0]["loss"]
+    assert runs[0].lines[0]["moe/aux_loss"] == runs[1].lines[0]["moe/aux_loss"]
+    assert runs[0].lines[0]["grad_norm"] != pytest.approx(runs[1].lines[0]["grad_norm"], rel=1e-3)
+    assert runs[1].lines[-1]["moe/aux_loss"] < runs[0].lines[-1]["moe/aux_loss"] - 0.05
+
+
+def test_biases_draw_loads_together(tmp_path: Path) -> None:
+    sizes = {"model.overrides.n_layers": "2", "training.steps": "20", "optimizer.lr": "1e-9"}
+    runs = [
+        train(tmp_path / rate, "deepseek_v3", 1, ONE_RANK | sizes | {"model.overrides.balance_rate": rate})
+        for rate in ("0.0", "0.02")
+    ]
+    first, last = (sum(run.of("moe/max_load")[-5:]) / 5 for run in runs)
+    assert runs[0].lines[0]["moe/max_load"] == runs[1].lines[0]["moe/max_load"]
+    assert last < 0.9 * first
+
+
 CHECKPOINTS = {
     "checkpoint.enable": "true",
     "checkpoint.interval": "3",

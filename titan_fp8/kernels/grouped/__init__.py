@@ -1,17 +1,20 @@
 """Float8 casts of rows that are sorted into groups, one group an expert: what grouped products consume.
 
-`reference.py` says what they compute.
+`reference.py` says what they compute; the kernels compute the same bits on a GPU.
 
 M rows, a multiple of 16, K columns, E groups, N out features of an expert. `ends` int32 [E]: the row behind each group,
 ascending, multiples of 16.
 """
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from titan_fp8.kernels import float8
+from titan_fp8.kernels import float8, producers
 from titan_fp8.kernels.grouped import reference
-from titan_fp8.kernels.producers import reference as producers
 
 __all__ = ["ALIGNMENT", "cast_both", "cast_columns", "columns_of_experts", "swiglu_backward", "swiglu_rows"]
 
@@ -23,18 +26,27 @@ def cast_columns(x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     """Cast x `[M, K]` with a power-of-two scale for each column of each group, transposed: `(codes_t [K, M], scale_t
     [E, K])`. Codes behind the last group are zero."""
     _check(x, ends, dtype)
-    return reference.cast_columns(x, ends, dtype)
+    if not float8.uses_kernel(x):
+        return reference.cast_columns(x, ends, dtype)
+    codes_t, scale_t = _kernel().cast(_dense(x), ends, dtype, rows=False)
+    return codes_t, scale_t
 
 
 def cast_both(x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`float8.cast_rows` and `cast_columns` of one tensor: `(codes [M, K], scale [M, 1], codes_t, scale_t)`."""
+    """`float8.cast_rows` and `cast_columns` of one tensor: `(codes [M, K], scale [M, 1], codes_t, scale_t)`. Codes by
+    rows behind the last group may be anything."""
     _check(x, ends, dtype)
+    if float8.uses_kernel(x):
+        return _kernel().cast(_dense(x), ends, dtype, rows=True)
     return *float8.cast_rows(x, dtype), *reference.cast_columns(x, ends, dtype)
 
 
 def swiglu_rows(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`silu(gate) * up` of gate and up `[M, K]`, rounded to their dtype, by rows: `(codes [M, K], scale [M, 1])`."""
-    return float8.cast_rows(producers.swiglu_output(gate, up), dtype)
+    made = producers.swiglu(gate, up, producers.Cast(producers.ROW, dtype))
+    assert made.codes is not None
+    assert made.scale is not None
+    return made.codes, made.scale
 
 
 def swiglu_backward(
@@ -43,6 +55,8 @@ def swiglu_backward(
     """For the gradient `[M, K]` of `silu(gate) * up`: the gradients of gate and up as `cast_both` gives them, and
     `silu(gate) * up` as `cast_columns` does."""
     _check(grad, ends, dtype)
+    if float8.uses_kernel(grad):
+        return _swiglu_kernel().swiglu_backward(_dense(grad), _dense(gate), _dense(up), ends, dtype)
     return reference.swiglu_backward(grad, gate, up, ends, dtype)
 
 
@@ -54,7 +68,23 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             f"expected codes [E, N, K], N and K multiples of {ALIGNMENT}, and scale [E, N], got {list(codes.shape)}, "
             f"{list(scale.shape)}"
         )
-    return reference.columns_of_experts(codes, scale)
+    if not float8.uses_kernel(codes):
+        return reference.columns_of_experts(codes, scale)
+    return _kernel().columns_of_experts(codes.contiguous(), scale)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.kernel")
+
+
+@functools.cache
+def _swiglu_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.swiglu_kernel")
 
 
 def _check(x: Tensor, ends: Tensor, dtype: torch.dtype) -> None:
