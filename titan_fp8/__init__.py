@@ -11,7 +11,11 @@ Importing this package loads nothing heavy; its names are loaded when they are f
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_fp8.converters.api import convert_to_float8_nocompile_training, convert_to_float8_training
+    from titan_fp8.converters.api import (
+        convert_to_float8_grouped_training,
+        convert_to_float8_nocompile_training,
+        convert_to_float8_training,
+    )
     from titan_fp8.converters.protocol import ConversionError
     from titan_fp8.converters.report import ConversionReport
     from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
@@ -25,6 +29,7 @@ __all__ = [
     "ConversionReport",
     "Float8Linear",
     "__version__",
+    "convert_to_float8_grouped_training",
     "convert_to_float8_nocompile_training",
     "convert_to_float8_training",
     "mark_stale",
@@ -35,6 +40,7 @@ _HOME = {
     "ConversionError": "titan_fp8.converters.protocol",
     "ConversionReport": "titan_fp8.converters.report",
     "Float8Linear": "titan_fp8.quantization.linear",
+    "convert_to_float8_grouped_training": "titan_fp8.converters.api",
     "convert_to_float8_nocompile_training": "titan_fp8.converters.api",
     "convert_to_float8_training": "titan_fp8.converters.api",
     "mark_stale": "titan_fp8.quantization.weights",

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from titan_fp8.converters.float8_grouped import convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import request_from_arguments
@@ -84,6 +85,43 @@ def convert_to_float8_training(
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
     )
     return convert_linears(model, request, detect_device(), problems=problems)
+
+
+def convert_to_float8_grouped_training(
+    model: nn.Module,
+    *,
+    fqns: Sequence[str] = ("experts",),
+    emulate: bool | Literal["auto"] = False,
+    fast_accum_in_backward: bool = False,
+    cache_weights: bool = False,
+) -> ConversionReport:
+    """Let the experts of `model` multiply in float8, in place: rowwise scales, all three products, groups of 16 rows.
+
+    Args:
+        model: has layers with experts, `titan_fp8.models.moe.MoE`, such as a `Decoder` of a family with experts; on any
+            device, the meta device included.
+        fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
+        emulate: True multiplies the same codes in fp32 on any device, "auto" does so where this machine's accelerator
+            has no such grouped product; False is an error there.
+        fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too.
+        cache_weights: keep the codes of a weight from one optimizer step to the next; the obligation that comes with it
+            is that of `convert_to_float8_training`.
+
+    Returns:
+        A report with a row for each weight of experts; `print(report)` shows the table.
+
+    Raises:
+        ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
+            unchanged.
+    """
+    return convert_grouped(
+        model,
+        [fqns] if isinstance(fqns, str) else list(fqns),
+        detect_device(),
+        emulate=emulate,
+        fast_accum_in_backward=fast_accum_in_backward,
+        cache_weights=cache_weights,
+    )
 
 
 def convert_to_float8_nocompile_training(

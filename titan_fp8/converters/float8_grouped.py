@@ -9,13 +9,14 @@ from torch import nn
 
 from titan_fp8.converters.config import Float8GroupedSection
 from titan_fp8.converters.filters import check_patterns, first_match
-from titan_fp8.converters.grouped_experts import Float8Experts, convert_experts, experts_of
-from titan_fp8.converters.protocol import ConversionError
+from titan_fp8.converters.grouped_experts import Float8Experts, cache_experts, convert_experts, experts_of
+from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import ConversionReport, ReportRow
 from titan_fp8.converters.support import resolve_grouped_emulation
 from titan_fp8.kernels.grouped import ALIGNMENT
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.grouped import Float8GroupedConfig
+from titan_fp8.quantization.weights import mark_stepped
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
@@ -24,12 +25,13 @@ RECIPE = "rowwise"
 
 
 class Float8GroupedConverter:
-    """The converter of one `[quantize.grouped_mm.float8]` section for one device; see `protocol.Converter`."""
+    """The converter of one `[quantize.grouped_mm.float8]` section for one device and mesh; see `protocol.Converter`."""
 
     name = NAME
 
-    def __init__(self, section: Float8GroupedSection, device: DeviceCapabilities) -> None:
+    def __init__(self, section: Float8GroupedSection, device: DeviceCapabilities, placement: Placement) -> None:
         self._section, self._device = section, device
+        self._caches = placement.experts_stay or not placement.is_managed
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert in place; see `convert_grouped`."""
@@ -40,14 +42,17 @@ class Float8GroupedConverter:
             self._device,
             emulate=section.emulate,
             fast_accum_in_backward=section.fast_accum_in_backward,
+            cache_weights=self._caches,
             prefix=f"{NAME}.",
         )
 
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: experts are cast in each forward pass."""
+        """Nothing: what is stale is cast before the first forward pass."""
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: experts are cast in each forward pass."""
+        """The weights have changed, so their codes are stale."""
+        for part in model_parts:
+            mark_stepped(part)
 
 
 def convert_grouped(
@@ -57,6 +62,7 @@ def convert_grouped(
     *,
     emulate: object = False,
     fast_accum_in_backward: bool = False,
+    cache_weights: bool = False,
     prefix: str = "",
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
@@ -66,6 +72,7 @@ def convert_grouped(
         fqns: patterns of names.
         device: what training runs on.
         emulate, fast_accum_in_backward: see `Float8GroupedSection`.
+        cache_weights: keep the codes of the weights from one optimizer step to the next.
         prefix: what stands before a setting's name in messages.
 
     Raises:
@@ -85,7 +92,9 @@ def convert_grouped(
     for fqn, (layer, _) in experts.items():
         if _is_named(fqns, fqn):
             convert_experts(layer, config, ALIGNMENT)
-    weights = "cast in each forward pass"
+    if cache_weights:
+        cache_experts(model)
+    weights = "cast once an optimizer step" if cache_weights else "cast in each forward pass"
     return ConversionReport(NAME, {RECIPE: mode}, weights=weights, rows=rows, what="weights of experts")
 
 

@@ -1,9 +1,18 @@
 """The modules of the conversion `quantize.grouped_mm.float8`: experts that multiply in float8."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from titan_fp8.models.moe import Experts, MoE
-from titan_fp8.quantization.grouped import Float8GroupedConfig, grouped_feed_forward
+from titan_fp8.quantization.casts import Codes
+from titan_fp8.quantization.grouped import ExpertCache, Float8GroupedConfig, cast_experts, grouped_feed_forward
+from titan_fp8.quantization.sharded_weight import local_weight
+from titan_fp8.quantization.weights import StepWatch, refresh_before_forward, watch_module
+
+ORDER = ("w1", "w3", "w2")
+"""The parameters of experts as `Experts.weights` gives them."""
 
 
 class Float8Experts(Experts):
@@ -11,15 +20,31 @@ class Float8Experts(Experts):
 
     Attributes:
         config: how they compute.
+        weight_caches: parameter -> its codes, kept from one optimizer step to the next; None: they are not.
         reads_master_weights: codes are computed from the bits of the parameters, so nobody may round these before.
     """
 
     config: Float8GroupedConfig
+    weight_caches: dict[str, ExpertCache] | None = None
     reads_master_weights = True
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """As in `Experts`; groups are multiples of 16 rows."""
-        return grouped_feed_forward(x, *self.weights(), ends, self.config)
+        weights = self.weights()
+        return grouped_feed_forward(x, weights, self._codes(weights), ends, self.config)
+
+    def _codes(self, weights: Sequence[Tensor]) -> list[Codes]:
+        if self.weight_caches is None:
+            return [cast_experts(weight) for weight in weights]
+        codes = []
+        for name in ORDER:
+            cache = self.weight_caches[name]
+            if not torch.compiler.is_compiling():
+                # Compiled code relies on the hook of the model, which runs before it.
+                cache.refresh(local_weight(getattr(self, name)))
+            assert cache.rows is not None
+            codes.append(cache.rows)
+        return codes
 
     def extra_repr(self) -> str:
         """The recipe, and whether it is emulated."""
@@ -39,6 +64,16 @@ def _converted(experts: Experts, config: Float8GroupedConfig) -> Float8Experts:
         converted.__dict__[table] = dict(experts.__dict__[table])
     converted.config = config
     return converted
+
+
+def cache_experts(model: nn.Module) -> None:
+    """Let the converted experts of `model` keep the codes of their weights from one optimizer step to the next."""
+    watch = StepWatch()
+    for module in model.modules():
+        if isinstance(module, Float8Experts):
+            module.weight_caches = {name: ExpertCache(watch=watch) for name in ORDER}
+            watch_module(module)
+    refresh_before_forward(model)
 
 
 def experts_of(model: nn.Module) -> dict[str, tuple[MoE, Experts]]:

@@ -33,7 +33,7 @@ def build_converters(
         if name == Float8LinearConverter.name:
             converters.append(Float8LinearConverter(quantize.linear.float8, device, placement))
         elif name == Float8GroupedConverter.name:
-            converters.append(Float8GroupedConverter(quantize.grouped_mm.float8, device))
+            converters.append(Float8GroupedConverter(quantize.grouped_mm.float8, device, placement))
         elif name in CONVERTERS:
             supported = f"{Float8LinearConverter.name!r} or {Float8GroupedConverter.name!r}"
             problems.append(f"{name!r}: not supported yet; use {supported}")

@@ -15,6 +15,7 @@ derives the columns.
 M rows, K features of the stream, H hidden features, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,11 @@ import torch
 from torch import Tensor
 
 from titan_fp8.quantization import grouped_ops as ops
+from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.function import differentiable_once
 from titan_fp8.quantization.ops import cast_rows
+from titan_fp8.quantization.recipes import RECIPES
+from titan_fp8.quantization.weights import StepWatch, WeightCache
 
 E4M3 = torch.float8_e4m3fn
 
@@ -42,28 +46,62 @@ class Float8GroupedConfig:
     fast_accum_in_backward: bool = False
 
 
+class ExpertCache(WeightCache):
+    """The row codes of one weight of experts `[E, N, K]`, valid from one change of the weight to the next."""
+
+    def __init__(self, *, watch: StepWatch | None = None) -> None:
+        super().__init__(RECIPES["rowwise"], keep_columns=False, watch=watch)
+
+    def cast(self, weight: Tensor) -> None:
+        """Cast `weight`."""
+        self.rows = Codes(*ops.cast_experts(weight, E4M3))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertCache":
+        return ExpertCache(watch=self._watch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExpertCache, ()
+
+
+def cast_experts(weight: Tensor) -> Codes:
+    """A weight of experts `[E, N, K]` by rows: codes `[E, N, K]`, scale `[E, N]`."""
+    return Codes(*ops.cast_experts(weight.detach(), E4M3))
+
+
 def grouped_feed_forward(
-    x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ends: Tensor, config: Float8GroupedConfig
+    x: Tensor,
+    weights: Sequence[Tensor],
+    codes: Sequence[Codes],
+    ends: Tensor,
+    config: Float8GroupedConfig,
 ) -> Tensor:
     """`w2(silu(w1 x) * w3 x)` for each expert's rows.
 
     Args:
         x: `[M, K]`, sorted by expert, groups multiples of 16 rows; zero where a group's row holds nothing.
-        w1, w3: `[E, H, K]` in high precision.
-        w2: `[E, K, H]`.
+        weights: w1 and w3 `[E, H, K]` and w2 `[E, K, H]` in high precision, which gradients are for.
+        codes: these by rows, from `cast_experts` or a cache.
         ends: int32 `[E]`, the row behind each expert's rows.
         config: how to compute.
 
     Returns:
         `[M, K]` in x's dtype; rows behind the last group may be anything.
     """
-    return _GroupedFeedForward.apply(x, w1, w3, w2, ends, config)
+    tensors = [tensor for each in codes for tensor in each]
+    return _GroupedFeedForward.apply(x, *weights, ends, config, *tensors)
 
 
 class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ends: Tensor, config: Float8GroupedConfig
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        ends: Tensor,
+        config: Float8GroupedConfig,
+        *codes: Tensor,
     ) -> Tensor:
         needs_columns = any(ctx.needs_input_grad[1:3])
         x_codes_t = x_scale_t = None
@@ -71,11 +109,11 @@ class _GroupedFeedForward(torch.autograd.Function):
             *x_rows, x_codes_t, x_scale_t = ops.cast_group_both(x, ends, E4M3)
         else:
             x_rows = cast_rows(x, E4M3)
-        weights = [ops.cast_experts(w.detach(), E4M3) for w in (w1, w3, w2)]
+        weights = [codes[0:2], codes[2:4], codes[4:6]]
         gate, up = (_by_rows(x_rows, w, ends, x.dtype, config, fast=True) for w in weights[:2])
         hidden = ops.swiglu_group_rows(gate, up, E4M3)
         output = _by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
-        kept = [tensor for w in weights for tensor in w] if any(ctx.needs_input_grad[:4]) else [None] * 6
+        kept = codes if any(ctx.needs_input_grad[:4]) else [None] * 6
         ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, *kept)
         ctx.config, ctx.dtypes = config, (x.dtype, w1.dtype, w3.dtype, w2.dtype)
         return output
@@ -106,7 +144,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         if needs[3]:
             grads[3] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
         of_weights = [g if g is None else g.to(d) for g, d in zip(grads[1:], weight_dtypes, strict=True)]
-        return grads[0], *of_weights, None, None
+        return grads[0], *of_weights, *[None] * 8
 
 
 def _by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:

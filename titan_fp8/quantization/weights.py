@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
 from titan_fp8.quantization.fsdp_weight import mark_fsdp_weights_stale
 from titan_fp8.quantization.recipes import Float8Recipe
+from titan_fp8.quantization.sharded_weight import local_weight
 
 if TYPE_CHECKING:
     from titan_fp8.quantization.linear import Float8Linear
@@ -93,11 +94,15 @@ class WeightCache:
         # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
         self.rows = self.columns = None
         with torch.no_grad():
-            if self.keep_columns:
-                self.rows, self.columns = cast_weight_both(weight, self.recipe)
-            else:
-                self.rows = cast_weight(weight, self.recipe)
+            self.cast(weight)
         self.freshness.record(weight)
+
+    def cast(self, weight: Tensor) -> None:
+        """Make the codes of `weight`."""
+        if self.keep_columns:
+            self.rows, self.columns = cast_weight_both(weight, self.recipe)
+        else:
+            self.rows = cast_weight(weight, self.recipe)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCache":
         return WeightCache(self.recipe, keep_columns=self.keep_columns, watch=self._watch)
@@ -146,22 +151,38 @@ def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:
         if key not in caches:
             caches[key] = WeightCache(recipe, keep_columns=keep_columns, watch=watch)
         linear.weight_cache = caches[key]
-        linear.register_load_state_dict_post_hook(_mark_linear_stale)
+        watch_module(linear)
+    refresh_before_forward(model)
+
+
+def watch_module(module: nn.Module) -> None:
+    """Have the codes that a module keeps cast again once a state dict is loaded into it."""
+    module.register_load_state_dict_post_hook(_mark_module_stale)
+
+
+def refresh_before_forward(model: nn.Module) -> None:
+    """Let the forward pass of `model` begin by casting what is stale in its modules."""
     model.register_forward_pre_hook(_refresh_all)  # pyright: ignore[reportArgumentType]
 
 
-def _mark_linear_stale(linear: nn.Module, incompatible_keys: Any) -> None:
-    cache: WeightCache | None = getattr(linear, "weight_cache", None)
-    if cache is not None:
+def _mark_module_stale(module: nn.Module, incompatible_keys: Any) -> None:
+    for _, cache in caches_of(module):
         cache.freshness.mark_stale()
 
 
 @torch.compiler.disable
 def _refresh_all(model: nn.Module, args: Any) -> None:
     for module in model.modules():
-        cache: WeightCache | None = getattr(module, "weight_cache", None)
-        if cache is not None:
-            cache.refresh(module.weight)  # pyright: ignore[reportArgumentType]
+        for name, cache in caches_of(module):
+            cache.refresh(local_weight(getattr(module, name)))
+
+
+def caches_of(module: nn.Module) -> list[tuple[str, WeightCache]]:
+    """(parameter, its cache) of each weight of which a module keeps the codes: `weight_cache` is that of a linear's,
+    `weight_caches` those of several."""
+    cache: WeightCache | None = getattr(module, "weight_cache", None)
+    several: dict[str, WeightCache] = getattr(module, "weight_caches", None) or {}
+    return [*([] if cache is None else [("weight", cache)]), *several.items()]
 
 
 def mark_stale(model: nn.Module) -> None:
@@ -183,6 +204,5 @@ def mark_stepped(model: nn.Module) -> None:
 
 def _mark_caches_stale(model: nn.Module) -> None:
     for module in model.modules():
-        cache: WeightCache | None = getattr(module, "weight_cache", None)
-        if cache is not None:
+        for _, cache in caches_of(module):
             cache.freshness.mark_stale()
