@@ -6,6 +6,7 @@ are spread over ranks, takes its place in a layer (`titan_fp8.parallel.expert`).
 T tokens, k choices of each, E experts, D features, M rows of the groups.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,8 +47,9 @@ class Dispatcher(Protocol):
     n_experts: int
     alignment: int
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
-        """Tokens x `[T, D]`, to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any."""
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
+        """Send tokens x `[T, D]` to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any. They are
+        under way until the result is called: what is computed in between needs them not."""
         ...
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
@@ -68,10 +70,11 @@ class LocalDispatcher:
         self.n_experts = n_experts
         self.alignment = alignment
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
         """See `Dispatcher`."""
         _, ends, position, source = plan(experts, self.n_experts, self.alignment)
-        return Groups(Permute.apply(x, scores, position, source), ends, (position, source))
+        groups = Groups(Permute.apply(x, scores, position, source), ends, (position, source))
+        return lambda: groups
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
         """See `Dispatcher`."""

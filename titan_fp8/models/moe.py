@@ -209,8 +209,9 @@ class MoE(nn.Module):
         routing = self.router(tokens, self.expert_bias)
         scores = self._watched(routing)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
-        groups = self.dispatcher.dispatch(tokens, routing.experts, before)
+        arrive = self.dispatcher.dispatch(tokens, routing.experts, before)
         shared = None if self.shared_experts is None else self.shared_experts(x)
+        groups = arrive()
         y = self.experts(groups.rows, groups.ends)
         routed = self.dispatcher.combine(y, groups, after).view(x.shape)
         return routed if shared is None else shared + routed

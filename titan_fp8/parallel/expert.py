@@ -16,6 +16,7 @@ further. Source: arXiv 2006.16668.
 T tokens of a rank, k choices of each, E experts, D features, R rows that have come to a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +99,7 @@ class ExchangeDispatcher:
         self.alignment = alignment
         self._group = group
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Groups:
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
         """See `Dispatcher`."""
         counts, _, position, source = plan(experts, self.n_experts, 1)
         by_rank = counts.view(self._group.size(), -1)
@@ -106,16 +107,22 @@ class ExchangeDispatcher:
         dist.all_to_all_single(from_ranks, by_rank.contiguous(), group=self._group)
         # The one thing that the CPU has to know.
         sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
-        rows = AllToAll.apply(Permute.apply(x, scores, position, source), came, sent, self._group)
+        exchange = Exchange(sent, came, self._group)
+        rows = Send.apply(Permute.apply(x, scores, position, source), exchange)
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
-        grouped = Permute.apply(rows, None, place, origin)
-        return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
+
+        def arrive() -> Groups:
+            grouped = Permute.apply(Arrive.apply(rows, exchange), None, place, origin)
+            return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
+
+        return arrive
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
         """See `Dispatcher`."""
         way: _WayBack = groups.way_back
         rows = Unpermute.apply(y, None, way.place, way.origin)
-        returned = AllToAll.apply(rows, way.sent, way.came, self._group)
+        exchange = Exchange(way.came, way.sent, self._group)
+        returned = Arrive.apply(Send.apply(rows, exchange), exchange)
         return Unpermute.apply(returned, scores, way.position, way.source)
 
 
@@ -125,23 +132,64 @@ def _experts_of(counts: Tensor, rows: int) -> Tensor:
     return each.repeat_interleave(counts.flatten(), output_size=rows).unsqueeze(1)
 
 
-class AllToAll(torch.autograd.Function):
-    """Rows `[sum(sent), D]`, in the order of the ranks that they go to -> those that came `[sum(came), D]`, in the
-    order of the ranks that they are from."""
+class Exchange:
+    """Rows on their way between all ranks, and their gradients on their way back.
+
+    Args:
+        sent, came: rows for and from each rank.
+        group: the ranks.
+    """
+
+    def __init__(self, sent: list[int], came: list[int], group: dist.ProcessGroup):
+        self._counts, self._group = (sent, came), group
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def start(self, x: Tensor, *, back: bool) -> Tensor:
+        """Send rows x `[sum(sent), D]`, in the order of the ranks that they go to: memory for those that come,
+        `[sum(came), D]`, in the order of the ranks that they are from. back: the other way round."""
+        sent, came = self._counts[::-1] if back else self._counts
+        result = x.new_empty(sum(came), *x.shape[1:])
+        work = dist.all_to_all_single(result, x.contiguous(), came, sent, group=self._group, async_op=True)
+        self._pending = work, result
+        return result
+
+    def finish(self) -> Tensor:
+        """What was started last: it has come, for whatever this stream does next."""
+        assert self._pending is not None
+        (work, result), self._pending = self._pending, None
+        work.wait()
+        return result
+
+
+class Send(torch.autograd.Function):
+    """Rows `[sum(sent), D]` -> those that will have come, `[sum(came), D]`, once `Arrive` had them.
+
+    Two functions rather than one: what runs between them forward, such as a shared expert, autograd runs between them
+    backward too, while gradients are on their way.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, came: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.counts, ctx.group = (came, sent), group
-        return _exchange(x, came, sent, group)
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(x, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        came, sent = ctx.counts
-        return _exchange(grad, sent, came, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.finish(), None
 
 
-def _exchange(x: Tensor, came: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    result = x.new_empty(sum(came), *x.shape[1:])
-    dist.all_to_all_single(result, x.contiguous(), came, sent, group=group)
-    return result
+class Arrive(torch.autograd.Function):
+    """Rows of `Send` that are under way -> the same, here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.finish()
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(grad, back=True)
+        return grad, None  # of the shape that is asked for; nobody reads it

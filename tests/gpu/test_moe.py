@@ -1,0 +1,183 @@
+"""Mixtures of experts on a GPU: kernels equal references, native products emulated ones, compiled layers eager ones."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.kernels.grouped_cases import _apart
+from titan_fp8.converters.api import convert_to_float8_grouped_training
+from titan_fp8.kernels import grouped, moe
+from titan_fp8.kernels.float8 import E4M3
+from titan_fp8.kernels.grouped import reference as grouped_reference
+from titan_fp8.kernels.moe import reference
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.flavors import resolve_dims
+from titan_fp8.models.initialization import initialize
+from titan_fp8.models.loss import cross_entropy_sum
+from titan_fp8.quantization import grouped_gemm
+from titan_fp8.runtime.device import detect_device
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not detect_device().has_fp8_tensor_cores, reason="needs FP8 tensor cores"),
+]
+
+LOADS = {
+    "balanced": [256] * 8,
+    "skewed": [16, 0, 1024, 32, 0, 640, 304, 32],
+    "one": [0, 0, 0, 2048, 0, 0, 0, 0],
+    "none": [0] * 8,
+}
+FAMILIES = ("llama4", "qwen3_moe", "deepseek_v3", "mixtral")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).cuda()
+
+
+def ends_of(load: str) -> Tensor:
+    return torch.tensor(LOADS[load], device="cuda").cumsum(0).int()
+
+
+def sqnr_db(true: Tensor, value: Tensor) -> float:
+    true, value = true.double(), value.double()
+    return float(10 * torch.log10(true.square().sum() / (true - value).square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "features"), [(1000, 1, 8, 5120), (63, 8, 128, 2048), (17, 3, 4, 96)]
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_travel_as_in_the_reference(tokens: int, top_k: int, experts: int, features: int, scaled: bool) -> None:
+    choices = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+    _, ends, position, source = moe.plan(choices, experts, 16)
+    assert int(ends[-1]) <= source.shape[0]
+    x, y = random(tokens, features), random(source.shape[0], features, seed=1)
+    scores = torch.rand(tokens, top_k, device="cuda") if scaled else None
+    rows, back = reference.permute(x, source, scores, top_k), reference.unpermute(y, position, scores)
+    assert torch.equal(moe.permute(x, source, scores, top_k), rows)
+    assert torch.equal(moe.unpermute(y, position, scores), back)
+    if scores is not None:
+        products = reference.row_products(x, y, position)
+        grad_x, of_scores = moe.permute_backward(y, x, position, scores)
+        assert torch.equal(grad_x, back)
+        torch.testing.assert_close(of_scores, products, rtol=1e-4, atol=1e-3)
+        grad_y, of_scores = moe.unpermute_backward(x, y, position, source, scores)
+        assert torch.equal(grad_y, rows)
+        torch.testing.assert_close(of_scores, products, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("features", [1408, 5120])
+def test_codes_of_groups_are_the_references(load: str, features: int) -> None:
+    ends, x = ends_of(load), random(2112, features)
+    x[5, 3] = torch.nan
+    last = int(ends[-1])
+    codes, scale, codes_t, scale_t = grouped.cast_both(x, ends, E4M3)
+    rows, row_scale = grouped_reference.float8.cast_rows(x, E4M3)
+    columns, column_scale = grouped_reference.cast_columns(x, ends, E4M3)
+    pairs = ((codes[:last], rows[:last]), (scale[:last], row_scale[:last]), (codes_t, columns), (scale_t, column_scale))
+    for mine, theirs in pairs:
+        assert torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    assert torch.equal(grouped.cast_columns(x, ends, E4M3)[0].view(torch.uint8), columns.view(torch.uint8))
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_codes_of_swiglu_gradients_are_the_references(load: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.kernels.grouped_cases.ROWS", 2112)
+    ends = ends_of(load)
+    grad, gate, up = (random(2112, 768, seed=seed) for seed in range(3))
+    mine = grouped.swiglu_backward(grad, gate, up, ends, E4M3)
+    theirs = grouped_reference.swiglu_backward(grad, gate, up, ends, E4M3)
+    assert [word for one, other in zip(mine, theirs, strict=True) for word in _apart(one, other, ends)] == []
+
+
+@pytest.mark.parametrize("shape", [(4, 256, 512), (3, 1408, 2048)])
+def test_columns_of_experts_are_the_references(shape: tuple[int, int, int]) -> None:
+    codes, scale = grouped_reference.float8.cast_rows(random(*shape).view(-1, shape[2]), E4M3)
+    codes, scale = codes.view(shape), scale.view(shape[:2])
+    mine, theirs = grouped.columns_of_experts(codes, scale), grouped_reference.columns_of_experts(codes, scale)
+    assert torch.equal(mine[0].view(torch.uint8), theirs[0].view(torch.uint8))
+    assert torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_native_products_are_the_emulated_ones(load: str) -> None:
+    ends, x, w = ends_of(load), random(2112, 512), random(8 * 256, 512, seed=1)
+    last = int(ends[-1])
+    codes, scale, codes_t, scale_t = grouped.cast_both(x, ends, E4M3)
+    w_codes, w_scale = grouped_reference.float8.cast_rows(w, E4M3)
+    operands = codes, w_codes.view(8, 256, 512), scale, w_scale.view(8, 256), ends, torch.bfloat16
+    native, emulated = (grouped_gemm.grouped_mm_rows(*operands, False, emulate)[:last] for emulate in (False, True))
+    torch.testing.assert_close(native, emulated, rtol=2**-7, atol=1e-2)
+    g_t, g_scale_t = grouped.cast_columns(random(2112, 256, seed=2), ends, E4M3)
+    operands = g_t, codes_t, g_scale_t, scale_t, ends, torch.bfloat16
+    native, emulated = (grouped_gemm.grouped_mm_columns(*operands, emulate) for emulate in (False, True))
+    torch.testing.assert_close(native, emulated, rtol=2**-7, atol=1e-1)
+
+
+def decoder(family: str) -> Decoder:
+    dims = resolve_dims(family, "debugmodel", {"n_layers": 4})
+    model = Decoder(dims, seq_len=128, compute_dtype=torch.bfloat16)
+    initialize(model, seed=0)
+    return model.cuda()
+
+
+def run(model: Decoder) -> dict[str, Tensor]:
+    model.zero_grad()
+    tokens = torch.randint(2048, (2, 128), generator=torch.Generator().manual_seed(0)).cuda()
+    loss = cross_entropy_sum(model(tokens), tokens.roll(-1, 1)) / tokens.numel()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float8_experts_are_near_those_in_bf16_and_native_ones_near_emulated_ones(family: str) -> None:
+    plain = run(decoder(family))
+    results = []
+    for emulate in (False, True):
+        model = decoder(family)
+        convert_to_float8_grouped_training(model, emulate=emulate)
+        results.append(run(model))
+    native, emulated = results
+    torch.testing.assert_close(native["loss"], plain["loss"], rtol=1e-2, atol=0)
+    torch.testing.assert_close(native["loss"], emulated["loss"], rtol=1e-3, atol=0)
+    for name, value in plain.items():
+        if "experts.w" in name:
+            assert sqnr_db(value, native[name]) > 10, name
+
+
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_blocks_with_experts_equal_eager_ones_and_count_tokens_once(family: str, float8: bool) -> None:
+    torch._dynamo.reset()
+    model = decoder(family)
+    if float8:
+        convert_to_float8_grouped_training(model)
+    eager = run(model)
+    for block in model.layers.values():
+        block.compile(fullgraph=True)
+        if block.moe is not None:
+            block.moe.tokens_per_expert.zero_()
+    compiled = run(model)
+    torch.testing.assert_close(compiled["loss"], eager["loss"], rtol=2e-3, atol=0)
+    counted = [block.moe.tokens_per_expert.sum() for block in model.layers.values() if block.moe is not None]
+    assert all(int(count) == 2 * 128 * model.dims.top_k for count in counted)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_nothing_waits_for_the_device(float8: bool) -> None:
+    model = decoder("qwen3_moe")
+    if float8:
+        convert_to_float8_grouped_training(model)
+    layer = model.layers["0"].moe
+    assert layer is not None
+    x = random(4, 64, 256).requires_grad_()
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
