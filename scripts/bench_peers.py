@@ -10,6 +10,8 @@
 | one-gpu | 1 | 8 of 32 | 2 |
 | two-gpus | 2, FSDP2 | 32 | 2, one a GPU |
 | two-gpus-accumulating | 2, FSDP2 | 32 | 16, one a GPU and microbatch |
+| experts | 2, FSDP2, EP | 4 of 48 of Llama 4 Scout | 8, four a GPU |
+| experts-batch-1 | 2, FSDP2, EP | 4 of 48 of Llama 4 Scout | 2, one a GPU |
 
 Ours computes the loss some tokens at a time and, in float8, recomputes nothing (`peer/jobs.py`); the table shows what
 memory each side takes. On two GPUs weights are gathered as codes with scales computed ahead: ours in every recipe, the
@@ -230,7 +232,9 @@ def execute(
 
 def other_model(parameters: int | None, job: Job, args: argparse.Namespace) -> str | None:
     """What is wrong with the peer's model, if anything."""
-    dims = resolve_dims("llama3", "8B", {"n_layers": job.layers, "vocab_size": args.vocab_size})
+    family, _, flavor = job.model.partition("/")
+    overrides = {"n_layers": job.layers, "vocab_size": job.vocab_size or args.vocab_size}
+    dims = resolve_dims(family, flavor, overrides)
     ours = count_parameters(dims)
     return None if parameters == ours else f"the peer's model has {parameters} parameters, ours {ours}"
 
@@ -269,7 +273,8 @@ def run_job(job: str, args: argparse.Namespace, found: Mapping[str, Any]) -> lis
 
 def profiled_runs(job: str, args: argparse.Namespace) -> list[Run]:
     """The runs whose last step is traced; their speed does not count."""
-    return [Run(job, row, side, PROFILE) for row in args.rows for side in row.sides] if args.profile else []
+    rows = [row for row in args.rows if row.is_for(JOBS[job])]
+    return [Run(job, row, side, PROFILE) for row in rows for side in row.sides] if args.profile else []
 
 
 def profiles(job: str, args: argparse.Namespace, records: Sequence[dict[str, Any]]) -> str:
@@ -310,8 +315,11 @@ def main() -> int:
         failed |= any("error" in record for record in records)
         versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
         print(f"\n{name}: {job.gpus} x {found['devices'][0]}, {versions}, ours at revision {revision()}")
-        print(f"{job.layers} layers, {args.steps} steps of {job.global_batch} x {job.seq_len} tokens, --ac {args.ac}\n")
-        print(table([row.name for row in args.rows], records))
+        ac = job.ac or args.ac
+        print(
+            f"{job.model}, {job.layers} layers, {args.steps} steps of {job.global_batch} x {job.seq_len}, --ac {ac}\n"
+        )
+        print(table([row.name for row in args.rows if row.is_for(job)], records))
         if args.profile:
             print(f"\n{profiles(name, args, records)}")
         print(flush=True)

@@ -14,6 +14,7 @@ from peer.launch import FLAVOR
 OURS, THEIRS = "ours", "peer"
 LAUNCHER = REPO / "scripts" / "peer" / "launch.py"
 FLOAT8 = "quantize.linear.float8"
+GROUPED = "quantize.grouped_mm.float8"
 SEQ_LEN = 8192
 LOG_FREQ = 5
 _GATHERS_CODES = (f"{FLOAT8}.enable_fsdp_float8_all_gather", f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp")
@@ -43,31 +44,53 @@ SAME: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A model on a number of GPUs. Batches are in sequences of `seq_len` tokens."""
+    """A model on a number of GPUs. Batches are in sequences of `seq_len` tokens.
+
+    Attributes:
+        model: FAMILY/FLAVOR.
+        vocab_size: rows of embedding and head; None: as the command line says.
+        ac: activation checkpointing of both sides; None: as the command line says.
+        experts: ranks that experts are dealt out to; 0: the model has none.
+    """
 
     gpus: int
     layers: int
     local_batch: int
     global_batch: int
     seq_len: int = SEQ_LEN
+    model: str = "llama3/8B"
+    vocab_size: int | None = None
+    ac: str | None = None
+    experts: int = 0
 
 
+_SCOUT: dict[str, Any] = {"model": "llama4/17bx16e", "vocab_size": 202048, "ac": "full", "experts": 2}
 JOBS = {
     "one-gpu": Job(gpus=1, layers=8, local_batch=2, global_batch=2),
     "two-gpus": Job(gpus=2, layers=32, local_batch=1, global_batch=2),
     "two-gpus-accumulating": Job(gpus=2, layers=32, local_batch=1, global_batch=16),
+    "experts": Job(gpus=2, layers=4, local_batch=4, global_batch=8, **_SCOUT),
+    "experts-batch-1": Job(gpus=2, layers=4, local_batch=1, global_batch=2, **_SCOUT),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration: a recipe (None: bf16), compiled or not, of one side or both, with further options of ours."""
+    """A configuration: a recipe of linears (None: bf16), compiled or not, of one side or both, with further options of
+    ours; `grouped`: experts in float8, which only jobs with experts have."""
 
     name: str
     recipe: str | None = None
     compiled: bool = False
     sides: tuple[str, ...] = (OURS,)
     extra: tuple[str, ...] = ()
+    grouped: bool = False
+
+    def is_for(self, job: Job) -> bool:
+        """Whether a job has this row: with experts bf16, those with float8 experts, and further ones."""
+        if not job.experts:
+            return not self.grouped
+        return self.grouped or self.recipe is None or self.name not in ROWS
 
 
 ROWS = {
@@ -78,6 +101,8 @@ ROWS = {
         Row("rowwise-compiled", "rowwise", True, (OURS, THEIRS)),
         Row("tensorwise-eager", "tensorwise", False),
         Row("float8-head", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=",)),
+        Row("grouped-compiled", None, True, (OURS, THEIRS), grouped=True),
+        Row("grouped-rowwise-compiled", "rowwise", True, (OURS, THEIRS), grouped=True),
     )
 }
 
@@ -107,12 +132,12 @@ def extra_row(text: str) -> Row:
     base = ROWS.get(words[0][1:])
     if base is None:
         raise SystemExit(f"--ours-extra {text!r}: no row {words[0][1:]}; known: {', '.join(ROWS)}")
-    return Row(name, base.recipe, base.compiled, extra=tuple(words[1:]))
+    return Row(name, base.recipe, base.compiled, extra=tuple(words[1:]), grouped=base.grouped)
 
 
 def turns(job: str, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
     """The runs of a job in their order: row after row, the sides in turns; who is first changes with the repeat."""
-    for row in rows:
+    for row in (row for row in rows if row.is_for(JOBS[job])):
         for repeat in range(1, repeats + 1):
             for side in row.sides if repeat % 2 else row.sides[::-1]:
                 yield Run(job, row, side, repeat)
@@ -132,9 +157,18 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "training.global_batch_size": job.global_batch,
         "compile.enable": run.row.compiled,
     }
-    options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[args.ac].items()}
+    options["model.name"], _, _ = job.model.partition("/")
+    options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[job.ac or args.ac].items()}
+    if job.experts:
+        options["parallelism.expert_parallel_degree"] = job.experts
+    converters = [FLOAT8] * bool(run.row.recipe) + [GROUPED] * run.row.grouped
+    if converters:
+        options["model.converters"] = ",".join(converters)
+    if run.row.grouped:
+        options[f"{GROUPED}.fqns"] = "experts"
     if run.row.recipe:
-        options |= {"model.converters": FLOAT8, f"{FLOAT8}.filter_fqns": "output"}
+        # Ours leaves the router alone by itself.
+        options[f"{FLOAT8}.filter_fqns"] = "output,router.gate" if job.experts else "output"
         if run.row.recipe == "tensorwise" and job.gpus > 1:
             options |= dict.fromkeys(_GATHERS_CODES, True)
     if run.repeat == PROFILE:
@@ -144,19 +178,20 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def our_options(run: Run, args: argparse.Namespace) -> list[str]:
     """The trainer's options of a run of ours."""
+    job = JOBS[run.job]
     options = shared_options(run, args) | {
-        "model.flavor": "8B",
+        "model.flavor": job.model.partition("/")[2],
         "model.hf_assets_path": args.tokenizer,
-        "model.overrides.n_layers": JOBS[run.job].layers,
-        "model.overrides.vocab_size": args.vocab_size,
-        "model.overrides.max_seq_len": JOBS[run.job].seq_len,
+        "model.overrides.n_layers": job.layers,
+        "model.overrides.vocab_size": job.vocab_size or args.vocab_size,
+        "model.overrides.max_seq_len": job.seq_len,
         "training.dataset": "tokens",
         "training.dataset_path": args.data,
         "training.shuffle": False,
     }
     if run.row.recipe:
         options[f"{FLOAT8}.recipe_name"] = run.row.recipe
-    else:
+    elif not run.row.grouped:
         options["model.converters"] = ""
     options |= _own_options(run)
     for key in [word.removeprefix("--").partition("=")[0] for word in run.row.extra if word.startswith("--")]:
@@ -176,6 +211,8 @@ def _own_options(run: Run) -> dict[str, Any]:
     """What ours has and the peer has not: the loss some tokens at a time and, since float8 layers keep less, no
     recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone."""
     options: dict[str, Any] = {"training.loss_chunk_tokens": 4096}
+    if JOBS[run.job].experts:
+        return options
     if run.row.recipe:
         options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
         if JOBS[run.job].gpus > 1:
@@ -209,5 +246,6 @@ def command_of(run: Run, args: argparse.Namespace) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(job.gpus)]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local-ranks-filter", "0"]
     launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]
-    model = ["--layers", str(job.layers), "--vocab-size", str(args.vocab_size)]
+    vocab_size = job.vocab_size or args.vocab_size
+    model = ["--model", job.model, "--layers", str(job.layers), "--vocab-size", str(vocab_size)]
     return [*launcher, str(LAUNCHER), *model, "--", *peer_options(run, args)]

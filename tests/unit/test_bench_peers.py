@@ -72,6 +72,8 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
     own = {"job.dump_folder", "model.flavor", "model.hf_assets_path", "training.dataset", "training.dataset_path"}
     rows = [row for row in jobs.ROWS.values() if row.name != "float8-head"]  # which has other layers in float8
     for job, row in itertools.product(jobs.JOBS, rows):
+        if not row.is_for(jobs.JOBS[job]):
+            continue
         ours, theirs = (
             given(options(jobs.Run(job, row, side, 1), args))
             for side, options in (("ours", jobs.our_options), ("peer", jobs.peer_options))
@@ -84,30 +86,37 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
         only_ours = {f"model.overrides.{key}" for key in ("n_layers", "vocab_size", "max_seq_len")} | {
             "training.shuffle"
         }
-        if row.recipe != "rowwise":
+        if row.recipe != "rowwise" and not row.grouped:
             only_ours.add(f"{FLOAT8}.recipe_name" if row.recipe else "model.converters")
         assert ours.keys() - theirs.keys() - off - OWN_CHOICES == only_ours, (job, row)
         assert ours["training.loss_chunk_tokens"] == "4096"
-        assert ours["activation_checkpoint.mode"] == ("none" if row.recipe else "full")
+        is_dense = not jobs.JOBS[job].experts
+        assert ours["activation_checkpoint.mode"] == ("none" if row.recipe and is_dense else "full")
+        assert ours.get("parallelism.expert_parallel_degree") == (None if is_dense else "2")
 
 
 def test_our_options_are_a_job_of_the_dimensions_batch_and_recipe_of_the_row(load, parse):
     jobs, args = load("peer.jobs"), parse("--steps", "30", "--vocab-size", "4096")
     for (name, job), row in itertools.product(jobs.JOBS.items(), jobs.ROWS.values()):
+        if not row.is_for(job):
+            continue
         options = jobs.our_options(jobs.Run(name, row, "ours", 1), args)
         config = ["--job.config_file", str(load("bench_peers").CONFIG)]
         found, _ = load_job_config([*config, *options], {"WORLD_SIZE": str(job.gpus)})
-        assert (found.model.flavor, found.model.overrides.n_layers) == ("8B", job.layers)
-        assert found.model.overrides.vocab_size == 4096
+        assert (f"{found.model.name}/{found.model.flavor}", found.model.overrides.n_layers) == (job.model, job.layers)
+        assert found.model.overrides.vocab_size == (job.vocab_size or 4096)
         batch = (found.training.local_batch_size, found.training.global_batch_size)
         assert batch == (job.local_batch, job.global_batch)
         assert (found.training.steps, found.lr_scheduler.warmup_steps) == (30, 30)
-        assert found.model.converters == ([FLOAT8] if row.recipe else [])
+        assert found.model.converters == [FLOAT8] * bool(row.recipe) + ["quantize.grouped_mm.float8"] * row.grouped
+        assert found.quantize.grouped_mm.float8.patterns() == ["experts"] * row.grouped
+        assert found.parallelism.expert_parallel_degree == (job.experts or 1)
         assert (found.compile.enable, found.compile.components) == (row.compiled, ["model", "loss"])
         float8 = found.quantize.linear.float8
-        filtered = ["output"] if row.recipe and row.name != "float8-head" else []
+        filtered = ["output", "router.gate"] if job.experts else ["output"]
+        filtered = filtered if row.recipe and row.name != "float8-head" else []
         assert (float8.recipe_name, float8.filter_fqns) == (row.recipe, filtered)
-        gathers = row.recipe is not None and job.gpus == 2
+        gathers = row.recipe is not None and job.gpus == 2 and not job.experts
         assert float8.enable_fsdp_float8_all_gather == gathers
         assert float8.precompute_float8_dynamic_scale_for_fsdp == gathers
 
