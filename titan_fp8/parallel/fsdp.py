@@ -37,12 +37,14 @@ Six decisions:
 """
 
 import os
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.moe import MoE
@@ -99,6 +101,7 @@ def apply_fsdp(
             modules,
             mesh=mesh.fsdp_mesh,
             reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= len(units) - 1),
+            shard_placement_fn=partial(_shard_dim, mesh.shards.size()),
             mp_policy=_precision(modules, param_dtype, reduce_dtype, travels_by_peers=travels_by_peers),
             offload_policy=offload,
             ignored_params=in_place or None,
@@ -140,10 +143,23 @@ def _shard_experts(
             each,
             mesh=expert_mesh,
             reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=False),
+            shard_placement_fn=partial(_shard_dim, mesh.degrees.expert_shards),
             mp_policy=_precision([each], param_dtype, reduce_dtype, travels_by_peers=False),
             offload_policy=offload,
         )
     return set()
+
+
+def _shard_dim(shards: int, parameter: nn.Parameter) -> Shard | None:
+    """Along which dimension a parameter is cut; None: the first. Of experts there may be fewer than shards, and some
+    ranks would have none: each expert is cut then."""
+    if parameter.dim() < 3 or _experts_here(parameter) % shards == 0 or parameter.shape[1] % shards:
+        return None
+    return Shard(1)
+
+
+def _experts_here(parameter: nn.Parameter) -> int:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape[0]
 
 
 def _precision(
