@@ -17,7 +17,7 @@ Legend: T tokens, k choices of each, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ class Routing:
 
 class Gate(Linear):
     """The linear that makes a router's logits: from inputs and weights in the compute dtype, in float32."""
+
+    casts_weight_to_input_dtype: ClassVar[bool] = True
 
     def forward(self, input: Tensor) -> Tensor:
         """`[T, dim]` of any floating dtype to fp32 `[T, E]`."""
@@ -193,10 +195,12 @@ class MoE(nn.Module):
             FeedForward(dims.dim, dims.n_shared_experts * hidden, residual_std) if dims.n_shared_experts else None
         )
         self.dispatcher: Dispatcher = LocalDispatcher(dims.n_experts)
-        self.register_buffer("expert_bias", torch.zeros(dims.n_experts) if dims.balance_rate else None)
-        self.register_buffer("tokens_per_expert", torch.zeros(dims.n_experts), persistent=False)
-        self.register_buffer("aux_loss_sum", torch.zeros(1), persistent=False)
-        self.register_buffer("aux_loss_scale", torch.zeros(1), persistent=False)
+        # In fp32 whatever dtype parameters are trained in.
+        per_expert, number = torch.zeros(dims.n_experts, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+        self.register_buffer("expert_bias", per_expert.clone() if dims.balance_rate else None)
+        self.register_buffer("tokens_per_expert", per_expert, persistent=False)
+        self.register_buffer("aux_loss_sum", number, persistent=False)
+        self.register_buffer("aux_loss_scale", number.clone(), persistent=False)
 
     def init_rules(self) -> dict[str, Distribution]:
         """See `titan_fp8.models.initialization`."""

@@ -38,7 +38,7 @@ class ExpertLoad:
         n_layers = sum(dims.has_experts(layer) for layer in range(dims.n_layers))
         self._aux_weight = dims.aux_loss_weight / n_layers
         self._n_layers, self._top_k = n_layers, dims.top_k
-        device = self._layers[0].tokens_per_expert.device if self._layers else torch.device("cpu")
+        device = torch.device(mesh.device_mesh.device_type)
         # The layers count in parts of these, so that what is done for all of them is done once.
         self._counts = torch.zeros(len(self._layers), dims.n_experts, device=device)
         self._aux_sums = torch.zeros(len(self._layers), device=device)

@@ -16,10 +16,12 @@ from tests.unit.converters.fused_models import (
     run,
     same_bits,
 )
+from titan_fp8.converters.api import convert_to_float8_training
 from titan_fp8.converters.fusion import Float8FeedForward, Float8RMSNorm, fuse_producers
 from titan_fp8.models.attention import Attention
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.moe import Gate, MoE
 from titan_fp8.models.norm import RMSNorm
@@ -112,6 +114,13 @@ def test_norms_before_experts_and_of_latent_vectors_stay_and_all_else_is_fused(f
             assert type(block.ffn_norm) is RMSNorm
             assert type(block.moe) is MoE
             assert type(block.moe.router.gate) is Gate
+
+
+@pytest.mark.parametrize(("family", "keeps"), [("mixtral", True), ("qwen3_moe", True), ("deepseek_v3", False)])
+def test_wo_keeps_what_it_reads_where_attention_keeps_it_too(family: str, keeps: bool) -> None:
+    """Latent attention keeps values that are padded, and wo reads them without the padding."""
+    for block in build(family, "rowwise", fused=True).layers.values():
+        assert block.attention.wo.config.keeps_input == keeps
 
 
 @pytest.mark.parametrize("reader", ["wq_a", "wkv_a"])
@@ -237,3 +246,14 @@ def test_nan_in_a_shared_expert_or_a_latent_norm_reaches_loss_and_gradients() ->
         result = run(model)
         assert not result["loss"].isfinite(), part
         assert not result[f"layers.1.{part}.weight"].isfinite().all(), part
+
+
+def test_a_router_that_is_asked_for_by_name_multiplies_in_float8() -> None:
+    model = Decoder(resolve_dims("qwen3_moe", "debugmodel", {"n_layers": 1}), compute_dtype=torch.bfloat16)
+    initialize(model, seed=0)
+    report = convert_to_float8_training(model, recipe_by_fqn={"router.gate": "rowwise"}, emulate=True)
+    gate = model.layers["0"].moe.router.gate
+    assert isinstance(gate, Float8Linear)
+    assert {row.fqn: row.recipe for row in report.rows}["layers.0.moe.router.gate"] == "rowwise"
+    model(torch.zeros(1, 16, dtype=torch.int64)).sum().backward()
+    assert gate.weight.grad is not None

@@ -46,6 +46,7 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 plan, permute, unpermute = _on_device(moe.plan), _on_device(moe.permute), _on_device(moe.unpermute)
+permute_backward, unpermute_backward = _on_device(moe.permute_backward), _on_device(moe.unpermute_backward)
 row_products = _on_device(moe.row_products)
 
 
@@ -207,17 +208,43 @@ def test_unpermute_sums_each_tokens_rows_and_rounds_once(
     assert ((result.double() - expected).abs() <= allowed).all()
 
 
-@ALL_SIZES
-@ALL_DTYPES
-def test_row_products_are_inner_products_in_fp32(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, y, _, position, _ = inputs(size, dtype)
-    products = row_products(x, y, position)
+def check_products(products: Tensor, x: Tensor, y: Tensor, position: Tensor) -> None:
+    """Inner products in fp32 of tokens x `[T, D]` with their rows of y `[M, D]`."""
     assert (products.dtype, products.shape) == (torch.float32, position.shape)
     for token, rows in enumerate(position.tolist()):
         for number, row in enumerate(rows):
             terms = x[token].double() * y[row].double()
             error = (products[token, number].double() - terms.sum()).abs()
             assert error <= 2**-20 * terms.abs().sum(), f"token {token}, choice {number}"
+
+
+@ALL_SIZES
+@ALL_DTYPES
+def test_row_products_are_inner_products_in_fp32(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, y, _, position, _ = inputs(size, dtype)
+    check_products(row_products(x, y, position), x, y, position)
+
+
+@ALL_SIZES
+@ALL_DTYPES
+@pytest.mark.parametrize("width", [24, 130])
+def test_gradients_of_rows_and_of_scores_come_together(size: tuple[int, ...], dtype: torch.dtype, width: int) -> None:
+    """Of permute: those of tokens and scores for y as the gradient of rows; of unpermute the other way round."""
+    x, y, scores, position, source = inputs(size, dtype, width)
+    of_x, of_scores = permute_backward(y, x, position, scores)
+    assert torch.equal(of_x, unpermute(y, position, scores))
+    check_products(of_scores, x, y, position)
+    of_y, of_scores = unpermute_backward(x, y, position, source, scores)
+    assert torch.equal(of_y, permute(x, source, scores, size[1]))
+    check_products(of_scores, x, y, position)
+
+
+def test_rows_longer_than_a_kernels_block_come_whole() -> None:
+    x, y, scores, position, source = inputs((5, 2, 3, 8), torch.float32, 8200)
+    check_products(permute_backward(y, x, position, scores)[1], x, y, position)
+    check_products(unpermute_backward(x, y, position, source, scores)[1], x, y, position)
+    back = unpermute(permute(x, source, None, 2), position, None)
+    assert torch.equal(back, 2 * x)
 
 
 @ALL_SIZES
@@ -242,14 +269,15 @@ def test_unpermute_is_the_gradient_of_permute_at_any_width(width: int, with_scor
 
 
 @ALL_DTYPES
-def test_nan_of_a_token_reaches_its_own_rows_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("token", [0, 17])  # the first one is what rows without a token are next to
+def test_nan_of_a_token_reaches_its_own_rows_alone(dtype: torch.dtype, token: int) -> None:
     x, y, scores, position, source = inputs((63, 2, 5, 8), dtype)
-    x[17, 3] = torch.nan
+    x[token, 3] = torch.nan
     rows = permute(x, source, scores, 2)
-    assert rows.isnan().nonzero().tolist() == [[row, 3] for row in sorted(position[17].tolist())]
+    assert rows.isnan().nonzero().tolist() == [[row, 3] for row in sorted(position[token].tolist())]
     y = torch.where((source >= 0).unsqueeze(-1), y, 0.0)
-    y[position[17, 1].long(), 3] = torch.nan
-    assert unpermute(y, position, scores).isnan().nonzero().tolist() == [[17, 3]]
+    y[position[token, 1].long(), 3] = torch.nan
+    assert unpermute(y, position, scores).isnan().nonzero().tolist() == [[token, 3]]
 
 
 def test_strides_change_nothing() -> None:
@@ -262,6 +290,7 @@ def test_strides_change_nothing() -> None:
     for x in (wide[:, ::2], wide.t().contiguous().t()[:, :24], one.expand(63, 24)):
         dense = x.contiguous()
         assert torch.equal(moe.permute(x, source, scores, 3), moe.permute(dense, source, scores, 3))
-        assert torch.equal(moe.row_products(x, y, position), moe.row_products(dense, y, position))
+        products = moe.unpermute_backward(x, y, position, source, scores)[1]
+        assert torch.equal(products, moe.unpermute_backward(dense, y, position, source, scores)[1])
     for rows in (y.t().contiguous().t(), one.expand(y.shape)):
         assert torch.equal(moe.unpermute(rows, position, scores), moe.unpermute(rows.contiguous(), position, scores))

@@ -100,6 +100,14 @@ def test_documents_in_chunks_equal_each_piece_of_a_document_in_a_chunk_run_alone
     assert_equals_spans_alone(model, DOCUMENTS, spans)
 
 
+@pytest.mark.parametrize("dims", [CHUNKED, LLAMA4], ids=["chunks", "llama4"])
+def test_documents_in_chunks_may_have_any_numbers(dims: ModelDims) -> None:
+    model = build(dims, document_masking=True)
+    expected = model(tokens_of(), DOCUMENTS)
+    for renamed in (2 - DOCUMENTS, 3 * DOCUMENTS - 4, torch.tensor([5, -1, 1000])[DOCUMENTS]):
+        assert torch.equal(model(tokens_of(), renamed), expected)
+
+
 def test_a_backend_that_always_has_a_mask_is_given_that_of_the_chunks() -> None:
     """As flex is; here with dense masks."""
 

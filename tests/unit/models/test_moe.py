@@ -185,6 +185,21 @@ def test_no_tokens_make_no_output_and_gradients_of_zero() -> None:
     assert not layer.aux_loss_sum.any()
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_nan_of_a_token_reaches_its_own_output_and_that_of_an_expert_all_who_chose_it(before: bool) -> None:
+    layer, x = build(score_before_experts=before, n_shared_experts=1), inputs()
+    chosen = layer.router(x.squeeze(0)).experts
+    broken = x.clone()
+    broken[0, 4, 2] = torch.nan
+    assert layer(broken).isnan().any(-1).flatten().nonzero().flatten().tolist() == [4]
+    with torch.no_grad():
+        layer.experts.w3[6, 1, 1] = torch.nan
+    with_expert = (chosen == 6).any(-1)
+    assert with_expert.any()
+    assert not with_expert.all()
+    assert torch.equal(layer(x).isnan().any(-1).flatten(), with_expert)
+
+
 def _router(x: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Router, Tensor, Tensor, Tensor]:
     """A router; for tokens x `[T, 16]`: scores, experts, and the scores of all experts in fp64."""
     router = build(**options).router
@@ -451,14 +466,12 @@ def test_compiled_and_checkpointed_blocks_compute_and_count_as_plain_ones(
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch's shape rule of grouped_mm knows bf16 alone")
 def test_compiled_in_fp32_equals_eager() -> None:
     torch._dynamo.reset()
     layer = build()
     torch.testing.assert_close(_compiled(layer, inputs()), layer(inputs()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="buffers are made in the default dtype")
 def test_counts_and_biases_are_fp32_also_where_parameters_are_trained_in_bf16() -> None:
     torch.set_default_dtype(torch.bfloat16)  # as for training.dtype = "bfloat16"
     try:
