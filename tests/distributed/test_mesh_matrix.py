@@ -8,8 +8,10 @@ Weights, data and order are the trainer's own. fp32 activations; float8 emulated
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ KEYS = {
     "fsdp": "parallelism.data_parallel_shard_degree",
     "cp": "parallelism.context_parallel_degree",
     "tp": "parallelism.tensor_parallel_degree",
+    "ep": "parallelism.expert_parallel_degree",
 }
 
 
@@ -63,10 +66,8 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        product = 1
-        for degree in self.degrees.values():
-            product *= degree
-        return product
+        """Expert parallelism takes its ranks from `fsdp` and `cp`."""
+        return prod(degree for axis, degree in self.degrees.items() if axis != "ep")
 
     def arguments(self) -> list[str]:
         degrees = self.degrees
@@ -137,9 +138,9 @@ def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run_on(mesh: Mesh, folder: Path) -> Run:
-    """All ranks' gradients together; losses and norms are the same on all."""
-    runs = run_distributed(train, mesh.ranks, mesh.arguments(), str(folder), timeout_s=240.0)
+def run_on(mesh: Mesh, folder: Path, *, steps: int = STEPS, how: Callable[..., Run] = train) -> Run:
+    """All ranks' gradients together; losses and norms are the same on all. `how` is called as `train` is."""
+    runs = run_distributed(how, mesh.ranks, mesh.arguments(), str(folder), steps, timeout_s=240.0)
     assert all(run.losses == runs[0].losses and run.norms == runs[0].norms for run in runs)
     whole = runs[0]
     for run in runs:

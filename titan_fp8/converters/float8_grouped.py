@@ -111,8 +111,11 @@ def _problems(
         return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
     names = [name for name, _ in model.named_modules() if name]
     problems = check_patterns(fqns, names, setting=setting, may_match_nothing=False)
-    if not problems and not any(_is_named(fqns, fqn) for fqn in experts):
-        problems.append(f"{setting}: {', '.join(map(repr, fqns))} matches no experts of the model; set it to experts")
+    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in experts)]
+    if not problems and without:
+        problems.append(
+            f"{setting}: {', '.join(map(repr, without))} matches no experts of the model; set it to experts"
+        )
     for fqn, (_, each) in experts.items():
         if not _is_named(fqns, fqn):
             continue

@@ -100,7 +100,7 @@ def _with_experts(degrees: MeshDegrees, parallelism: ParallelismSection) -> Mesh
         raise UserError(
             f"expert_parallel_degree = {expert} takes its ranks from data_parallel_shard_degree "
             f"{degrees.data_parallel_shard} x context_parallel_degree {degrees.context} = {degrees.shards}, which is "
-            f"no multiple of it; choose a divisor of {degrees.shards}"
+            f"no multiple of it; {f'choose a divisor of {degrees.shards}' if degrees.shards > 1 else 'set it to 1'}"
         )
     return replace(degrees, expert=expert)
 

@@ -88,7 +88,9 @@ def grouped_feed_forward(
         `[M, K]` in x's dtype; rows behind the last group may be anything.
     """
     tensors = [tensor for each in codes for tensor in each]
-    return _GroupedFeedForward.apply(x, *weights, ends, config, *tensors)
+    # Under no_grad autograd still says that a parameter needs a gradient.
+    needs_columns = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights[:2])
+    return _GroupedFeedForward.apply(x, *weights, ends, config, needs_columns, *tensors)
 
 
 class _GroupedFeedForward(torch.autograd.Function):
@@ -101,9 +103,9 @@ class _GroupedFeedForward(torch.autograd.Function):
         w2: Tensor,
         ends: Tensor,
         config: Float8GroupedConfig,
+        needs_columns: bool,
         *codes: Tensor,
     ) -> Tensor:
-        needs_columns = any(ctx.needs_input_grad[1:3])
         x_codes_t = x_scale_t = None
         if needs_columns:
             *x_rows, x_codes_t, x_scale_t = ops.cast_group_both(x, ends, E4M3)
@@ -144,7 +146,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         if needs[3]:
             grads[3] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
         of_weights = [g if g is None else g.to(d) for g, d in zip(grads[1:], weight_dtypes, strict=True)]
-        return grads[0], *of_weights, *[None] * 8
+        return grads[0], *of_weights, *[None] * 9
 
 
 def _by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:

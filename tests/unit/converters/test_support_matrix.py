@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from titan_fp8.converters import support
-from titan_fp8.converters.support import resolve_emulation, resolve_kernels, why_not_native
+from titan_fp8.converters.support import (
+    resolve_emulation,
+    resolve_grouped_emulation,
+    resolve_kernels,
+    why_not_native,
+)
 from titan_fp8.quantization.recipes import RECIPES, get_recipe
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
@@ -92,6 +97,39 @@ def test_without_emulation_each_missing_thing_is_named_once_with_its_recipes() -
 def test_emulation_is_a_bool_or_auto(emulate: object) -> None:
     with pytest.raises(UserError, match='expected true, false or "auto"'):
         resolve_emulation(emulate, [get_recipe(None)], CPU, setting="emulate")
+
+
+@pytest.mark.parametrize("emulate", ["yes", 1, None])
+def test_emulation_of_experts_is_a_bool_or_auto(emulate: object) -> None:
+    with pytest.raises(UserError, match='expected true, false or "auto"'):
+        resolve_grouped_emulation(emulate, CPU, setting="emulate")
+
+
+@pytest.mark.parametrize(
+    ("device", "lacks"),
+    [
+        ("CPU", "CPU has no FP8 tensor cores"),
+        ("SM80", "SM80 has no FP8 tensor cores"),
+        ("SM89", "SM89 has no grouped product with scales by rows"),
+        ("SM90", None),
+        ("SM100", "SM100 has no grouped product with scales by rows"),
+        ("SM120", "SM120 has no grouped product with scales by rows"),
+        ("ROCm", "MI300X has no FP8 tensor cores"),
+    ],
+)
+def test_experts_multiply_natively_on_hopper_and_are_emulated_or_refused_elsewhere(
+    device: str, lacks: str | None
+) -> None:
+    assert resolve_grouped_emulation(True, capabilities(device), setting="emulate") == (True, "emulated")
+    if lacks is None:
+        for emulate in (False, "auto"):
+            assert resolve_grouped_emulation(emulate, capabilities(device), setting="emulate") == (False, "native")
+        return
+    emulated, mode = resolve_grouped_emulation("auto", capabilities(device), setting="emulate")
+    assert emulated
+    assert mode.startswith(f"emulated: {lacks}")
+    with pytest.raises(UserError, match=f'^emulate = false, but {lacks}.*set emulate to true .* or "auto"'):
+        resolve_grouped_emulation(False, capabilities(device), setting="emulate")
 
 
 @pytest.mark.parametrize(

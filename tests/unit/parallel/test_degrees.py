@@ -80,6 +80,67 @@ def test_degrees_that_do_not_fit_are_refused_with_the_remedy(
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("keys", "world_size", "expert", "expert_shards"),
+    [
+        ({}, 8, 1, 8),
+        ({}, 8, 2, 4),
+        ({}, 8, 8, 1),
+        ({"data_parallel_replicate_degree": 2}, 8, 4, 1),
+        ({"context_parallel_degree": 4}, 8, 8, 1),
+        ({"context_parallel_degree": 4, "data_parallel_shard_degree": 1}, 4, 2, 2),
+        ({"pipeline_parallel_degree": 2, "context_parallel_degree": 2}, 8, 2, 2),
+    ],
+)
+def test_experts_take_their_ranks_from_shards_and_parts_of_sequences_and_make_none(
+    keys: dict[str, int], world_size: int, expert: int, expert_shards: int
+) -> None:
+    degrees = resolve_degrees(ParallelismSection(**keys, expert_parallel_degree=expert), world_size)
+    assert (degrees.expert, degrees.expert_shards, degrees.world_size) == (expert, expert_shards, world_size)
+    without = resolve_degrees(ParallelismSection(**keys), world_size)
+    assert (degrees.shards, degrees.data_parallel) == (without.shards, without.data_parallel)
+
+
+@pytest.mark.parametrize(
+    ("keys", "world_size", "expert", "message"),
+    [
+        (
+            {},
+            8,
+            3,
+            "expert_parallel_degree = 3 takes its ranks from data_parallel_shard_degree 8 x context_parallel_degree 1 "
+            "= 8, which is no multiple of it; choose a divisor of 8",
+        ),
+        (
+            {"data_parallel_replicate_degree": 4, "context_parallel_degree": 2},
+            8,
+            4,
+            "expert_parallel_degree = 4 takes its ranks from data_parallel_shard_degree 1 x context_parallel_degree 2 "
+            "= 2, which is no multiple of it; choose a divisor of 2",
+        ),
+        (
+            {},
+            1,
+            2,
+            "expert_parallel_degree = 2 takes its ranks from data_parallel_shard_degree 1 x context_parallel_degree 1 "
+            "= 1, which is no multiple of it; set it to 1",
+        ),
+        (
+            {"data_parallel_shard_degree": 4},
+            8,
+            2,
+            "data_parallel_shard_degree 4, but WORLD_SIZE is 8; set it to -1",
+        ),
+    ],
+)
+def test_a_degree_of_experts_that_shards_are_no_multiple_of_is_refused(
+    keys: dict[str, int], world_size: int, expert: int, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        resolve_degrees(ParallelismSection(**keys, expert_parallel_degree=expert), world_size)
+    assert str(error.value) == message
+
+
 def test_resolving_degrees_imports_no_torch() -> None:
     program = "import sys, titan_fp8.parallel.degrees; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
