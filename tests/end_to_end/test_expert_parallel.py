@@ -86,7 +86,7 @@ REFUSALS = {
         {"expert_parallel_degree": 4, "data_parallel_replicate_degree": 2},
         "takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 = 2",
     ),
-    "one process": (1, {"expert_parallel_degree": 2}, "choose a divisor of 1"),
+    "one process": (1, {"expert_parallel_degree": 2}, "set it to 1"),
     "no divisor of the experts": (
         3,
         {"expert_parallel_degree": 3},

@@ -115,7 +115,7 @@ def test_what_cannot_be_divided_is_told_before_there_is_a_mesh_with_all_else() -
 def test_applying_it_to_such_a_model_changes_nothing() -> None:
     model = _broken_decoder()
     before = {name: type(module) for name, module in model.named_modules()}
-    unused: dict = dict.fromkeys(("device_mesh", "shards", "tokens"))
+    unused: dict = dict.fromkeys(("device_mesh", "shards", "tokens", "expert_mesh"))
     with pytest.raises(UserError, match=r"layers\.0\.attention\.wq"):
         apply_tensor_parallel(model, ParallelMesh(MeshDegrees(tensor=2), **unused), loss_parallel=True)
     assert {name: type(module) for name, module in model.named_modules()} == before
