@@ -26,7 +26,7 @@ class Groups:
     """Rows sorted by expert.
 
     Attributes:
-        rows: `[M, D]`; zero between an expert's last token and the end of its group, anything behind the last group.
+        rows: `[M, D]`; zero where no token is.
         ends: int32 `[E]`, the row behind each group.
         way_back: what the dispatcher needs to bring rows back.
     """

@@ -10,6 +10,7 @@ so that the biases of a layer keep their mean. A step that is skipped moves none
 L layers with experts on this rank, E experts.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -91,7 +92,7 @@ class ExpertLoad:
         totals = self._last_counts.sum(1, keepdim=True).clamp(min=1)
         shares = self._last_counts / totals
         max_loads = shares.amax(1) * shares.shape[1]
-        entropy = -torch.xlogy(shares, shares).sum(1) / torch.tensor(float(max(shares.shape[1], 2))).log()
+        entropy = -torch.xlogy(shares, shares).sum(1) / math.log(max(shares.shape[1], 2))
         aux = self._last_aux * self._top_k / totals.squeeze(1)
         sums = torch.stack([max_loads.sum(), entropy.sum(), aux.sum()])
         worst = max_loads.amax() if len(self._layers) else sums.new_zeros(())
