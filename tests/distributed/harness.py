@@ -22,12 +22,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import faulthandler
 import importlib
 import importlib.util
 import inspect
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -193,6 +195,8 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
     os.environ.update(env)
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     torch.set_num_threads(1)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         if init:
             dist.init_process_group(
