@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 _COLLECTIVE_TIMEOUT_S = 60
-_GRACE_S = 0.5  # after a first failure, for the failures of other ranks
+_GRACE_S = 0.5  # after a first failure, for the failures of other ranks; after a question, for their answers
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
 
 
@@ -131,7 +131,8 @@ class _Group:
             ready = wait([self.pipes[rank] for rank in missing], timeout=max(0.0, deadline - time.monotonic()))
             failed = any(answer.failure for answer in answers.values())
             if not ready and not failed:
-                raise DistributedTestError(f"{fn.__qualname__}: no answer from ranks {missing} in {timeout_s:.0f} s")
+                what = f"{fn.__qualname__}: no answer from ranks {missing} in {timeout_s:.0f} s"
+                raise DistributedTestError("\n".join([what, *self._stacks(missing)]))
             if not ready:
                 break
             answers |= {rank: self._receive(rank) for rank in missing if self.pipes[rank] in ready}
@@ -150,7 +151,20 @@ class _Group:
         except EOFError:
             self.processes[rank].join(5)
             # When it died is not known, but a rank that raises does not die: whoever died is the cause.
-            return _Answer(0.0, failure=f"died with exit code {self.processes[rank].exitcode}")
+            died = f"died with exit code {self.processes[rank].exitcode}"
+            return _Answer(0.0, failure=f"{died}\n{self._trace(rank)}")
+
+    def _stacks(self, ranks: list[int]) -> list[str]:
+        """Where these ranks are."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(_GRACE_S)
+        return [f"rank {rank}:\n{self._trace(rank)}" for rank in ranks]
+
+    def _trace(self, rank: int) -> str:
+        file = _trace_file(self.folder, rank)
+        return file.read_text() if file.exists() else "it had not begun"
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -177,6 +191,11 @@ def _fork_server() -> ForkServerContext:
     return context
 
 
+def _trace_file(folder: Path, rank: int) -> Path:
+    """Where a rank that crashes, or is asked, leaves the stacks of its threads."""
+    return folder / f"stacks.{rank}"
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -195,8 +214,9 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
     os.environ.update(env)
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     torch.set_num_threads(1)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    trace = _trace_file(Path(store).parent, rank).open("w")
+    faulthandler.enable(trace)
+    faulthandler.register(signal.SIGUSR1, trace)
     try:
         if init:
             dist.init_process_group(

@@ -1,6 +1,7 @@
 """The harness itself: results in rank order, the first traceback, hangs and deaths."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -25,6 +26,12 @@ def _fail_on_rank_one(rank: int, world_size: int) -> None:
 def _die_on_rank_one(rank: int, world_size: int) -> None:
     if rank == 1:
         os._exit(7)
+    dist.barrier()
+
+
+def _crash_on_rank_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
     dist.barrier()
 
 
@@ -54,9 +61,14 @@ def test_a_rank_that_dies_fails_the_call() -> None:
         run_distributed(_die_on_rank_one, 2, fresh=True)
 
 
+def test_a_rank_that_crashes_tells_where() -> None:
+    with pytest.raises(DistributedTestError, match=r"(?s)rank 1 died with exit code -11.*in _crash_on_rank_one"):
+        run_distributed(_crash_on_rank_one, 2, fresh=True)
+
+
 def test_ranks_that_hang_are_ended() -> None:
-    with pytest.raises(DistributedTestError, match=r"no answer from ranks \[0, 1\]"):
-        run_distributed(_hang, 2, fresh=True, timeout_s=0.5)
+    with pytest.raises(DistributedTestError, match=r"(?s)no answer from ranks \[0, 1\].*rank 1:.*in _hang"):
+        run_distributed(_hang, 2, fresh=True, timeout_s=20.0)
 
 
 def test_without_init_the_ranks_have_torchruns_environment_and_no_group() -> None:

@@ -140,7 +140,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def run_on(mesh: Mesh, folder: Path, *, steps: int = STEPS, how: Callable[..., Run] = train) -> Run:
     """All ranks' gradients together; losses and norms are the same on all. `how` is called as `train` is."""
-    runs = run_distributed(how, mesh.ranks, mesh.arguments(), str(folder), steps, timeout_s=240.0)
+    runs = run_distributed(how, mesh.ranks, mesh.arguments(), str(folder), steps, timeout_s=100.0)
     assert all(run.losses == runs[0].losses and run.norms == runs[0].norms for run in runs)
     whole = runs[0]
     for run in runs:
