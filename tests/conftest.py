@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +12,9 @@ from titan_fp8.runtime.logging import logger
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # How long an example takes depends on what else the machine does.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

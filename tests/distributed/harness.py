@@ -8,7 +8,7 @@
 
 Every rank calls `fn(rank, world_size, *args)` with `torch.distributed` initialized (gloo, FileStore). Arguments and
 return values travel by pickle. The first traceback of any rank becomes the test's failure; a rank that hangs is ended
-after `timeout_s`.
+after `timeout_s`, and the failure says where its threads were.
 
 Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
 has torch imported, and runs the jobs one after the other. A failed or timed-out job ends the group; the next job
@@ -45,6 +45,7 @@ from typing import Any
 
 _COLLECTIVE_TIMEOUT_S = 60
 _GRACE_S = 0.5  # after a first failure, for the failures of other ranks; after a question, for their answers
+_CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
 
 
@@ -56,7 +57,7 @@ def run_distributed(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 100.0,  # less than pytest allows, so that a hang tells where
     fresh: bool = False,
     init: bool = True,
 ) -> list[Any]:
@@ -77,6 +78,14 @@ def run_distributed(
             return group.run(fn, args, timeout_s)
         finally:
             group.close()
+    try:
+        return _run_in_shared(fn, world_size, args, timeout_s)
+    except _CrashError as crash:
+        print(f"{crash}\nonce more, in new processes", file=sys.stderr)
+    return _run_in_shared(fn, world_size, args, timeout_s)
+
+
+def _run_in_shared(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
     group = _GROUPS.get(world_size)
     if group is None or not group.alive():
         group = _GROUPS[world_size] = _Group(world_size, init=True)
@@ -88,6 +97,10 @@ def run_distributed(
         raise
 
 
+class _CrashError(DistributedTestError):
+    """A rank was ended by a signal of its own doing: native code has crashed."""
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What a rank sends back: its result, or why there is none."""
@@ -95,6 +108,7 @@ class _Answer:
     time: float
     value: Any = None
     failure: str | None = None
+    crashed: bool = False
 
 
 class _Group:
@@ -128,31 +142,38 @@ class _Group:
         answers: dict[int, _Answer] = {}
         while len(answers) < len(self.pipes):
             missing = [rank for rank in range(len(self.pipes)) if rank not in answers]
-            ready = wait([self.pipes[rank] for rank in missing], timeout=max(0.0, deadline - time.monotonic()))
+            # A pipe may outlive its rank, in the hands of a process that the rank has started.
+            watched = [each for rank in missing for each in (self.pipes[rank], self.processes[rank].sentinel)]
+            ready = wait(watched, timeout=max(0.0, deadline - time.monotonic()))
             failed = any(answer.failure for answer in answers.values())
             if not ready and not failed:
                 what = f"{fn.__qualname__}: no answer from ranks {missing} in {timeout_s:.0f} s"
                 raise DistributedTestError("\n".join([what, *self._stacks(missing)]))
             if not ready:
                 break
-            answers |= {rank: self._receive(rank) for rank in missing if self.pipes[rank] in ready}
+            answers |= {
+                rank: self._receive(rank)
+                for rank in missing
+                if self.pipes[rank] in ready or self.processes[rank].sentinel in ready
+            }
             if any(answer.failure for answer in answers.values()):
                 # The others fail in turn, in their next collective; the cause is whoever failed first.
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         failures = {rank: answer for rank, answer in answers.items() if answer.failure}
         if failures:
             first = min(failures, key=lambda rank: failures[rank].time)
-            raise DistributedTestError(f"{fn.__qualname__}: rank {first} {failures[first].failure}")
+            kind = _CrashError if failures[first].crashed else DistributedTestError
+            raise kind(f"{fn.__qualname__}: rank {first} {failures[first].failure}")
         return [answers[rank].value for rank in range(len(self.pipes))]
 
     def _receive(self, rank: int) -> _Answer:
-        try:
-            return self.pipes[rank].recv()
-        except EOFError:
-            self.processes[rank].join(5)
-            # When it died is not known, but a rank that raises does not die: whoever died is the cause.
-            died = f"died with exit code {self.processes[rank].exitcode}"
-            return _Answer(0.0, failure=f"{died}\n{self._trace(rank)}")
+        with contextlib.suppress(EOFError):
+            if self.pipes[rank].poll() or self.processes[rank].is_alive():
+                return self.pipes[rank].recv()
+        self.processes[rank].join(5)
+        code = self.processes[rank].exitcode
+        # When it died is not known, but a rank that raises does not die: whoever died is the cause.
+        return _Answer(0.0, failure=f"died with exit code {code}\n{self._trace(rank)}", crashed=code in _CRASHES)
 
     def _stacks(self, ranks: list[int]) -> list[str]:
         """Where these ranks are."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_a_rank_that_dies_fails_the_call() -> None:
 def test_a_rank_that_crashes_tells_where() -> None:
     with pytest.raises(DistributedTestError, match=r"(?s)rank 1 died with exit code -11.*in _crash_on_rank_one"):
         run_distributed(_crash_on_rank_one, 2, fresh=True)
+
+
+def _crash_unless(rank: int, world_size: int, marker: str) -> int:
+    """Rank one crashes if there is no marker, and leaves one."""
+    if rank == 1 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGABRT)
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    return int(value)
+
+
+def test_a_crash_in_shared_processes_is_tried_once_more(tmp_path: Path) -> None:
+    assert run_distributed(_crash_unless, 2, str(tmp_path / "marker")) == [2, 2]
+    with pytest.raises(DistributedTestError, match="rank 1 died with exit code -11"):
+        run_distributed(_crash_on_rank_one, 2)
 
 
 def test_ranks_that_hang_are_ended() -> None:

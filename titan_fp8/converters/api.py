@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from titan_fp8.converters.float8_grouped import convert_grouped
+from titan_fp8.converters.float8_grouped import ExpertWeights, convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import request_from_arguments
@@ -94,6 +94,7 @@ def convert_to_float8_grouped_training(
     emulate: bool | Literal["auto"] = False,
     fast_accum_in_backward: bool = False,
     cache_weights: bool = False,
+    enable_fsdp_float8_all_gather: bool = False,
 ) -> ConversionReport:
     """Let the experts of `model` multiply in float8, in place: rowwise scales, all three products, groups of 16 rows.
 
@@ -106,6 +107,8 @@ def convert_to_float8_grouped_training(
         fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too.
         cache_weights: keep the codes of a weight from one optimizer step to the next; the obligation that comes with it
             is that of `convert_to_float8_training`.
+        enable_fsdp_float8_all_gather: FSDP2 gathers the weights as codes, made once an optimizer step. The parameters
+            become new ones: build the optimizer afterwards, and shard with `fully_shard`.
 
     Returns:
         A report with a row for each weight of experts; `print(report)` shows the table.
@@ -114,13 +117,14 @@ def convert_to_float8_grouped_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
+    kept = ExpertWeights.CACHED if cache_weights else ExpertWeights.CAST
     return convert_grouped(
         model,
         [fqns] if isinstance(fqns, str) else list(fqns),
         detect_device(),
         emulate=emulate,
         fast_accum_in_backward=fast_accum_in_backward,
-        cache_weights=cache_weights,
+        weights=ExpertWeights.GATHERED if enable_fsdp_float8_all_gather else kept,
     )
 
 

@@ -4,17 +4,25 @@ All problems are collected and raised at once, with the model unchanged. Experts
 """
 
 from collections.abc import Sequence
+from enum import Enum
 
 from torch import nn
 
 from titan_fp8.converters.config import Float8GroupedSection
 from titan_fp8.converters.filters import check_patterns, first_match
-from titan_fp8.converters.grouped_experts import Float8Experts, cache_experts, convert_experts, experts_of
+from titan_fp8.converters.grouped_experts import (
+    Float8Experts,
+    cache_experts,
+    convert_experts,
+    experts_of,
+    gather_codes_of_experts,
+)
 from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import ConversionReport, ReportRow
 from titan_fp8.converters.support import resolve_grouped_emulation
 from titan_fp8.kernels.grouped import ALIGNMENT
 from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.quantization.fsdp_weight import cast_ahead
 from titan_fp8.quantization.grouped import Float8GroupedConfig
 from titan_fp8.quantization.weights import mark_stepped
 from titan_fp8.runtime.device import DeviceCapabilities
@@ -24,6 +32,14 @@ NAME = "quantize.grouped_mm.float8"
 RECIPE = "rowwise"
 
 
+class ExpertWeights(Enum):
+    """What becomes of the weights of converted experts, in the words of the report."""
+
+    GATHERED = "cast shard by shard, gathered as float8 codes"
+    CACHED = "cast once an optimizer step"
+    CAST = "cast in each forward pass"
+
+
 class Float8GroupedConverter:
     """The converter of one `[quantize.grouped_mm.float8]` section for one device and mesh; see `protocol.Converter`."""
 
@@ -31,7 +47,8 @@ class Float8GroupedConverter:
 
     def __init__(self, section: Float8GroupedSection, device: DeviceCapabilities, placement: Placement) -> None:
         self._section, self._device = section, device
-        self._caches = placement.experts_stay or not placement.is_managed
+        stay = placement.experts_stay or not placement.is_managed
+        self._weights = ExpertWeights.CACHED if stay else ExpertWeights.GATHERED
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert in place; see `convert_grouped`."""
@@ -42,17 +59,21 @@ class Float8GroupedConverter:
             self._device,
             emulate=section.emulate,
             fast_accum_in_backward=section.fast_accum_in_backward,
-            cache_weights=self._caches,
+            weights=self._weights,
             prefix=f"{NAME}.",
         )
 
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: what is stale is cast before the first forward pass."""
+        """The codes of the first step, where they are gathered; elsewhere the first forward pass begins with them."""
+        for part in model_parts:
+            cast_ahead(module for module in part.modules() if isinstance(module, Float8Experts))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
-        """The weights have changed, so their codes are stale."""
+        """The weights have changed, so their codes are stale; those that are gathered are made again at once, all with
+        one all-reduce."""
         for part in model_parts:
             mark_stepped(part)
+        self.pre_training(model_parts)
 
 
 def convert_grouped(
@@ -62,7 +83,7 @@ def convert_grouped(
     *,
     emulate: object = False,
     fast_accum_in_backward: bool = False,
-    cache_weights: bool = False,
+    weights: ExpertWeights = ExpertWeights.CAST,
     prefix: str = "",
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
@@ -72,7 +93,7 @@ def convert_grouped(
         fqns: patterns of names.
         device: what training runs on.
         emulate, fast_accum_in_backward: see `Float8GroupedSection`.
-        cache_weights: keep the codes of the weights from one optimizer step to the next.
+        weights: what becomes of their codes.
         prefix: what stands before a setting's name in messages.
 
     Raises:
@@ -92,10 +113,11 @@ def convert_grouped(
     for fqn, (layer, _) in experts.items():
         if _is_named(fqns, fqn):
             convert_experts(layer, config, ALIGNMENT)
-    if cache_weights:
+    if weights is ExpertWeights.CACHED:
         cache_experts(model)
-    weights = "cast once an optimizer step" if cache_weights else "cast in each forward pass"
-    return ConversionReport(NAME, {RECIPE: mode}, weights=weights, rows=rows, what="weights of experts")
+    elif weights is ExpertWeights.GATHERED:
+        gather_codes_of_experts(model)
+    return ConversionReport(NAME, {RECIPE: mode}, weights=weights.value, rows=rows, what="weights of experts")
 
 
 def _is_named(fqns: Sequence[str], fqn: str) -> bool:

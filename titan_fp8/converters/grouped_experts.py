@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.casts import Codes
+from titan_fp8.quantization.fsdp_weight import check_gathered, wrap_experts_for_fsdp
+from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.grouped import ExpertCache, Float8GroupedConfig, cast_experts, grouped_feed_forward
 from titan_fp8.quantization.sharded_weight import local_weight
+from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import StepWatch, refresh_before_forward, watch_module
 
 ORDER = ("w1", "w3", "w2")
@@ -21,12 +24,18 @@ class Float8Experts(Experts):
     Attributes:
         config: how they compute.
         weight_caches: parameter -> its codes, kept from one optimizer step to the next; None: they are not.
-        reads_master_weights: codes are computed from the bits of the parameters, so nobody may round these before.
+        fsdp_weight_states: parameter -> what is known of it, if it is made to be gathered as codes
+            (`wrap_experts_for_fsdp`).
     """
 
     config: Float8GroupedConfig
     weight_caches: dict[str, ExpertCache] | None = None
-    reads_master_weights = True
+    fsdp_weight_states: dict[str, Float8WeightState] | None = None
+
+    @property
+    def reads_master_weights(self) -> bool:
+        """Whether codes are computed from the bits of the gathered parameters, which nobody may round before."""
+        return self.fsdp_weight_states is None
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """As in `Experts`; groups are multiples of 16 rows."""
@@ -34,6 +43,8 @@ class Float8Experts(Experts):
         return grouped_feed_forward(x, weights, self._codes(weights), ends, self.config)
 
     def _codes(self, weights: Sequence[Tensor]) -> list[Codes]:
+        if self.fsdp_weight_states is not None:
+            return [_gathered_codes(weight) for weight in weights]
         if self.weight_caches is None:
             return [cast_experts(weight) for weight in weights]
         codes = []
@@ -51,6 +62,14 @@ class Float8Experts(Experts):
         return f"rowwise{', emulated' if self.config.emulate else ''}"
 
 
+def _gathered_codes(weight: Tensor) -> Codes:
+    """Of a weight made for float8 all-gather: what was gathered; where nobody shards it, what it is cast to."""
+    if isinstance(weight, GatheredFloat8Weight):
+        return Codes(weight.codes, weight.scale)
+    check_gathered(weight, of="a layer of experts")
+    return cast_experts(weight)
+
+
 def convert_experts(layer: MoE, config: Float8GroupedConfig, alignment: int) -> None:
     """Let the experts of a layer multiply in float8, and its dispatcher make groups for that."""
     layer.experts = _converted(layer.experts, config)
@@ -64,6 +83,11 @@ def _converted(experts: Experts, config: Float8GroupedConfig) -> Float8Experts:
         converted.__dict__[table] = dict(experts.__dict__[table])
     converted.config = config
     return converted
+
+
+def gather_codes_of_experts(model: nn.Module) -> None:
+    """Let FSDP gather the weights of the converted experts of `model` as codes, made once an optimizer step."""
+    wrap_experts_for_fsdp([module for module in model.modules() if isinstance(module, Float8Experts)], ORDER)
 
 
 def cache_experts(model: nn.Module) -> None:

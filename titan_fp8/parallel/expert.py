@@ -31,7 +31,9 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dispatch import Groups, Permute, Unpermute, plan
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.mesh import EP, ParallelMesh
+from titan_fp8.quantization.fsdp_weight import states_of
 from titan_fp8.quantization.tensor_parallel import local_tensor
+from titan_fp8.runtime.collectives import Axis
 
 
 def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
@@ -49,6 +51,8 @@ def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
             experts = module.experts
             for name, parameter in list(experts.named_parameters()):
                 setattr(experts, name, _part_of(parameter, ep_mesh))
+            for _, state in states_of(experts):
+                state.parts += (Axis.of(ep_mesh.get_group()),)
             experts.weights = partial(_local_weights, experts)
             module.dispatcher = ExchangeDispatcher(
                 module.dispatcher.n_experts, ep_mesh.get_group(), module.dispatcher.alignment

@@ -1,6 +1,7 @@
 """FSDP2 with float8 all-gather: weights travel as codes, one byte a value, in place of two or four.
 
     wrap_weights_for_fsdp(linears)                          at conversion, before `fully_shard`
+    wrap_experts_for_fsdp(experts, names)                   likewise, weights of experts `[E, N, K]`
     precompute_float8_dynamic_scale_for_fsdp(model)         after each optimizer step, if wanted
 
 The codes are those that one process would compute from the whole weight (`shard_cast.py`), and forward, recomputation
@@ -11,7 +12,7 @@ Checkpoints are unaffected: a state dict holds plain high-precision tensors unde
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.shard_cast import ShardAxis
-from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, local_weight, refresh
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, local_weight, refresh
+from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from titan_fp8.converters.grouped_experts import Float8Experts
     from titan_fp8.quantization.linear import Float8Linear
 
 
@@ -59,12 +63,35 @@ def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = Fa
     for linear in linears:
         key = id(linear.weight)
         linear.weight, linear.fsdp_weight_state = wrapped[key], states[key]
-        linear.register_state_dict_post_hook(_save_plain)
-        linear.register_load_state_dict_pre_hook(_load_plain)
+        _keep_checkpoints_plain(linear, "weight")
     _watch_optimizers()
 
 
-@torch.no_grad()
+def wrap_experts_for_fsdp(modules: Iterable["Float8Experts"], names: Sequence[str]) -> None:
+    """Make the weights of experts such that FSDP2 gathers them as float8 codes, as `wrap_weights_for_fsdp` does for
+    linears with `cache`. `fully_shard` may cut them by experts or each expert by rows.
+
+    Args:
+        modules: experts, on any device, the meta device included.
+        names: of their parameters `[E, N, K]`.
+    """
+    for module in modules:
+        module.fsdp_weight_states = {}
+        for name in names:
+            state = module.fsdp_weight_states[name] = Float8WeightState(RECIPES["rowwise"], caches=True)
+            setattr(module, name, _wrap(getattr(module, name), state))
+            _keep_checkpoints_plain(module, name)
+    _watch_optimizers()
+
+
+def states_of(module: nn.Module) -> list[tuple[str, Float8WeightState]]:
+    """(parameter, its state) of each weight of a module that is made for float8 all-gather: `fsdp_weight_state` is that
+    of a linear's, `fsdp_weight_states` those of several."""
+    state: Float8WeightState | None = getattr(module, "fsdp_weight_state", None)
+    several: dict[str, Float8WeightState] = getattr(module, "fsdp_weight_states", None) or {}
+    return [*([] if state is None else [("weight", state)]), *several.items()]
+
+
 def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
     """Cast all weights that FSDP gathers as float8 codes now, with one all-reduce for each distinct mesh.
 
@@ -72,34 +99,40 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
     those that are gathered at the moment or offloaded to host memory: they are cast when they are gathered next, when
     FSDP moves the latter to the device in any case. Without such weights in `model` nothing happens.
     """
-    groups: dict[ShardAxis, list[tuple[ShardableFloat8Weight, int]]] = {}
-    for parameter, state in _wrapped_parameters(model):
+    cast_ahead(model.modules())
+
+
+@torch.no_grad()
+def cast_ahead(modules: Iterable[nn.Module]) -> None:
+    """`precompute_float8_dynamic_scale_for_fsdp` of the weights that these modules have themselves."""
+    groups: dict[ShardAxis, list[tuple[ShardableFloat8Weight, Sequence[int]]]] = {}
+    for parameter, state in _wrapped_parameters(modules):
         if not isinstance(parameter, DTensor):
             state.mark_stale()
             continue
         weight = local_weight(parameter)
         assert isinstance(weight, ShardableFloat8Weight)
         if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
-            shards, rows = _shards_of(parameter, state)
-            groups.setdefault(shards, []).append((weight, rows))
+            shards, shape = _shards_of(parameter, state)
+            groups.setdefault(shards, []).append((weight, shape))
     for axis, stale in groups.items():
-        weights, sizes = zip(*stale, strict=True)
-        refresh(weights, sizes, axis, ahead=True)
+        weights, shapes = zip(*stale, strict=True)
+        refresh(weights, shapes, axis, ahead=True)
 
 
 def mark_fsdp_weights_stale(model: nn.Module, *, but_told: bool = False) -> None:
     """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank.
     but_told: not those whose optimizer has told what it wrote to them, and which no cast has followed."""
-    for _, state in _wrapped_parameters(model):
+    for _, state in _wrapped_parameters(model.modules()):
         if not (but_told and state.is_told):
             state.mark_stale()
 
 
-def check_gathered(weight: Tensor) -> None:
-    """Raise RuntimeError unless `weight`, of a linear made for float8 all-gather, is one that it can compute with."""
+def check_gathered(weight: Tensor, of: str = "a linear") -> None:
+    """Raise RuntimeError unless `weight`, of a module made for float8 all-gather, is one that it can compute with."""
     if not isinstance(weight, ShardableFloat8Weight):
         raise RuntimeError(
-            "a linear that was converted for float8 all-gather (enable_fsdp_float8_all_gather) has found a "
+            f"{of} that was converted for float8 all-gather (enable_fsdp_float8_all_gather) has found a "
             f"{type(weight).__name__} as its weight, neither one that FSDP2 gathered as codes nor the one that "
             "conversion made: its parameter was replaced, or something else than fully_shard gathers it. Shard the "
             "converted model with fully_shard, load weights by load_state_dict, or convert without it"
@@ -110,51 +143,59 @@ def _wrap(weight: Tensor, state: Float8WeightState) -> nn.Parameter:
     return nn.Parameter(ShardableFloat8Weight(weight.detach(), state), requires_grad=weight.requires_grad)
 
 
-def _wrapped_parameters(model: nn.Module) -> list[tuple[Tensor, Float8WeightState]]:
-    """Each weight of `model` that is made for float8 all-gather, as its module has it now, with its state."""
+def _wrapped_parameters(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Float8WeightState]]:
+    """Each weight of `modules` that is made for float8 all-gather, as its module has it now, with its state."""
     found: dict[int, tuple[Tensor, Float8WeightState]] = {}
-    for module in model.modules():
-        state: Float8WeightState | None = getattr(module, "fsdp_weight_state", None)
-        if state is not None:
-            found[id(state)] = module.weight, state  # pyright: ignore[reportArgumentType]
+    for module in modules:
+        for name, state in states_of(module):
+            found[id(state)] = getattr(module, name), state
     return list(found.values())
 
 
-def _shards_of(parameter: DTensor, state: Float8WeightState) -> tuple[ShardAxis, int]:
-    """The axis of its mesh over which FSDP shards `parameter`, or this rank's part of it; and that part's rows."""
-    mesh, shards, rows = parameter.device_mesh, ShardAxis(None, 0, 1), parameter.shape[0]
+def _shards_of(parameter: DTensor, state: Float8WeightState) -> tuple[ShardAxis, Sequence[int]]:
+    """The axis of its mesh over which FSDP shards `parameter`, or this rank's part of it; and that part's shape."""
+    mesh, shards, shape = parameter.device_mesh, ShardAxis(None, 0, 1), list(parameter.shape)
+    parts = {axis.ranks for axis in (*state.parts, state.axis) if axis is not None}
     for number, placement in enumerate(parameter.placements):
         group = mesh.get_group(number)
         # Not by the group itself: PyTorch takes meshes of the same ranks for one, and may hand out an earlier one's.
-        if state.axis is not None and tuple(dist.get_process_group_ranks(group)) == state.axis.ranks:
-            rows //= state.axis.size if placement.is_shard(0) else 1
+        if tuple(dist.get_process_group_ranks(group)) in parts:
+            for dim in range(len(shape)) if placement.is_shard() else ():
+                shape[dim] //= mesh.size(number) if placement.is_shard(dim) else 1
         elif not placement.is_replicate():
             shards = ShardAxis(group, mesh.get_local_rank(number), mesh.size(number))
-    return shards, rows
+    return shards, shape
+
+
+def _keep_checkpoints_plain(module: nn.Module, name: str) -> None:
+    """Let state dicts give and take a plain tensor for a wrapped parameter."""
+    module.register_state_dict_post_hook(functools.partial(_save_plain, name))
+    module.register_load_state_dict_pre_hook(functools.partial(_load_plain, name))
 
 
 @torch.no_grad()
-def _save_plain(linear: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _save_plain(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A state dict holds the plain tensor; the parameter itself for a caller who asked for variables."""
-    weight, name = linear.weight, f"{prefix}weight"
-    state: Float8WeightState = linear.fsdp_weight_state  # pyright: ignore[reportAssignmentType]
-    state.forget_amax()  # whoever has the plain tensor may write to it
-    if name in state_dict and state_dict[name] is not weight:
+    weight, key = getattr(module, name), f"{prefix}{name}"
+    dict(states_of(module))[name].forget_amax()  # whoever has the plain tensor may write to it
+    if key in state_dict and state_dict[key] is not weight:
         local = local_weight(weight)
         if not isinstance(local, ShardableFloat8Weight):
-            raise RuntimeError(f"{name} is gathered; call reshard() of the FSDP module before state_dict()")
+            raise RuntimeError(f"{key} is gathered; call reshard() of the FSDP module before state_dict()")
         # Not the tensor that is there already: its version counter would be another one than the weight's.
-        state_dict[name] = _with_local(state_dict[name], local.tensor.detach())
+        state_dict[key] = _with_local(state_dict[key], local.tensor.detach())
 
 
 @torch.no_grad()
-def _load_plain(linear: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: Any) -> None:
+def _load_plain(
+    name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *_: Any
+) -> None:
     """A plain tensor that is to take the parameter's place (`assign=True`) is wrapped; others are copied from."""
-    value = state_dict.get(f"{prefix}weight")
+    key = f"{prefix}{name}"
+    value = state_dict.get(key)
     if isinstance(value, Tensor) and local_metadata.get("assign_to_params_buffers", False):
-        state: Float8WeightState = linear.fsdp_weight_state  # pyright: ignore[reportAssignmentType]
         local = value.to_local() if isinstance(value, DTensor) else value.detach()
-        state_dict[f"{prefix}weight"] = _with_local(value, ShardableFloat8Weight(local, state))
+        state_dict[key] = _with_local(value, ShardableFloat8Weight(local, dict(states_of(module))[name]))
 
 
 def _with_local(tensor: Tensor | None, local: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """A weight that FSDP has gathered as float8 codes: what its layers find in place of the parameter.
 
 To autograd it is a tensor of the dtype that its gradient has; what it holds is codes and their scale. Only a
-`Float8Linear` can use it. Any other operation on it is an error, since the numbers that it stands for exist on no rank.
+`Float8Linear` or, of experts, a `Float8Experts` can use it. Any other operation on it is an error, since the numbers
+that it stands for exist on no rank.
 
-N out features, K in features.
+E experts, N out features, K in features.
 """
 
 from typing import Any
@@ -23,11 +24,11 @@ _PLAIN = frozenset(
 
 
 class GatheredFloat8Weight(torch.Tensor):
-    """A weight `[N, K]` as codes.
+    """A weight `[N, K]`, or the weights of experts `[E, N, K]`, as codes.
 
     Args:
-        codes: float8 `[N, K]`.
-        scale: fp32, as the recipe's `cast_weight` gives it.
+        codes: float8, of its shape.
+        scale: fp32, as the recipe's `cast_weight` gives it; of experts `[E, N]`.
         recipe: what made them.
         dtype: the dtype that autograd sees.
     """
@@ -56,12 +57,12 @@ class GatheredFloat8Weight(torch.Tensor):
         return f"GatheredFloat8Weight({list(self.shape)}, {self.recipe.name}, dtype={self.dtype})"
 
     def dequantize(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The numbers that the codes stand for, fp32 `[N, K]`."""
+        """The numbers that the codes stand for, fp32, of its shape."""
         values = to_float(self.codes)
         if self.recipe.granularity is Granularity.BLOCK:
             scale = self.scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
             return values * scale[: values.shape[0], : values.shape[1]]
-        return values * self.scale
+        return values * (self.scale if values.dim() == 2 else self.scale.unsqueeze(-1))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -25,8 +25,8 @@ from titan_fp8.quantization.function import Float8Config, Float8LinearFunction, 
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.later_columns import LaterColumns
 from titan_fp8.quantization.recipes import Float8Recipe
-from titan_fp8.quantization.sharded_weight import Float8WeightState
 from titan_fp8.quantization.tensor_parallel import gathers_codes, local_weight
+from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.deferred import WeightSink
 from titan_fp8.runtime.errors import UserError

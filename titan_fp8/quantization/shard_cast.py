@@ -1,13 +1,14 @@
 """Casting the shards of weights to the codes that the whole weights have.
 
-FSDP cuts a weight `[N, K]` by rows, in chunks of ceil(N / ranks); the last shards may be short or empty. A rank casts
-its own rows, but a scale may belong to rows that other ranks hold. What a scale needs to know of the whole weight is
+FSDP cuts a weight `[N, K]` by rows, in chunks of ceil(N / ranks); the last shards may be short or empty. The weights of
+experts `[E, N, K]`, which are cast by rows alone, it cuts by experts or each expert by rows. A rank casts its own rows,
+but a scale may belong to rows that other ranks hold. What a scale needs to know of the whole weight is
 its *statistics*, a vector of int32 that every rank fills with what its rows tell and of which an integer MAX over the
 ranks makes the truth:
 
     recipe       statistics                                     size
     tensorwise   bits of the largest |w|                        1
-    rowwise      bits of the row scales; 0 for others' rows     N
+    rowwise      bits of the row scales; 0 for others' rows     N, or E * N
     blockwise    bits of the largest |w| of each 128x128 tile   ceil(N/128) * K/128
 
 Bits of fp32 numbers that are not negative order as the numbers do, NaN above all, so nothing that is not finite gets
@@ -17,11 +18,12 @@ needs all of them beside the gathered codes.
 The statistics of many weights travel together: one buffer, one all-reduce. The kernels are those of a whole weight, so
 the codes have the same bits on every mesh.
 
-N out features, K in features, n rows of a shard.
+E experts, N out features, K in features, n rows of a shard.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -46,13 +48,14 @@ class ShardAxis(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a weight `[N, K]` that this rank casts.
+    """The part of a weight that this rank casts.
 
     Attributes:
-        tensor: `[n, K]`, bf16, fp16 or fp32.
+        tensor: `[n, K]`, or of experts `[e, N, K]` or `[E, n, K]`; bf16, fp16 or fp32.
         recipe: how the weight is cast.
-        rows: N.
-        first_row: the row of the weight that the shard begins with.
+        shape: of the weight, `[N, K]` or `[E, N, K]`.
+        dim: the dimension along which it is cut.
+        first: where in this dimension the shard begins.
         axis: ranks that hold other parts of the weight that the shard is of, whose one scale, if it has one for all,
             is that of the parts together.
         amax: int32 `[]`, the bits of the largest |w| of the shard, where that is known and the recipe needs it.
@@ -60,8 +63,9 @@ class Shard:
 
     tensor: Tensor
     recipe: Float8Recipe
-    rows: int
-    first_row: int
+    shape: Sequence[int]
+    dim: int
+    first: int
     axis: Axis | None = None
     amax: Tensor | None = None
 
@@ -70,13 +74,15 @@ class Shard:
         cls,
         tensor: Tensor,
         recipe: Float8Recipe,
-        rows: int,
+        shape: Sequence[int],
         shards: ShardAxis,
         axis: Axis | None = None,
         amax: Tensor | None = None,
     ) -> "Shard":
-        """The shard `tensor [n, K]` of a weight of `rows` rows that is sharded over `shards`."""
-        return cls(tensor, recipe, rows, min(shards.rank * chunk_rows(rows, shards.ranks), rows), axis, amax)
+        """The shard `tensor` of a weight of this shape that is sharded over `shards`."""
+        dim = cut_dim(tensor.shape, shape)
+        first = min(shards.rank * chunk_length(shape[dim], shards.ranks), shape[dim])
+        return cls(tensor, recipe, shape, dim, first, axis, amax)
 
     @property
     def statistics_size(self) -> int:
@@ -85,23 +91,33 @@ class Shard:
             case Granularity.TENSOR:
                 return 1
             case Granularity.ROW:
-                return self.rows
+                return prod(self.shape[:-1])
             case Granularity.BLOCK:
-                return blockwise.blocks(self.rows) * (self.tensor.shape[1] // blockwise.BLOCK)
+                return blockwise.blocks(self.shape[0]) * (self.tensor.shape[1] // blockwise.BLOCK)
+
+    def place_in(self, statistics: Tensor) -> Tensor:
+        """Of the weight's statistics those that this shard tells, a view."""
+        if self.recipe.granularity is not Granularity.ROW:
+            return statistics
+        return statistics.view(*self.shape[:-1]).narrow(self.dim, self.first, self.tensor.shape[self.dim])
 
 
 class _Measured(NamedTuple):
-    """What a shard tells about the weight: `values` int32 at `offset` of the statistics; and its codes, if they need
-    no more than that."""
+    """What a shard tells about the weight: int32 values in the shape of its place in the statistics; and its codes, if
+    they need no more than that."""
 
     values: Tensor
-    offset: int
     codes: Tensor | None
 
 
-def chunk_rows(rows: int, ranks: int) -> int:
-    """Rows of a full shard, to which the codes of a shorter one are padded."""
-    return -(-rows // ranks)
+def cut_dim(shard: Sequence[int], whole: Sequence[int]) -> int:
+    """The dimension along which a weight was cut."""
+    return 1 if len(whole) == 3 and tuple(shard[1:]) != tuple(whole[1:]) else 0
+
+
+def chunk_length(length: int, ranks: int) -> int:
+    """Length of a full shard, to which the codes of a shorter one are padded."""
+    return -(-length // ranks)
 
 
 @torch.no_grad()
@@ -109,8 +125,8 @@ def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> lis
     """Cast shards of any recipes, on one device, with one all-reduce over `group` (none if that is None).
 
     Returns:
-        for each, the codes of its rows `[n, K]` and the scale of the whole weight, as `casts.cast_weight` of the whole
-        weight gives it.
+        for each, the codes of what it has and the scale of the whole weight, as `casts.cast_weight` of the whole
+        weight gives it; of experts `[E, N]`.
     """
     measured = [_measure(shard) for shard in shards]
     sizes = [shard.statistics_size for shard in shards]
@@ -118,8 +134,8 @@ def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> lis
     buffer = torch.zeros(sum(slots), dtype=torch.int32, device=shards[0].tensor.device)
     statistics = [slot[:size] for slot, size in zip(buffer.split(slots), sizes, strict=True)]
     pairs = [
-        (whole[part.offset : part.offset + part.values.numel()], part.values)
-        for whole, part in zip(statistics, measured, strict=True)
+        (shard.place_in(whole), part.values)
+        for shard, whole, part in zip(shards, statistics, measured, strict=True)
         if part.values.numel()
     ]
     if pairs:
@@ -148,12 +164,12 @@ def _measure(shard: Shard) -> _Measured:
     match recipe.granularity:
         case Granularity.TENSOR:
             amax = float8.amax(tensor) if shard.amax is None else shard.amax
-            return _Measured(amax.view(1), 0, None)
+            return _Measured(amax.view(1), None)
         case Granularity.ROW:
-            codes, scale = float8.cast_rows(tensor, recipe.weight_dtype)
-            return _Measured(scale.view(torch.int32).view(-1), shard.first_row, codes)
+            codes, scale = float8.cast_rows(tensor.reshape(-1, tensor.shape[-1]), recipe.weight_dtype)
+            return _Measured(scale.view(torch.int32).view(tensor.shape[:-1]), codes.view(tensor.shape))
         case Granularity.BLOCK:
-            return _Measured(blockwise.block_amax(tensor, shard.first_row, shard.rows).view(-1), 0, None)
+            return _Measured(blockwise.block_amax(tensor, shard.first, shard.shape[0]).view(-1), None)
 
 
 def _finish(shard: Shard, measured: _Measured, statistics: Tensor) -> Codes:
@@ -166,8 +182,9 @@ def _finish(shard: Shard, measured: _Measured, statistics: Tensor) -> Codes:
             return Codes(codes, scale)
         case Granularity.ROW:
             assert measured.codes is not None
-            return Codes(measured.codes, statistics.view(torch.float32).view(-1, 1))
+            scale = statistics.view(torch.float32)
+            return Codes(measured.codes, scale.view(-1, 1) if len(shard.shape) == 2 else scale.view(*shard.shape[:-1]))
         case Granularity.BLOCK:
-            amax = statistics.view(blockwise.blocks(shard.rows), -1)
-            codes = blockwise.cast_blocks_from_amax(tensor, amax, dtype, power_of_two, shard.first_row)
+            amax = statistics.view(blockwise.blocks(shard.shape[0]), -1)
+            codes = blockwise.cast_blocks_from_amax(tensor, amax, dtype, power_of_two, shard.first)
             return Codes(codes, blockwise.block_scale(amax, dtype, power_of_two))

@@ -18,13 +18,13 @@ those through the plain tensors of a state dict, which the wrapped tensor's vers
 An optimizer that writes to the wrapped tensor says so (`written`), and may tell the largest value that it wrote. That
 serves one cast, ahead of the next gather, if neither a write is seen nor a state dict is taken before it.
 
-N out features, K in features, n rows of a shard.
+E experts, N out features, K in features, n rows of a shard.
 """
 
 import functools
-import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,8 @@ from torch.utils._pytree import tree_map_only
 
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
-from titan_fp8.quantization.recipes import Float8Recipe, Granularity
-from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_rows
-from titan_fp8.runtime.collectives import Axis
+from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_length, cut_dim
+from titan_fp8.quantization.weight_state import Contents, Float8WeightState
 from titan_fp8.runtime.errors import UserError
 
 _aten = torch.ops.aten
@@ -45,133 +44,12 @@ _NEW = frozenset({_aten.empty_like.default, _aten.new_zeros.default, _aten.new_e
 _COPIES = frozenset({_aten.clone.default, _aten._to_copy.default, _aten._pin_memory.default})
 
 
-class Contents:
-    """The identity of what a piece of memory holds; replaced by each write.
-
-    Attributes:
-        value: equal (the same object) where the same weight is.
-        blank: nothing has been written yet.
-    """
-
-    def __init__(self, value: object | None = None, *, blank: bool = False) -> None:
-        self.value = object() if value is None else value
-        self.blank = blank
-
-    def copy(self) -> "Contents":
-        """The same values in another place, where later writes are separate."""
-        return Contents(self.value)
-
-    def write(self, value: object | None = None) -> None:
-        """Other values from now on: `value`, if it is known whose."""
-        self.value = object() if value is None else value
-        self.blank = False
-
-
-class _State(NamedTuple):
-    """What a weight was when something was found out about it: its contents, and the version of its tensor."""
-
-    contents: object
-    tensor: weakref.ref[Tensor]
-    version: int
-
-    @classmethod
-    def of(cls, weight: "ShardableFloat8Weight") -> "_State":
-        return cls(weight.contents.value, weakref.ref(weight.tensor), _version(weight.tensor))
-
-    def is_of(self, weight: "ShardableFloat8Weight") -> bool:
-        """Whether nothing has been written to the weight since."""
-        written_around = self.tensor() is weight.tensor and self.version != _version(weight.tensor)
-        return self.contents is weight.contents.value and not written_around
-
-
-class Float8WeightState:
-    """The codes of one weight on this rank, and what they were made from.
-
-    Args:
-        recipe: how the weight is cast.
-        caches: codes serve until the weight changes. Otherwise they are made for every gather, unless they were
-            computed ahead.
-
-    Attributes:
-        codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends.
-        scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
-            used older codes is an error of autograd.
-        axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
-            rank's part.
-    """
-
-    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
-        self.recipe = recipe
-        self.caches = caches
-        self.axis = axis
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
-        self._made_from: _State | None = None
-        self._ahead = False
-        self._amax: tuple[Tensor, _State] | None = None
-
-    def mark_stale(self) -> None:
-        """The weight may have changed."""
-        self._made_from = self._amax = None
-
-    def is_fresh(self, weight: "ShardableFloat8Weight") -> bool:
-        """Whether the codes are those of `weight` as it is now."""
-        return self._made_from is not None and self._made_from.is_of(weight)
-
-    @property
-    def takes_amax(self) -> bool:
-        """Whether the cast needs no more of the weight than its largest value, which whoever writes it may know."""
-        return self.recipe.granularity is Granularity.TENSOR
-
-    def amax_of(self, weight: "ShardableFloat8Weight") -> Tensor | None:
-        """The bits of the largest |w| of `weight` as it is now, int32 `[]` on its device, if who wrote it has told."""
-        if self._amax is None:
-            return None
-        amax, state = self._amax
-        return amax if state.is_of(weight) and amax.device == weight.device else None
-
-    def _tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
-        self._amax = None if amax is None else (amax, _State.of(weight))
-
-    @property
-    def is_told(self) -> bool:
-        """Whether the last to write the weight told its largest value, and no cast has followed."""
-        return self._amax is not None
-
-    def serves(self, weight: "ShardableFloat8Weight") -> bool:
-        """Whether a gather can send the codes that there are."""
-        return (self.caches or self._ahead) and self.is_fresh(weight)
-
-    def forget_amax(self) -> None:
-        """What was told of the weight's largest value serves no cast any more."""
-        self._amax = None
-
-    def _record(self, weight: "ShardableFloat8Weight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
-        rows = codes.shape[0]
-        data = codes.view(torch.uint8)
-        if rows != padded_rows:
-            fits = self.codes is not None and self.codes.shape[0] == padded_rows and self.codes.device == data.device
-            padded = self.codes if fits else data.new_zeros(padded_rows, data.shape[1])
-            assert padded is not None
-            padded[:rows].copy_(data)
-            data = padded
-        self.codes = data
-        self._made_from = _State.of(weight)
-        self._amax = None  # told for one cast
-        self._ahead = ahead
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
-        return memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches, axis=self.axis))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Float8WeightState, caches=self.caches, axis=self.axis), (self.recipe,)
-
-
 class ShardableFloat8Weight(torch.Tensor):
     """A weight, or FSDP's shard of it, in high precision, with what FSDP needs to gather it as float8 codes.
 
     Args:
-        tensor: `[N, K]` or `[n, K]`, plain, fp32, bf16 or fp16, on any device.
+        tensor: a weight `[N, K]`, weights of experts `[E, N, K]`, or a part of these by rows; plain, fp32, bf16 or
+            fp16, on any device.
         state: of the parameter that this is, or will be, a part of.
         contents: what `tensor` holds, if other tensors are known to hold the same.
     """
@@ -242,7 +120,7 @@ class ShardableFloat8Weight(torch.Tensor):
         """Say that the wrapped tensor has been written to; amax: int32 `[]`, the bits of the largest |w| that it holds
         now, if known and if `state.takes_amax`."""
         self.contents.write()
-        self.state._tell(amax, self)
+        self.state.tell(amax, self)
 
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
@@ -250,13 +128,14 @@ class ShardableFloat8Weight(torch.Tensor):
         """What FSDP sends: the codes `[chunk, K]`, as bytes. Casts if it must, together with all ranks of `mesh`.
 
         Where all shards are equally long, the bytes are given out in the dtype in which the unit's other parameters are
-        gathered, `[chunk, K / 2]` for a 16-bit one: FSDP copies wider elements faster. Where it pads, it wants K.
+        gathered, `[chunk, K / 2]` for a 16-bit one: FSDP copies wider elements faster. Where it pads, or puts parts of
+        experts together, it wants K.
 
         Args:
             mesh: the ranks that hold the weight's shards, one axis.
-            outer_size: `[N, K]`.
+            outer_size: `[N, K]`, or `[E, N, K]`.
         """
-        if len(outer_size) != 2 or self.dim() != 2 or self.shape[1] != outer_size[1]:
+        if not _is_cut_by_rows(self.shape, outer_size):
             raise UserError(
                 f"a weight of shape {list(outer_size)} was sharded to {list(self.shape)}; only a weight that is "
                 "sharded by rows can be gathered as float8 codes: let fully_shard place it by Shard(0), or turn "
@@ -264,37 +143,40 @@ class ShardableFloat8Weight(torch.Tensor):
             )
         if not self.state.serves(self):
             axis = ShardAxis(mesh.get_group(), mesh.get_local_rank(), mesh.size())
-            refresh([self], [outer_size[0]], axis, ahead=False)
+            refresh([self], [outer_size], axis, ahead=False)
         codes = self.state.codes
         assert codes is not None
         dtype = mp_policy.param_dtype or self.dtype
-        if outer_size[0] % mesh.size() == 0 and outer_size[1] % dtype.itemsize == 0:
+        is_even = outer_size[0] % mesh.size() == 0 and cut_dim(self.shape, outer_size) == 0
+        if is_even and outer_size[-1] % dtype.itemsize == 0:
             codes = codes.view(dtype)
-        return (codes,), (self.state.scale, outer_size[0])
+        return (codes,), (self.state.scale, outer_size)
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """What FSDP makes of the gathered codes `[ranks * chunk, ...]`: a `GatheredFloat8Weight`, whose gradient has
         `param_dtype`. FSDP frees and refills their memory, so `out`, if there is one, holds them already."""
-        (data,), (scale, rows) = outputs, metadata
+        (data,), (scale, shape) = outputs, metadata
         if out is not None:
             out = out._local_tensor if isinstance(out, DTensor) else out  # under tensor parallelism
             assert isinstance(out, GatheredFloat8Weight)
             assert out.codes.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
             out.scale = scale
             return None
-        codes = data[:rows].view(self.state.recipe.weight_dtype)
+        codes = data.view(-1).view(self.state.recipe.weight_dtype)[: prod(shape)].view(shape)
         return GatheredFloat8Weight(codes, scale, self.state.recipe, param_dtype), ()
 
 
 @torch.inference_mode(False)
-def refresh(weights: Sequence[ShardableFloat8Weight], rows: Sequence[int], axis: ShardAxis, *, ahead: bool) -> None:
+def refresh(
+    weights: Sequence[ShardableFloat8Weight], shapes: Sequence[Sequence[int]], axis: ShardAxis, *, ahead: bool
+) -> None:
     """Cast shards, all on one device and sharded over one axis, with one all-reduce.
 
     Args:
         weights: the shards.
-        rows: N of each one's weight.
+        shapes: of each one's weight, `[N, K]` or `[E, N, K]`.
         axis: over which they are sharded; every rank of it must call this with its shards of the same weights.
         ahead: the codes serve every gather until a write is seen, also where nothing is cached.
     """
@@ -303,17 +185,18 @@ def refresh(weights: Sequence[ShardableFloat8Weight], rows: Sequence[int], axis:
         Shard.of(
             weight.tensor,
             weight.state.recipe,
-            count,
+            shape,
             axis,
             weight.state.axis,
             weight.state.amax_of(weight) if ahead else None,
         )
-        for weight, count in zip(weights, rows, strict=True)
+        for weight, shape in zip(weights, shapes, strict=True)
     ]
     cast = cast_shards(shards, axis.group if axis.ranks > 1 else None)
     unchanged = [weight.state.is_fresh(weight) for weight in weights]
-    for weight, count, codes in zip(weights, rows, cast, strict=True):
-        weight.state._record(weight, codes.codes, chunk_rows(count, axis.ranks), ahead=ahead)
+    for shard, weight, codes in zip(shards, weights, cast, strict=True):
+        length = shard.tensor.shape[0] if shard.dim else chunk_length(shard.shape[0], axis.ranks)
+        weight.state.record(weight, codes.codes, length, ahead=ahead)
     _refresh_scales([weight.state for weight in weights], cast, unchanged)
 
 
@@ -340,8 +223,11 @@ def local_weight(parameter: Any) -> Any:
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _is_cut_by_rows(shard: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether FSDP may have made a shard of this shape of a weight `[N, K]` or `[E, N, K]` without cutting rows."""
+    if len(whole) not in (2, 3) or len(shard) != len(whole) or shard[-1] != whole[-1]:
+        return False
+    return len(whole) == 2 or shard[1] == whole[1] or shard[0] == whole[0]
 
 
 def _plain(weight: ShardableFloat8Weight) -> Tensor:

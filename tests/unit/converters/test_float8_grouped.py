@@ -25,6 +25,7 @@ from titan_fp8.models.initialization import initialize
 from titan_fp8.models.moe import Experts, Gate, MoE
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
 from titan_fp8.quantization.weights import mark_stale
 from titan_fp8.runtime.device import DeviceCapabilities
 
@@ -33,6 +34,7 @@ SIZES: dict[str, Any] = {
     "dim": 32, "n_layers": 3, "n_heads": 2, "vocab_size": 64, "max_seq_len": 32, "ffn_dim": 64, "n_experts": 4,
     "top_k": 2, "moe_ffn_dim": 48, "n_shared_experts": 1, "first_dense_layers": 1,
 }  # fmt: skip
+GATHERED = "cast shard by shard, gathered as float8 codes"
 ALL = {"layers.1.moe.experts", "layers.2.moe.experts"}
 
 
@@ -374,21 +376,25 @@ def test_a_layer_of_experts_that_is_the_whole_model_is_converted() -> None:
     [
         (ONE_PROCESS, "cast once an optimizer step"),
         (Placement(ranks=2, shards=2, experts_stay=True), "cast once an optimizer step"),
-        (Placement(ranks=2, shards=2), "cast in each forward pass"),
-        (Placement(ranks=2), "cast in each forward pass"),
-        (Placement(offloaded=True), "cast in each forward pass"),
+        (Placement(ranks=2, shards=2), GATHERED),
+        (Placement(ranks=2), GATHERED),
+        (Placement(offloaded=True), GATHERED),
     ],
     ids=["one process", "a part for each rank", "shards", "copies", "host memory"],
 )
-def test_codes_are_kept_exactly_where_nobody_gathers_the_experts(placement: Placement, weights: str) -> None:
+def test_what_becomes_of_the_codes_follows_from_who_holds_the_experts(placement: Placement, weights: str) -> None:
     model = build()
+    of_experts = {name for name, _ in model.named_parameters() if ".experts.w" in name}
     report = convert(model, placement=placement)
     assert report.weights == weights
     assert f"; weights {weights}" in report.summary()
+    wrapped = {name for name, each in model.named_parameters() if isinstance(each, ShardableFloat8Weight)}
+    assert wrapped == (of_experts if weights == GATHERED else set())
     model(torch.arange(8).view(1, 8))
     with CountCalls() as counter:
         model(torch.arange(8).view(1, 8))
-    assert counter.calls[ops.cast_experts] == (0 if "once" in weights else 2 * 3)
+    # Where FSDP is to gather them and nobody has sharded them, each forward pass casts.
+    assert counter.calls[ops.cast_experts] == (2 * 3 if weights == GATHERED else 0)
 
 
 def test_a_step_is_told_to_the_experts_by_the_trainer_too() -> None:

@@ -17,7 +17,8 @@ from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW
 from titan_fp8.quantization.casts import cast_weight
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.shard_cast import ShardAxis
-from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, refresh
+from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import mark_stepped
 
 PAIRS = [(OnePassAdam, torch.optim.Adam), (OnePassAdamW, torch.optim.AdamW)]
@@ -184,7 +185,7 @@ def _float8_weight(recipe: str = "tensorwise") -> tuple[ShardableFloat8Weight, O
 
 
 def _cast(weight: ShardableFloat8Weight) -> list[Tensor]:
-    refresh([weight], [16], ShardAxis(None, 0, 1), ahead=True)
+    refresh([weight], [weight.shape], ShardAxis(None, 0, 1), ahead=True)
     assert weight.state.codes is not None
     assert weight.state.scale is not None
     return [weight.state.codes.clone(), weight.state.scale.clone()]
@@ -233,7 +234,7 @@ def test_a_gather_that_comes_later_looks_for_itself() -> None:
     weight, optimizer = _float8_weight()
     optimizer.step()
     weight.tensor.numpy().__imul__(3)  # seen by nothing
-    refresh([weight], [16], ShardAxis(None, 0, 1), ahead=False)
+    refresh([weight], [weight.shape], ShardAxis(None, 0, 1), ahead=False)
     expected = cast_weight(weight.tensor, weight.state.recipe)
     assert weight.state.scale is not None
     assert torch.equal(weight.state.scale, expected.scale)

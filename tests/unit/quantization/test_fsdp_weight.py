@@ -19,8 +19,9 @@ from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
-from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_rows
-from titan_fp8.quantization.sharded_weight import Float8WeightState, ShardableFloat8Weight, refresh
+from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_length
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, refresh
+from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import mark_stale
 from titan_fp8.runtime.errors import UserError
 
@@ -47,7 +48,7 @@ def weight_of(linear: nn.Module) -> ShardableFloat8Weight:
 def cast(weight: ShardableFloat8Weight) -> Codes:
     """The codes and scale that a gather would find, cast now if they must be."""
     if not weight.state.serves(weight):
-        refresh([weight], [weight.shape[0]], ALONE, ahead=False)
+        refresh([weight], [weight.shape], ALONE, ahead=False)
     assert weight.state.codes is not None
     assert weight.state.scale is not None
     return Codes(weight.state.codes.clone(), weight.state.scale.clone())
@@ -83,9 +84,9 @@ class FakeGroup:
             axis = ShardAxis(None, rank, ranks)
             parts = []
             for weight in weights:
-                first = min(rank * chunk_rows(len(weight), ranks), len(weight))
-                part = weight[first : first + chunk_rows(len(weight), ranks)]
-                parts.append(Shard.of(part, RECIPES[recipe], len(weight), axis))
+                first = min(rank * chunk_length(len(weight), ranks), len(weight))
+                part = weight[first : first + chunk_length(len(weight), ranks)]
+                parts.append(Shard.of(part, RECIPES[recipe], weight.shape, axis))
             shards.append(parts)
         self.calls, self.total = [], None
         for parts in shards:
@@ -137,7 +138,7 @@ def test_codes_of_a_short_shard_are_padded_with_zeros() -> None:
     state = Float8WeightState(RECIPES["rowwise"], caches=True)
     weight = ShardableFloat8Weight(torch.randn(90, K), state)
     for _ in range(2):
-        refresh([weight], [272], ShardAxis(None, 2, 3), ahead=False)
+        refresh([weight], [(272, K)], ShardAxis(None, 2, 3), ahead=False)
         assert state.codes is not None
         assert state.codes.shape == (91, K)
         assert torch.equal(state.codes[:90], cast_weight(weight.tensor, state.recipe).codes.view(torch.uint8))
@@ -310,7 +311,7 @@ CHANGES = {
 def test_codes_are_cast_anew_after_a_change_and_only_then(change: str, ahead: bool) -> None:
     linear = make(cache=not ahead)
     weight = weight_of(linear)
-    refresh([weight], [N], ALONE, ahead=ahead)
+    refresh([weight], [weight.shape], ALONE, ahead=ahead)
     assert weight.state.serves(weight)
     before = cast(weight)
     CHANGES[change](linear)
@@ -360,7 +361,7 @@ def test_scales_are_refreshed_in_place_and_a_backward_pass_with_older_ones_is_an
     assert kept is not None
     x = torch.ones((), requires_grad=True)
     old = x * kept
-    refresh([weight], [N], ALONE, ahead=False)  # the same weight: as before
+    refresh([weight], [weight.shape], ALONE, ahead=False)  # the same weight: as before
     old.backward(retain_graph=True)
     _write_data(linear)
     cast(weight)

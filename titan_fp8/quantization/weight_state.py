@@ -1,0 +1,157 @@
+"""What is known of a weight that FSDP gathers as float8 codes: its codes, and whether they still belong to it.
+
+It is kept with the parameter that `ShardableFloat8Weight` (`sharded_weight.py`) is a tensor of.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_fp8.quantization.recipes import Float8Recipe, Granularity
+from titan_fp8.runtime.collectives import Axis
+
+if TYPE_CHECKING:
+    from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+
+
+class Contents:
+    """The identity of what a piece of memory holds; replaced by each write.
+
+    Attributes:
+        value: equal (the same object) where the same weight is.
+        blank: nothing has been written yet.
+    """
+
+    def __init__(self, value: object | None = None, *, blank: bool = False) -> None:
+        self.value = object() if value is None else value
+        self.blank = blank
+
+    def copy(self) -> "Contents":
+        """The same values in another place, where later writes are separate."""
+        return Contents(self.value)
+
+    def write(self, value: object | None = None) -> None:
+        """Other values from now on: `value`, if it is known whose."""
+        self.value = object() if value is None else value
+        self.blank = False
+
+
+class _State(NamedTuple):
+    """What a weight was when something was found out about it: its contents, and the version of its tensor."""
+
+    contents: object
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, weight: "ShardableFloat8Weight") -> "_State":
+        return cls(weight.contents.value, weakref.ref(weight.tensor), _version(weight.tensor))
+
+    def is_of(self, weight: "ShardableFloat8Weight") -> bool:
+        """Whether nothing has been written to the weight since."""
+        written_around = self.tensor() is weight.tensor and self.version != _version(weight.tensor)
+        return self.contents is weight.contents.value and not written_around
+
+
+class Float8WeightState:
+    """The codes of one weight on this rank, and what they were made from.
+
+    Args:
+        recipe: how the weight is cast.
+        caches: codes serve until the weight changes. Otherwise they are made for every gather, unless they were
+            computed ahead.
+
+    Attributes:
+        codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends; of experts in the shape of
+            the shard.
+        scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
+            used older codes is an error of autograd.
+        axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
+            rank's part.
+        parts: further axes of ranks that hold other parts, such as other experts.
+    """
+
+    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
+        self.recipe = recipe
+        self.caches = caches
+        self.axis = axis
+        self.parts: tuple[Axis, ...] = ()
+        self.codes: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._made_from: _State | None = None
+        self._ahead = False
+        self._amax: tuple[Tensor, _State] | None = None
+
+    def mark_stale(self) -> None:
+        """The weight may have changed."""
+        self._made_from = self._amax = None
+
+    def is_fresh(self, weight: "ShardableFloat8Weight") -> bool:
+        """Whether the codes are those of `weight` as it is now."""
+        return self._made_from is not None and self._made_from.is_of(weight)
+
+    @property
+    def takes_amax(self) -> bool:
+        """Whether the cast needs no more of the weight than its largest value, which whoever writes it may know."""
+        return self.recipe.granularity is Granularity.TENSOR
+
+    def amax_of(self, weight: "ShardableFloat8Weight") -> Tensor | None:
+        """The bits of the largest |w| of `weight` as it is now, int32 `[]` on its device, if who wrote it has told."""
+        if self._amax is None:
+            return None
+        amax, state = self._amax
+        return amax if state.is_of(weight) and amax.device == weight.device else None
+
+    def tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
+        """What has been written to the weight has this largest value, or nobody knows."""
+        self._amax = None if amax is None else (amax, _State.of(weight))
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the last to write the weight told its largest value, and no cast has followed."""
+        return self._amax is not None
+
+    def serves(self, weight: "ShardableFloat8Weight") -> bool:
+        """Whether a gather can send the codes that there are."""
+        return (self.caches or self._ahead) and self.is_fresh(weight)
+
+    def forget_amax(self) -> None:
+        """What was told of the weight's largest value serves no cast any more."""
+        self._amax = None
+
+    def record(self, weight: "ShardableFloat8Weight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
+        """The weight as it is now has these codes, which are padded to so many rows (of experts: so many experts).
+        ahead: they serve every gather until a write is seen."""
+        rows = codes.shape[0]
+        data = codes.view(torch.uint8)
+        if rows != padded_rows:
+            fits = self.codes is not None and self.codes.shape[0] == padded_rows and self.codes.device == data.device
+            padded = self.codes if fits else data.new_zeros(padded_rows, *data.shape[1:])
+            assert padded is not None
+            padded[:rows].copy_(data)
+            data = padded
+        self.codes = data
+        self._made_from = _State.of(weight)
+        self._amax = None  # told for one cast
+        self._ahead = ahead
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
+        copied = memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches, axis=self.axis))
+        copied.parts = self.parts
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A third element would be the attributes, among them tensors: a copy begins without codes.
+        return _restored, (self.recipe, self.caches, self.axis, self.parts)
+
+
+def _restored(recipe: Float8Recipe, caches: bool, axis: Axis | None, parts: tuple[Axis, ...]) -> Float8WeightState:
+    state = Float8WeightState(recipe, caches=caches, axis=axis)
+    state.parts = parts
+    return state
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
