@@ -1,8 +1,8 @@
 """Tensor parallelism of the families with experts and with latent attention: on every mesh what one process computes.
 
 The models have what their families have, at the size of a test. A step has four sequences, each a microbatch of its
-own, in one process and on every mesh. Ranks of `tp` have the same sequences and other tokens of them, so that loads, the
-auxiliary loss and the scales of float8 experts are those of the same tokens too.
+own, in one process and on every mesh. Ranks of `tp` have the same sequences and other tokens of them, so that loads,
+the auxiliary loss and the scales of float8 experts are those of the same tokens too.
 """
 
 import shutil
@@ -143,9 +143,7 @@ CASES: list[tuple[str, str, Options]] = [
 ]
 ZERO_BUBBLE = {
     "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
-    "parallelism.module_fqns_per_model_part": (
-        '[["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]'
-    ),
+    "parallelism.module_fqns_per_model_part": ('[["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]'),
 }
 MESHES = ["tp2", "tp2 ep2", "fsdp2 tp2", "fsdp2 tp2 ep2", "fsdp2 tp2 ep4", "tp2 etp2", "pp2 tp2", "pp2 tp2 ep2"]
 SLOW_CASES: list[tuple[str, str, Options]] = [
@@ -243,7 +241,7 @@ def test_a_checkpoint_is_resumed_where_experts_and_heads_lie_otherwise(meshes: t
     runs = [on(axes, saving, tmp_path, steps=step) for step, axes in enumerate(meshes, 1)]
     expected = alone(options)
     assert [len(run.losses) for run in runs] == [1, 1, 1]
-    losses, norms = sum((run.losses for run in runs), []), sum((run.norms for run in runs), [])
+    losses, norms = ([value for run in runs for value in getattr(run, name)] for name in ("losses", "norms"))
     assert_same(Run(losses, norms, runs[-1].grads), expected, *HIGH_PRECISION)
 
 
