@@ -83,7 +83,8 @@ def build_trainer(
     Returns:
         The trainer, or None when nothing is left to train: the run is finished, or was to make a seed checkpoint.
     """
-    mesh = build_mesh(resolve_degrees(job.parallelism, dist.get_world_size()), device.type)
+    degrees = resolve_degrees(job.parallelism, dist.get_world_size())
+    mesh = build_mesh(degrees.without_experts() if plan.dims.n_experts is None else degrees, device.type)
     seed = set_seed(job.debug, device)
     with contextlib.ExitStack() as undo:
         lock = RunFolderLock(folder) if mesh.is_main else None

@@ -38,16 +38,24 @@ def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegree
         yield Problem(key, f"{ranks} ranks do not divide the {dims.n_experts} experts; choose a divisor")
 
 
-def experts_are_whole(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
-    """Tensor parallelism has no rules for experts, nor for latent attention."""
-    if degrees.tensor == 1:
+def experts_divide(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """Every rank of tensor parallelism has as many hidden features of the shared experts, and of each expert if these
+    are divided."""
+    key, ranks = "parallelism.expert_tensor_parallel_degree", degrees.expert_tensor
+    if dims.n_experts is None:
+        if ranks > 1:
+            yield Problem(key, f"{job.model.name} has no experts to divide; set it to 1")
         return
-    for what, has in (("experts", dims.n_experts is not None), ("latent attention", dims.is_latent)):
-        if has:
-            yield Problem(
-                "parallelism.tensor_parallel_degree",
-                f"{degrees.tensor} ranks cannot divide the {what} of {job.model.name} yet; set it to 1",
-            )
+    hidden = dims.expert_hidden_dim
+    if hidden % ranks:
+        yield Problem(key, f"{ranks} ranks do not divide an expert's hidden features, {hidden}; set it to 1")
+    shared = dims.n_shared_experts * hidden
+    if shared % degrees.tensor:
+        yield Problem(
+            "parallelism.tensor_parallel_degree",
+            f"{degrees.tensor} ranks do not divide the hidden features of the shared experts, {shared}; choose a "
+            "divisor",
+        )
 
 
 def sequences_of_the_family_are_spread(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:

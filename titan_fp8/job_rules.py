@@ -18,7 +18,7 @@ from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.family_rules import (
     experts_are_dealt_out,
-    experts_are_whole,
+    experts_divide,
     experts_exist,
     sequences_of_the_family_are_spread,
 )
@@ -182,9 +182,10 @@ def tensor_parallelism_divides(job: "JobConfig", world_size: int) -> Iterator[Pr
         sizes = {
             "the model's attention heads": dims.n_heads,
             "its key and value heads": dims.kv_heads,
-            "its feed-forward's hidden features": dims.ffn_hidden_dim,
             "its vocabulary": dims.vocab_size,
         }
+        if not all(dims.has_experts(layer) for layer in range(dims.n_layers)):
+            sizes["its feed-forward's hidden features"] = dims.ffn_hidden_dim
     for what, size in sizes.items():
         if size % ranks:
             yield Problem(key, f"{ranks} ranks do not divide {what}, {size}; {_divisors(size, ranks)}")
@@ -367,7 +368,7 @@ def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     if dims is not None:
         yield from experts_exist(job, dims)
         yield from experts_are_dealt_out(job, dims, degrees)
-        yield from experts_are_whole(job, dims, degrees)
+        yield from experts_divide(job, dims, degrees)
         yield from sequences_of_the_family_are_spread(job, dims, degrees)
 
 

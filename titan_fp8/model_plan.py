@@ -155,6 +155,7 @@ def _placement(job: JobConfig) -> Placement:
         degrees.shards,
         offloaded=job.training.enable_cpu_offload,
         tensor=degrees.tensor,
+        expert_tensor=degrees.expert_tensor,
         experts_stay=degrees.expert > 1
         and degrees.expert_shards * degrees.data_parallel_replicate == 1
         and not job.training.enable_cpu_offload,

@@ -50,6 +50,7 @@ KEYS = {
     "cp": "parallelism.context_parallel_degree",
     "tp": "parallelism.tensor_parallel_degree",
     "ep": "parallelism.expert_parallel_degree",
+    "etp": "parallelism.expert_tensor_parallel_degree",
 }
 
 
@@ -66,8 +67,8 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """Expert parallelism takes its ranks from `fsdp` and `cp`."""
-        return prod(degree for axis, degree in self.degrees.items() if axis != "ep")
+        """What experts are dealt out to and divided over are ranks of other axes."""
+        return prod(degree for axis, degree in self.degrees.items() if axis not in ("ep", "etp"))
 
     def arguments(self) -> list[str]:
         degrees = self.degrees

@@ -74,6 +74,7 @@ def test_a_run_resumes_with_the_same_experts_in_float8_unless_asked_by_name(run_
     assert [line["step"] for line in allowed.lines] == [1, 2, 3, 4]
 
 
+TP2 = {"tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2}
 REFUSALS = {
     "no divisor of the shards": (
         4,
@@ -103,15 +104,38 @@ REFUSALS = {
         {"expert_parallel_degree": 2, "expert_parallel_comm_backend": "deepep"},
         'tokens are not exchanged by it; set it to "standard"',
     ),
-    "tensor parallelism": (
+    "ranks that divide experts have no others": (
         4,
-        {"expert_parallel_degree": 2, "tensor_parallel_degree": 2, "model.overrides.n_kv_heads": 2},
-        "parallelism.tensor_parallel_degree = 2: 2 ranks cannot divide the experts of qwen3_moe yet; set it to 1",
+        {**TP2, "expert_parallel_degree": 4, "expert_tensor_parallel_degree": 2},
+        "takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 = 2, which is no multiple of it",
     ),
-    "parts of an expert": (
+    "neither whole nor divided": (
+        4,
+        {**TP2, "tensor_parallel_degree": 4, "model.overrides.n_kv_heads": 4, "expert_tensor_parallel_degree": 2},
+        "expert_tensor_parallel_degree = 2: each expert is either whole or divided over all ranks of "
+        "tensor_parallel_degree = 4; set it to 1 or 4",
+    ),
+    "nothing to divide experts": (
         2,
         {"expert_tensor_parallel_degree": 2},
-        "parallelism.expert_tensor_parallel_degree = 2: not supported yet; leave it at 1",
+        "expert_tensor_parallel_degree = 2: each expert is either whole or divided over all ranks of "
+        "tensor_parallel_degree = 1; set it to 1, or raise tensor_parallel_degree with it",
+    ),
+    "hidden features of an expert": (
+        2,
+        {**TP2, "expert_tensor_parallel_degree": 2, "model.overrides.moe_ffn_dim": 33},
+        "parallelism.expert_tensor_parallel_degree = 2: 2 ranks do not divide an expert's hidden features, 33; set it",
+    ),
+    "hidden features of the shared experts": (
+        2,
+        {**TP2, "model.overrides.moe_ffn_dim": 33, "model.overrides.n_shared_experts": 1},
+        "parallelism.tensor_parallel_degree = 2: 2 ranks do not divide the hidden features of the shared experts, 33",
+    ),
+    "experts of a dense model": (
+        2,
+        {**TP2, "expert_tensor_parallel_degree": 2, "model.name": "llama3", "model.overrides.n_experts": None}
+        | {"model.overrides.moe_ffn_dim": None, "model.overrides.balance_rate": None},
+        "parallelism.expert_tensor_parallel_degree = 2: llama3 has no experts to divide; set it to 1",
     ),
 }
 
@@ -135,11 +159,15 @@ def test_what_experts_cannot_be_dealt_out_to_is_refused_in_one_line(name: str) -
         (8, {"expert_parallel_degree": 2, "data_parallel_replicate_degree": 2}),
         (4, {"expert_parallel_degree": 4, "context_parallel_degree": 4}),
         (4, {"expert_parallel_degree": 2, "pipeline_parallel_degree": 2}),
+        (2, {**TP2, "expert_parallel_degree": 2}),
+        (2, {**TP2, "expert_parallel_degree": 1, "model.overrides.moe_ffn_dim": 33}),
+        (8, {**TP2, "expert_parallel_degree": 8}),
+        (4, {**TP2, "expert_parallel_degree": 2, "expert_tensor_parallel_degree": 2}),
     ],
     ids=str,
 )
 def test_what_experts_can_be_dealt_out_to_is_not_refused(ranks: int, options: dict[str, int]) -> None:
-    arguments = [f"--parallelism.{key}={value}" for key, value in options.items()]
+    arguments = [f"--{key}={value}" if "." in key else f"--parallelism.{key}={value}" for key, value in options.items()]
     job, _ = load_job_config([*TINY, *MODEL, *arguments], {"WORLD_SIZE": str(ranks)})
     assert job.parallelism.expert_parallel_degree == options["expert_parallel_degree"]
 

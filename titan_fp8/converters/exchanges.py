@@ -3,27 +3,28 @@
 from torch import nn
 
 from titan_fp8.models.decoder import TransformerBlock
-from titan_fp8.models.splits import READERS
+from titan_fp8.models.splits import readers_of
 from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
 from titan_fp8.quantization.tensor_parallel import gathers_codes
 
 CODES = "float8 codes"
 
 
-def exchanges(model: nn.Module) -> dict[str, str]:
+def exchanges(model: nn.Module, *, experts_divided: bool = False) -> dict[str, str]:
     """Name -> how it travels, for the gathered input of each group of linears of a converted model, and for each
     gradient that is gathered. What is summed over ranks always travels in high precision."""
     found: dict[str, str] = {}
     for fqn, module in model.named_modules():
         if isinstance(module, TransformerBlock):
-            for name, readers in READERS.items():
-                part = getattr(module, name)
-                if not all(hasattr(part, reader) for reader in readers):
-                    continue  # such parts are not divided
-                found[f"{fqn}.{name} input"] = _way([getattr(part, reader) for reader in readers])
+            for name, readers in readers_of(module).items():
+                part = module.get_submodule(name)
+                if name == "moe.shared_experts" and experts_divided:
+                    found[f"{fqn}.{name} input"] = "high precision (with that of the experts)"
+                else:
+                    found[f"{fqn}.{name} input"] = _way([part.get_submodule(reader) for reader in readers] or [part])
+                if "w1" in readers:
+                    found[f"{fqn}.{name}.w2 gradient"] = _way([part.get_submodule("w2")])
             found[f"{fqn}.attention.wo gradient"] = _way([module.attention.wo])
-            if module.feed_forward is not None:
-                found[f"{fqn}.feed_forward.w2 gradient"] = _way([module.feed_forward.w2])
     output = getattr(model, "output", None)
     if isinstance(output, nn.Linear):
         found["output input"] = _way([output])

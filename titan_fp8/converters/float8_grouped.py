@@ -6,7 +6,7 @@ All problems are collected and raised at once, with the model unchanged. Experts
 from collections.abc import Sequence
 from enum import Enum
 
-from torch import nn
+from torch import Tensor, nn
 
 from titan_fp8.converters.config import Float8GroupedSection
 from titan_fp8.converters.filters import check_patterns, first_match
@@ -49,6 +49,7 @@ class Float8GroupedConverter:
         self._section, self._device = section, device
         stay = placement.experts_stay or not placement.is_managed
         self._weights = ExpertWeights.CACHED if stay else ExpertWeights.GATHERED
+        self._ranks = placement.expert_tensor
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Convert in place; see `convert_grouped`."""
@@ -60,6 +61,7 @@ class Float8GroupedConverter:
             emulate=section.emulate,
             fast_accum_in_backward=section.fast_accum_in_backward,
             weights=self._weights,
+            ranks=self._ranks,
             prefix=f"{NAME}.",
         )
 
@@ -84,6 +86,7 @@ def convert_grouped(
     emulate: object = False,
     fast_accum_in_backward: bool = False,
     weights: ExpertWeights = ExpertWeights.CAST,
+    ranks: int = 1,
     prefix: str = "",
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
@@ -94,13 +97,14 @@ def convert_grouped(
         device: what training runs on.
         emulate, fast_accum_in_backward: see `Float8GroupedSection`.
         weights: what becomes of their codes.
+        ranks: over which the hidden features of each expert will be divided.
         prefix: what stands before a setting's name in messages.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
     experts = experts_of(model)
-    problems = _problems(model, experts, fqns, f"{prefix}fqns")
+    problems = _problems(model, experts, fqns, f"{prefix}fqns", ranks)
     emulated, mode = False, "native"
     try:
         emulated, mode = resolve_grouped_emulation(emulate, device, setting=f"{prefix}emulate")
@@ -108,7 +112,7 @@ def convert_grouped(
         problems.append(str(error))
     if problems:
         raise ConversionError(problems)
-    rows = [row for fqn, (_, each) in experts.items() for row in _rows(fqn, each, _is_named(fqns, fqn), experts)]
+    rows = [row for fqn, (_, each) in experts.items() for row in _rows(fqn, each, _is_named(fqns, fqn), experts, ranks)]
     config = Float8GroupedConfig(emulated, fast_accum_in_backward)
     for fqn, (layer, _) in experts.items():
         if _is_named(fqns, fqn):
@@ -125,7 +129,7 @@ def _is_named(fqns: Sequence[str], fqn: str) -> bool:
 
 
 def _problems(
-    model: nn.Module, experts: dict[str, tuple[MoE, Experts]], fqns: Sequence[str], setting: str
+    model: nn.Module, experts: dict[str, tuple[MoE, Experts]], fqns: Sequence[str], setting: str, ranks: int
 ) -> list[str]:
     if not experts:
         return ["the model has no experts, so there is nothing to convert; take the converter out of model.converters"]
@@ -146,21 +150,32 @@ def _problems(
         elif type(each) is not Experts:
             problems.append(f"{fqn}: it is a {type(each).__qualname__}, which computes otherwise; leave it out")
         for name, weight in each.named_parameters():
-            if any(size % ALIGNMENT for size in weight.shape[1:]):
+            _, *dims = _local_shape(name, weight, ranks)
+            if any(size % ALIGNMENT for size in dims):
+                whose = "an expert" if ranks == 1 else f"the part of an expert on one of {ranks} ranks"
                 problems.append(
-                    f"{fqn}.{name}: an expert is {' x '.join(map(str, weight.shape[1:]))}, and float8 needs multiples "
-                    f"of {ALIGNMENT}; leave it out of {setting}"
+                    f"{fqn}.{name}: {whose} is {' x '.join(map(str, dims))}, and float8 needs multiples of "
+                    f"{ALIGNMENT}; leave it out of {setting}"
                 )
     return problems
 
 
-def _rows(fqn: str, experts: Experts, is_named: bool, everywhere: dict[str, tuple[MoE, Experts]]) -> list[ReportRow]:
+def _local_shape(name: str, weight: Tensor, ranks: int) -> tuple[int, ...]:
+    """The shape of a weight of experts of which each rank has some hidden features; how many experts it has is not
+    known here."""
+    experts, n, k = weight.shape
+    return (experts, n, k // ranks) if name == "w2" else (experts, n // ranks, k)
+
+
+def _rows(
+    fqn: str, experts: Experts, is_named: bool, everywhere: dict[str, tuple[MoE, Experts]], ranks: int
+) -> list[ReportRow]:
     total = sum(weight.numel() for _, each in everywhere.values() for weight in each.parameters())
     return [
         ReportRow(
             f"{fqn}.{name}",
             tuple(weight.shape),
-            tuple(weight.shape),
+            _local_shape(name, weight, ranks),
             recipe=RECIPE if is_named else None,
             reason=None if is_named else "no pattern of fqns",
             flop_share=weight.numel() / max(total, 1),

@@ -132,7 +132,7 @@ def convert_linears(
         kernels=kernels,
         weights=weights.value,
         fused=fused,
-        exchanges=exchanges(model) if spread else {},
+        exchanges=exchanges(model, experts_divided=whole.expert_tensor > 1) if spread else {},
         size_rule=_size_rule(choices) if AUTO_FILTER in request.filter_fqns else {},
         rows=rows,
     )

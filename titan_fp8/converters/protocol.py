@@ -33,6 +33,7 @@ class Placement:
         shards: ranks over which one copy of the parameters is sharded.
         offloaded: parameters stay in host memory and come to the device unit by unit.
         tensor: ranks over which each matrix product of our decoder is split.
+        expert_tensor: ranks over which each expert is.
         experts_stay: experts are dealt out to ranks such that each has its own for good, and nobody gathers them.
     """
 
@@ -40,6 +41,7 @@ class Placement:
     shards: int = 1
     offloaded: bool = False
     tensor: int = 1
+    expert_tensor: int = 1
     experts_stay: bool = False
 
     @property

@@ -37,7 +37,7 @@ class LatentAttention(nn.Module):
         self.backend: Backend = backend
         self.chunk = None
         self.residual_std = residual_std
-        self.n_heads, self.kv_lora_rank = dims.n_heads, dims.kv_lora_rank
+        self.kv_lora_rank = dims.kv_lora_rank
         self.nope_width, self.rope_width, self.value_width = (
             dims.qk_nope_head_dim,
             dims.qk_rope_head_dim,
@@ -71,7 +71,9 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, rope: RopeTables, mask: Mask = None) -> Tensor:
         """`[B, S, dim]` to `[B, S, dim]`, same dtype."""
         q, latent, rotated = self.project(x)
-        q = q.view(-1, rope.seq_len, self.n_heads, self.nope_width + self.rope_width)
+        # The heads held here may be fewer than the model's, and the tokens may come as one row of B * S.
+        head_width = self.nope_width + self.rope_width
+        q = q.view(-1, rope.seq_len, q.shape[-1] // head_width, head_width)
         kv = self.wkv_b(self.kv_norm(latent)).view(*q.shape[:3], self.nope_width + self.value_width)
         q_nope, q_rope = q.split((self.nope_width, self.rope_width), dim=-1)
         k_nope, v = kv.split((self.nope_width, self.value_width), dim=-1)

@@ -30,6 +30,7 @@ from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.grouped import grouped_linear
 from titan_fp8.models.initialization import Constant, Distribution, TruncatedNormal
 from titan_fp8.models.linear import Linear
+from titan_fp8.runtime.collectives import Axis, all_reduce
 from titan_fp8.runtime.operators import register_operator
 
 
@@ -55,10 +56,10 @@ class Gate(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[T, dim]` of any floating dtype to fp32 `[T, E]`."""
-        return _Logits.apply(input, self.weight.to(input.dtype))
+        return Logits.apply(input, self.weight.to(input.dtype))
 
 
-class _Logits(torch.autograd.Function):
+class Logits(torch.autograd.Function):
     """`x @ w.T` of x `[T, dim]` and w `[E, dim]`, of one dtype, in fp32: the choice of experts depends on small
     differences."""
 
@@ -173,6 +174,7 @@ class MoE(nn.Module):
 
     Attributes:
         dispatcher: brings tokens to experts.
+        token_axis: ranks that route other tokens of the same microbatch; None: this one routes all.
         expert_bias: fp32 `[E]`, part of the state dict; None without balancing by biases.
         tokens_per_expert: fp32 `[E]`, choices since it was last set to zero, of microbatches whose backward is done.
         aux_loss_sum: fp32 `[1]`, the auxiliary loss times tokens since it was last set to zero.
@@ -195,6 +197,7 @@ class MoE(nn.Module):
             FeedForward(dims.dim, dims.n_shared_experts * hidden, residual_std) if dims.n_shared_experts else None
         )
         self.dispatcher: Dispatcher = LocalDispatcher(dims.n_experts)
+        self.token_axis: Axis | None = None
         # In fp32 whatever dtype parameters are trained in.
         per_expert, number = torch.zeros(dims.n_experts, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
         self.register_buffer("expert_bias", per_expert.clone() if dims.balance_rate else None)
@@ -209,16 +212,25 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
-        tokens = x.flatten(0, -2)
+        tokens = self.gather(x.flatten(0, -2))
         routing = self.router(tokens, self.expert_bias)
         scores = self._watched(routing)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
         arrive = self.dispatcher.dispatch(tokens, routing.experts, before)
-        shared = None if self.shared_experts is None else self.shared_experts(x)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens).view(x.shape)
         groups = arrive()
         y = self.experts(groups.rows, groups.ends)
-        routed = self.dispatcher.combine(y, groups, after).view(x.shape)
+        routed = self.scatter(self.dispatcher.combine(y, groups, after)).view(x.shape)
         return routed if shared is None else shared + routed
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """What is routed here of the tokens of this rank, `[T, dim]` both. Where experts are divided over ranks there
+        is another function, and another `scatter`."""
+        return tokens
+
+    def scatter(self, routed: Tensor) -> Tensor:
+        """What has come of the tokens of this rank, of what experts made of all that were gathered, `[T, dim]` both."""
+        return routed
 
     def _watched(self, routing: Routing) -> Tensor:
         """The scores, whose backward counts tokens and adds the auxiliary loss's gradient."""
@@ -226,8 +238,10 @@ class MoE(nn.Module):
             return routing.scores
         counts = torch.zeros_like(self.tokens_per_expert)
         counts.scatter_add_(0, routing.experts.flatten(), torch.ones_like(routing.scores).flatten())
-        choices = routing.experts.numel()
-        aux = routing.probabilities.sum(0) @ counts * (counts.numel() / max(choices, 1))  # times T
+        in_all, choices = counts, routing.experts.numel()
+        if self.token_axis is not None:
+            in_all, choices = all_reduce(counts, self.token_axis), choices * self.token_axis.size
+        aux = routing.probabilities.sum(0) @ in_all * (counts.numel() / max(choices, 1))  # times T
         totals = (self.tokens_per_expert, self.aux_loss_sum, self.aux_loss_scale)
         return _Watch.apply(routing.scores, aux, counts, *totals)
 

@@ -1,7 +1,7 @@
 """The inner order: what is done to a converted model before it gets its weights.
 
-    experts -> tensor and sequence parallelism -> context parallelism -> activation checkpointing (per block)
-        -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
+    experts -> tensor and sequence parallelism, routing over it -> context parallelism
+        -> activation checkpointing (per block) -> compile (per block) -> FSDP2, HSDP or DDP (per unit)
 
 Why in this order. Converters have already run: they see plain `nn.Linear`, and all that follows sees what they made
 of it. Recomputation sits inside the compiled region, so that the compiler sees it and may keep or fuse what it likes.
@@ -22,6 +22,7 @@ from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
 from titan_fp8.parallel.expert import apply_expert_parallel
+from titan_fp8.parallel.expert_tensor import apply_expert_tensor_parallel
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload, check_exchange
 from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor import apply_tensor_parallel
@@ -64,6 +65,8 @@ def parallelize(
     """
     apply_expert_parallel(model, mesh)
     apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
+    apply_expert_tensor_parallel(model, mesh)
+    around_experts = mesh.degrees.expert > 1 or mesh.degrees.tensor > 1
     context = context_parallel(mesh, parallelism)
     if context is not None:
         apply_context_parallel(model, context)
@@ -72,13 +75,13 @@ def parallelize(
         activation_checkpoint,
         compile_config=compile_config,
         dump_folder=dump_folder,
-        around_experts=mesh.degrees.expert > 1,
+        around_experts=around_experts,
     )
     apply_compile(
         model,
         compile_config,
         overlapped=_overlapped_axis(mesh, parallelism),
-        around_experts=mesh.degrees.expert > 1,
+        around_experts=around_experts,
     )
     if mesh.world_size > 1 or cpu_offload:
         apply_fsdp(

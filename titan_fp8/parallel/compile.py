@@ -9,7 +9,7 @@ parameters stay as they are. `fullgraph=True` because a graph break in a block i
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -43,8 +43,9 @@ def apply_compile(
         model: with its parallelism and activation checkpointing, not yet sharded.
         section: the section.
         overlapped: an axis whose gathers and sums shall overlap with the matrix products beside them; Inductor only.
-        around_experts: experts are dealt out to ranks. What their exchange needs to know is found out as the step goes
-            on, so of a block with experts the parts before and beside them are compiled, and they are not.
+        around_experts: experts are dealt out to ranks or sharded by themselves. What an exchange needs to know is found
+            out as the step goes on, so of a block with experts the parts before and beside them are compiled, and they
+            are not.
 
     Raises:
         UserError: no such backend.
@@ -59,21 +60,25 @@ def apply_compile(
             _compile_around_experts(block, section, options)
             continue
         compiled = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
-        divided = [m for m in block.modules() if isinstance(m._parameters.get("weight"), DTensor)]
-        block.forward = _with_local_weights(compiled, divided) if divided else compiled
+        block.forward = _with_local_weights(compiled, block.modules())
 
 
 def _compile_around_experts(block: TransformerBlock, section: CompileSection, options: dict[str, Any] | None) -> None:
     assert block.moe is not None
     compile_part = functools.partial(torch.compile, backend=section.backend, fullgraph=True, options=options)
-    block.attend_and_norm = compile_part(block.attend_and_norm)
-    if block.moe.shared_experts is not None:
-        block.moe.shared_experts.forward = compile_part(block.moe.shared_experts.forward)
+    before = [*block.attention.modules(), block.attention_norm, block.ffn_norm]
+    block.attend_and_norm = _with_local_weights(compile_part(block.attend_and_norm), before)
+    shared = block.moe.shared_experts
+    if shared is not None:
+        shared.forward = _with_local_weights(compile_part(shared.forward), shared.modules())
 
 
-def _with_local_weights(compiled: Callable[P, R], divided: list[nn.Module]) -> Callable[P, R]:
-    """A compiled block under tensor parallelism, whose graph sees plain tensors: PyTorch 2.13 cannot keep what DTensors
-    carry, their mesh, from forward to backward where a block is recomputed."""
+def _with_local_weights(compiled: Callable[P, R], modules: Iterable[nn.Module]) -> Callable[P, R]:
+    """What is compiled of these modules. Under tensor parallelism its graph sees plain tensors: PyTorch 2.13 cannot
+    keep what DTensors carry, their mesh, from forward to backward where a block is recomputed."""
+    divided = [module for module in modules if isinstance(module._parameters.get("weight"), DTensor)]
+    if not divided:
+        return compiled
 
     @functools.wraps(compiled)
     def forward(*args: P.args, **kwargs: P.kwargs) -> R:

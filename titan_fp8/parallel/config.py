@@ -80,11 +80,13 @@ class ParallelismSection(Section):
     one rank's at a time around, in less memory."""
 
     expert_parallel_degree: int = key(1, ge=1, unit="ranks")
-    """Ranks over which the experts of a layer are dealt out. They are taken from `data_parallel_shard_degree` and
-    `context_parallel_degree`, whose product is a multiple of it."""
+    """Ranks over which the experts of a layer are dealt out. They are taken from `data_parallel_shard_degree`,
+    `context_parallel_degree` and, where `expert_tensor_parallel_degree` is 1, `tensor_parallel_degree`, whose product
+    is a multiple of it."""
 
-    expert_tensor_parallel_degree: int = not_supported_yet(1, ge=1, unit="ranks")
-    """Ranks over which each expert is split."""
+    expert_tensor_parallel_degree: int = key(1, ge=1, unit="ranks")
+    """Ranks over which the hidden features of each expert are divided: 1, or `tensor_parallel_degree`. With 1 experts
+    are whole, and each rank of tensor parallelism routes tokens of its own."""
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Implementation of the exchange of tokens between experts: `standard` is all-to-all by the process group.

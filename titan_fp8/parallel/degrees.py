@@ -29,7 +29,9 @@ class MeshDegrees:
         data_parallel_replicate: copies of the parameters.
         data_parallel_shard: ranks over which one copy of the parameters is sharded.
         tensor, pipeline, context: ranks over which a matrix product, the layers, a sequence are split.
-        expert: ranks over which experts are dealt out; they are taken from `data_parallel_shard` and `context`.
+        expert: ranks over which experts are dealt out; they are taken from `data_parallel_shard`, `context` and, where
+            experts are not divided, `tensor`.
+        expert_tensor: ranks over which each expert is divided: 1, or `tensor`.
     """
 
     data_parallel_replicate: int = 1
@@ -38,11 +40,27 @@ class MeshDegrees:
     pipeline: int = 1
     context: int = 1
     expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that one copy of the experts is dealt out to and sharded over. Ranks of tensor parallelism that do not
+        divide experts have tokens of their own for them, as other ranks do."""
+        return self.shards * self.tensor // self.expert_tensor
 
     @property
     def expert_shards(self) -> int:
         """Parts into which FSDP cuts the experts of a rank."""
-        return self.shards // self.expert
+        return self.expert_ranks // self.expert
+
+    @property
+    def experts_are_apart(self) -> bool:
+        """Whether experts lie on the ranks in another way than all other parameters."""
+        return self.expert > 1 or self.expert_ranks != self.shards
+
+    def without_experts(self) -> "MeshDegrees":
+        """The degrees of a model that has none."""
+        return replace(self, expert=1, expert_tensor=self.tensor)
 
     @property
     def data_parallel(self) -> int:
@@ -95,14 +113,23 @@ def resolve_degrees(parallelism: ParallelismSection, world_size: int) -> MeshDeg
 
 
 def _with_experts(degrees: MeshDegrees, parallelism: ParallelismSection) -> MeshDegrees:
-    expert = parallelism.expert_parallel_degree
-    if degrees.shards % expert:
+    expert, divided = parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree
+    if divided not in (1, degrees.tensor):
+        remedy = f"1 or {degrees.tensor}" if degrees.tensor > 1 else "1, or raise tensor_parallel_degree with it"
+        raise UserError(
+            f"expert_tensor_parallel_degree = {divided}: each expert is either whole or divided over all ranks of "
+            f"tensor_parallel_degree = {degrees.tensor}; set it to {remedy}"
+        )
+    degrees = replace(degrees, expert=expert, expert_tensor=divided)
+    ranks = degrees.expert_ranks
+    if ranks % expert:
+        tensor = f" x tensor_parallel_degree {degrees.tensor}" if degrees.tensor > divided else ""
         raise UserError(
             f"expert_parallel_degree = {expert} takes its ranks from data_parallel_shard_degree "
-            f"{degrees.data_parallel_shard} x context_parallel_degree {degrees.context} = {degrees.shards}, which is "
-            f"no multiple of it; {f'choose a divisor of {degrees.shards}' if degrees.shards > 1 else 'set it to 1'}"
+            f"{degrees.data_parallel_shard} x context_parallel_degree {degrees.context}{tensor} = {ranks}, which is "
+            f"no multiple of it; {f'choose a divisor of {ranks}' if ranks > 1 else 'set it to 1'}"
         )
-    return replace(degrees, expert=expert)
+    return degrees
 
 
 def given_degrees(parallelism: ParallelismSection) -> MeshDegrees:

@@ -1,6 +1,6 @@
 """Expert parallelism: the experts of a layer dealt out to the ranks of the `ep` axis.
 
-Each rank has E / ep of a layer's experts whole, and its own tokens. A token travels to the ranks of its experts and
+Each rank has E / ep of a layer's experts, and its own tokens. A token travels to the ranks of its experts and
 back, in two exchanges of all ranks with all:
 
     sort      each rank sorts its tokens by expert, so that what goes to one rank lies together
@@ -9,9 +9,9 @@ back, in two exchanges of all ranks with all:
     regroup   what has come, by rank and expert, is sorted by expert, with the alignment that the products want
     combine   the experts' outputs travel back, and are summed for each token
 
-`ep` takes its ranks from the axes `dp_shard` and `cp`, neighbours first. So ranks of `ep` have different tokens, an
-expert's gradient sums over all of them by itself, and what is left of these axes, `expert_shards`, shards the experts
-further. Source: arXiv 2006.16668.
+`ep` takes its ranks from the axes `dp_shard`, `cp` and, where experts are whole (`expert_tensor.py`), `tp`, neighbours
+first. So ranks of `ep` have different tokens, an expert's gradient sums over all of them by itself, and what is left of
+these axes, `expert_shards`, shards the experts further. Source: arXiv 2006.16668.
 
 T tokens of a rank, k choices of each, E experts, D features, R rows that have come to a rank.
 """
@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Shard
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dispatch import Groups, Permute, Unpermute, plan
 from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.parallel.expert_tensor import divide_experts
 from titan_fp8.parallel.mesh import EP, ParallelMesh
 from titan_fp8.quantization.fsdp_weight import states_of
 from titan_fp8.quantization.tensor_parallel import local_tensor
@@ -37,34 +37,27 @@ from titan_fp8.runtime.collectives import Axis
 
 
 def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
-    """Deal the experts of `model` out over the `ep` axis of `mesh`, in place; nothing happens where its length is 1.
+    """Deal the experts of `model` out over the `ep` axis of `mesh`, in place, and divide each over `tp` where they
+    are to be divided (`expert_tensor.py`); nothing happens where each rank has all of them whole.
 
     Args:
         model: converted, not yet compiled or sharded; its number of experts divides (`family_rules.py`).
         mesh: from `build_mesh`.
     """
-    if mesh.degrees.expert == 1:
+    if mesh.degrees.expert == mesh.degrees.expert_tensor == 1:
         return
-    ep_mesh = mesh.expert_mesh[EP]
     for module in model.modules():
-        if isinstance(module, MoE):
-            experts = module.experts
-            for name, parameter in list(experts.named_parameters()):
-                setattr(experts, name, _part_of(parameter, ep_mesh))
-            for _, state in states_of(experts):
-                state.parts += (Axis.of(ep_mesh.get_group()),)
-            experts.weights = partial(_local_weights, experts)
+        if not isinstance(module, MoE):
+            continue
+        divide_experts(module.experts, mesh)
+        for name, state in states_of(module.experts):
+            divided = getattr(module.experts, name).device_mesh
+            state.parts = tuple(Axis.of(divided.get_group(number)) for number in range(divided.ndim))
+        module.experts.weights = partial(_local_weights, module.experts)
+        if mesh.degrees.expert > 1:
             module.dispatcher = ExchangeDispatcher(
-                module.dispatcher.n_experts, ep_mesh.get_group(), module.dispatcher.alignment
+                module.dispatcher.n_experts, mesh.expert_mesh.get_group(EP), module.dispatcher.alignment
             )
-
-
-def _part_of(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
-    """The experts of this rank, as a DTensor that knows of all."""
-    part = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].contiguous()
-    whole = {"shape": parameter.shape, "stride": parameter.stride()}
-    dtensor = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **whole)
-    return nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
 
 
 def _local_weights(experts: Experts) -> tuple[Tensor, Tensor, Tensor]:

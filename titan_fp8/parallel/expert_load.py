@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.moe import MoE
-from titan_fp8.parallel.mesh import ParallelMesh
+from titan_fp8.parallel.mesh import TP, ParallelMesh
 
 
 class ExpertLoad:
@@ -56,7 +56,9 @@ class ExpertLoad:
         Args:
             label_tokens: fp32 `[]`, by which the losses of the step are divided.
         """
-        self._aux_scale.copy_((self._aux_weight / label_tokens).view(1))
+        # Ranks that divide experts route the same tokens, and what each gives the router as a gradient is summed.
+        weight = self._aux_weight / self._mesh.degrees.expert_tensor
+        self._aux_scale.copy_((weight / label_tokens).view(1))
 
     @torch.no_grad()
     def end_step(self, skip: Tensor | None = None) -> None:
@@ -67,6 +69,8 @@ class ExpertLoad:
         """
         sums = torch.cat([self._counts, self._aux_sums.unsqueeze(1)], dim=1)
         dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.tokens.get_group())
+        if self._mesh.degrees.tensor > self._mesh.degrees.expert_tensor:  # each has routed tokens of its own
+            dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.device_mesh.get_group(TP))
         self._last_counts, self._last_aux = sums[:, :-1], sums[:, -1]
         self._counts.zero_()
         self._aux_sums.zero_()

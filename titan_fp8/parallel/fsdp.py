@@ -130,9 +130,9 @@ def _shard_experts(
     reduce_dtype: torch.dtype,
     offload: OffloadPolicy,
 ) -> set[nn.Parameter]:
-    """Shard experts that are dealt out to ranks as units of their own, over the ranks that have the same ones; where
-    each rank is the only one, its experts stay as they are, and are returned."""
-    if mesh.degrees.expert == 1:
+    """Shard experts that lie on other ranks than all else as units of their own, over the ranks that have the same
+    ones; where each rank is the only one, its experts stay as they are, and are returned."""
+    if not mesh.degrees.experts_are_apart:
         return set()
     experts = [module.experts for module in model.modules() if isinstance(module, MoE)]
     expert_mesh = mesh.expert_fsdp_mesh
@@ -153,13 +153,8 @@ def _shard_experts(
 def _shard_dim(shards: int, parameter: nn.Parameter) -> Shard | None:
     """Along which dimension a parameter is cut; None: the first. Of experts there may be fewer than shards, and some
     ranks would have none: each expert is cut then."""
-    if parameter.dim() < 3 or _experts_here(parameter) % shards == 0 or parameter.shape[1] % shards:
-        return None
-    return Shard(1)
-
-
-def _experts_here(parameter: nn.Parameter) -> int:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape[0]
+    here = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    return None if len(here) < 3 or here[0] % shards == 0 or here[1] % shards else Shard(1)
 
 
 def _precision(

@@ -16,15 +16,17 @@ axis by name and need not know which are in use:
 
 Ranks of one tp or pp axis see the same data. Over what is left, batches, losses and gradients are divided:
 
-Experts of a mixture of experts may be dealt out to ranks of dp_shard and cp. For their parameters the same ranks form
-another grid, in which `ep` and `expert_shards` are in the place of these two axes:
-
-    ep             experts: which of them a rank has, neighbours first
-    expert_shards  shards of these
-
     data     dp_replicate x dp_shard            which sequences a rank reads
     tokens   dp_replicate x dp_shard x cp       which tokens a rank computes the loss of
     shards   dp_shard x cp                      which shard of the parameters FSDP gives it
+
+Experts of a mixture of experts lie otherwise. For their parameters the same ranks form another grid, with three axes in
+the place of dp_shard, cp and tp:
+
+    expert_shards  shards of a rank's experts
+    ep             experts: which of them a rank has, neighbours first
+    expert_tp      parts of each expert: the ranks of tp, or of length 1. Then the ranks of tp, which have different
+                   tokens between products, are ranks for the two axes above
 """
 
 from dataclasses import dataclass
@@ -36,8 +38,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titan_fp8.parallel.degrees import MeshDegrees
 
 PP, DP_REPLICATE, DP_SHARD, CP, TP = AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-EXPERT_SHARDS, EP = "expert_shards", "ep"
-EXPERT_AXES = (PP, DP_REPLICATE, EXPERT_SHARDS, EP, TP)
+EXPERT_SHARDS, EP, EXPERT_TP = "expert_shards", "ep", "expert_tp"
+EXPERT_AXES = (PP, DP_REPLICATE, EXPERT_SHARDS, EP, EXPERT_TP)
 SHARDS = "dp_shard_cp"
 TOKENS = "dp_cp"
 
@@ -51,7 +53,8 @@ class ParallelMesh:
         device_mesh: the whole grid.
         shards: its axes `dp_shard` and `cp` as one, of the name `dp_shard_cp`.
         tokens: its axes `dp_replicate`, `dp_shard` and `cp` as one.
-        expert_mesh: the same ranks, by the axes of experts; where no experts are dealt out it is `device_mesh`.
+        expert_mesh: the same ranks, by the axes of experts; where these lie as all other parameters do it is
+            `device_mesh`.
     """
 
     degrees: MeshDegrees
@@ -119,7 +122,7 @@ class ParallelMesh:
 
     @property
     def expert_fsdp_mesh(self) -> DeviceMesh:
-        """`fsdp_mesh` of experts that are dealt out."""
+        """`fsdp_mesh` of experts that lie otherwise than all else."""
         has_copies = self.degrees.data_parallel_replicate > 1
         return self.expert_mesh[DP_REPLICATE, EXPERT_SHARDS] if has_copies else self.expert_mesh[EXPERT_SHARDS]
 
@@ -129,7 +132,8 @@ class ParallelMesh:
         world = dist.group.WORLD
         assert world is not None
         axes = [self.device_mesh.get_group(axis) for axis in AXES]
-        experts = [self.expert_mesh.get_group(axis) for axis in (EXPERT_SHARDS, EP)] if self.degrees.expert > 1 else []
+        of_experts = (EXPERT_SHARDS, EP, EXPERT_TP) if self.degrees.experts_are_apart else ()
+        experts = [self.expert_mesh.get_group(axis) for axis in of_experts]
         return [world, *axes, self.shards.get_group(), self.tokens.get_group(), *experts]
 
 
@@ -151,8 +155,7 @@ def build_mesh(degrees: MeshDegrees, device_type: str) -> ParallelMesh:
     shards = device_mesh[DP_SHARD, CP]._flatten(SHARDS)
     tokens = device_mesh[DP_REPLICATE, DP_SHARD, CP]._flatten(TOKENS)
     expert_mesh = device_mesh
-    if degrees.expert > 1:
-        outer, inner = lengths[:2], lengths[4:]
-        expert_lengths = (*outer, degrees.expert_shards, degrees.expert, *inner)
+    if degrees.experts_are_apart:
+        expert_lengths = (*lengths[:2], degrees.expert_shards, degrees.expert, degrees.expert_tensor)
         expert_mesh = init_device_mesh(device_type, expert_lengths, mesh_dim_names=EXPERT_AXES)
     return ParallelMesh(degrees, device_mesh, shards, tokens, expert_mesh)

@@ -7,14 +7,25 @@
     ffn_norm, w1, w3, w2                likewise
     norm, output       each rank has the logits of some of the vocabulary, of all tokens
 
+In other families:
+
+    wq_a, wkv_a        of latent attention: whole, each rank multiplies its T / t tokens. What is gathered is narrow,
+                       the normed latent vectors and the one rotated key: in DeepSeek-V3 2112 features a token in place
+                       of the stream's 7168, and no token is multiplied twice. The gradient of a weight is summed over
+                       the ranks, which it would be after a gather of the stream too, since each rank has its heads'
+                       part of the gradient
+    wq, wq_b, wkv_b    by output features, that is by heads
+    router.gate        whole; of experts see `expert_tensor.py`
+    shared_experts     as w1, w3, w2
+
 Between exchanges, every rank holds T / t whole tokens: the residual stream has the shape [1, T / t, dim], T = B x S,
 the tokens of all sequences in one row. How a module exchanges follows from what it is, not from what the job converts:
 the input of linears that are all float8 of one recipe travels as codes (`quantization/tensor_parallel.py`), and where
 one of them stays in high precision the numbers travel.
 
 Parameters become DTensors on the `tp` axis, so FSDP can shard them further, and checkpoints know what they are. What
-modules compute with are the plain tensors inside. Norms have whole weights on every rank and see some of the tokens
-each; their gradients are summed over the axis.
+modules compute with are the plain tensors inside. What has whole weights on every rank and sees some of the tokens is
+in `tensor_whole.py`.
 
 T tokens, t ranks of the axis. Source: arXiv 1909.08053, 2205.05198.
 """
@@ -32,10 +43,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.linear import Linear, linear
 from titan_fp8.models.loss import IGNORE_INDEX
+from titan_fp8.models.mla import LatentAttention
+from titan_fp8.models.moe import Experts, Gate
 from titan_fp8.models.norm import RMSNorm
-from titan_fp8.models.splits import COLUMN, READERS, ROW
+from titan_fp8.models.splits import readers_of, way_of
 from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor_rules import check_tensor_parallel
+from titan_fp8.parallel.tensor_whole import SequenceParallelGate, SequenceParallelLinear, SequenceParallelRMSNorm
 from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
 from titan_fp8.quantization.tensor_parallel import (
     GatherTokens,
@@ -67,10 +81,9 @@ def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: 
     axis = Axis.of(tp_mesh.get_group())
     divided: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
-        last = name.rpartition(".")[2]
         if isinstance(module, nn.Linear):
-            split = _split_of(last)
-            _divide(module, tp_mesh, Shard(0 if split is Split.COLUMN else 1), divided)
+            split = Split(way_of(name))
+            _divide(module, tp_mesh, _PLACEMENTS[split], divided)
             _make_parallel_linear(module, split, axis)
         elif isinstance(module, nn.Embedding):
             _divide(module, tp_mesh, Shard(0), divided)
@@ -78,22 +91,22 @@ def apply_tensor_parallel(model: Decoder, mesh: ParallelMesh, *, loss_parallel: 
         elif isinstance(module, RMSNorm):
             _divide(module, tp_mesh, Replicate(), divided)
             _become(module, SequenceParallelRMSNorm, axis=axis)
-        else:
+        elif not isinstance(module, Experts):  # `divide_experts` does that
             assert not any(p is not None for p in module._parameters.values()), name
     for block in model.layers.values():
-        for name, readers in READERS.items():
-            _gather_input(getattr(block, name), readers, axis)
+        for name, readers in readers_of(block).items():
+            if name == "moe.shared_experts" and mesh.degrees.expert_tensor > 1:
+                continue  # it reads what is gathered for the experts
+            _gather_input(block.get_submodule(name), readers, axis)
+        if isinstance(block.attention, LatentAttention):
+            _gather_rotated_keys(block.attention, axis)
     if model.output is not None:
         _gather_input(model.output, (), axis)
         if not loss_parallel:
             _gather_output(model.output, axis)
 
 
-def _split_of(name: str) -> Split:
-    if name in COLUMN:
-        return Split.COLUMN
-    assert name in ROW, name
-    return Split.ROW
+_PLACEMENTS: dict[Split, Placement] = {Split.COLUMN: Shard(0), Split.ROW: Shard(1), Split.WHOLE: Replicate()}
 
 
 def _divide(module: nn.Module, mesh: DeviceMesh, placement: Placement, divided: dict[int, nn.Parameter]) -> None:
@@ -128,10 +141,10 @@ def _make_parallel_linear(linear: nn.Linear, split: Split, axis: Axis) -> None:
     if isinstance(linear, Float8Linear):
         linear.config = replace(linear.config, parallel=TensorParallel(split, axis))
         if linear.fsdp_weight_state is not None:
-            linear.fsdp_weight_state.axis = axis
+            linear.fsdp_weight_state.axis = linear.config.weight_axis
         return
-    assert type(linear) is Linear, type(linear)
-    _become(linear, ColumnParallelLinear if split is Split.COLUMN else RowParallelLinear, axis=axis)
+    assert type(linear) in (Linear, Gate), type(linear)
+    _become(linear, SequenceParallelGate if type(linear) is Gate else _KINDS[split], axis=axis)
 
 
 class ColumnParallelLinear(Linear):
@@ -150,6 +163,13 @@ class RowParallelLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return ScatterSum.apply(linear(input, local_weight(self), None, self.weight_sink), self.axis)
+
+
+_KINDS: dict[Split, type[nn.Module]] = {
+    Split.COLUMN: ColumnParallelLinear,
+    Split.ROW: RowParallelLinear,
+    Split.WHOLE: SequenceParallelLinear,
+}
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -172,28 +192,6 @@ class VocabParallelEmbedding(nn.Embedding):
         return ScatterSum.apply(found if self.compute_dtype is None else found.to(self.compute_dtype), self.axis)
 
 
-class SequenceParallelRMSNorm(RMSNorm):
-    """RMSNorm of some of the tokens, whose weight's gradient is that of all."""
-
-    axis: Axis
-
-    def scale(self, dtype: torch.dtype) -> Tensor:
-        return _SumGradient.apply(local_weight(self), self.axis).to(dtype)
-
-
-class _SumGradient(torch.autograd.Function):
-    """A tensor that all ranks have; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.float(), ctx.axis).to(grad.dtype), None  # rounded once
-
-
 def _gather_input(module: nn.Module, readers: tuple[str, ...], axis: Axis) -> None:
     """Let `module` see all tokens, of which its caller has some. readers: the names of its linears that read them;
     none: it is the linear itself."""
@@ -208,6 +206,17 @@ def _gather_input(module: nn.Module, readers: tuple[str, ...], axis: Axis) -> No
         return inner(gather_quantized(x, recipe, axis, columns=columns), *args, **kwargs)
 
     module.forward = forward
+
+
+def _gather_rotated_keys(attention: LatentAttention, axis: Axis) -> None:
+    """Let the heads of `attention` have the rotated keys of all tokens, of which `project` gives this rank's."""
+    inner = attention.project
+
+    def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, latent, rotated = inner(x)
+        return q, latent, GatherTokens.apply(rotated, axis)
+
+    attention.project = project
 
 
 def _gather_output(module: nn.Module, axis: Axis) -> None:

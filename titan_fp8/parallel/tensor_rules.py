@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from titan_fp8.models.linear import Linear
+from titan_fp8.models.moe import Experts, Gate
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import division_problem
 from titan_fp8.quantization.linear import Float8Linear
@@ -33,7 +34,9 @@ def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
 def _problems(name: str, module: nn.Module, ranks: int) -> Iterator[str]:
     degree, otherwise = f"parallelism.tensor_parallel_degree = {ranks}", "or set the degree to 1"
     parameters = [parameter for parameter, value in module._parameters.items() if value is not None]
-    known = type(module) in (*_LINEARS, nn.Embedding, RMSNorm)
+    if isinstance(module, Experts):  # whole, or divided by rules of their own (`family_rules.py`)
+        return
+    known = type(module) in (*_LINEARS, Gate, nn.Embedding, RMSNorm)
     if not known and (parameters or isinstance(module, nn.Linear)):
         what = f"{name or 'the model'}: it is a {type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, nn.Linear):

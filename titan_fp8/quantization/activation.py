@@ -73,7 +73,7 @@ def quantize_activation(
         owner: the tensor that x was made from and that the linears share; it carries the codes.
         recipe: decides formats and scales.
         columns: whether the weight's gradient will be asked for.
-        axis: ranks that hold other features of the same tensor.
+        axis: ranks that hold other features, or other tokens, of the same tensor.
         shared: other linears may read the tensor. If none does, and the tensor is kept for backward, codes that it
             carried would be kept with it.
     """

@@ -33,7 +33,7 @@ from titan_fp8.quantization import ops
 from titan_fp8.quantization.casts import Codes, as_matrix, cast_activation, cast_weight, product, weight_columns
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.quantization.tensor_parallel import Split, TensorParallel, cast_gradient
-from titan_fp8.runtime.collectives import Axis, reduce_scatter
+from titan_fp8.runtime.collectives import Axis, all_reduce, reduce_scatter
 from titan_fp8.runtime.deferred import WeightSink
 
 
@@ -69,12 +69,25 @@ class Float8Config:
     @property
     def sums_over_ranks(self) -> Axis | None:
         """The ranks whose outputs are summed and scattered along the tokens."""
-        return self.parallel.axis if self.parallel is not None and self.parallel.split is Split.ROW else None
+        return self._axis_of(Split.ROW)
+
+    @property
+    def input_axis(self) -> Axis | None:
+        """The ranks that hold other parts of the same input: other features, or other tokens."""
+        return self._axis_of(Split.ROW, Split.WHOLE)
 
     @property
     def weight_axis(self) -> Axis | None:
         """The ranks that hold other parts of the same weight."""
-        return None if self.parallel is None else self.parallel.axis
+        return self._axis_of(Split.COLUMN, Split.ROW)
+
+    @property
+    def gradient_axis(self) -> Axis | None:
+        """The ranks over which the gradients of the same weight are summed."""
+        return self._axis_of(Split.WHOLE)
+
+    def _axis_of(self, *splits: Split) -> Axis | None:
+        return self.parallel.axis if self.parallel is not None and self.parallel.split in splits else None
 
     @property
     def saves_columns(self) -> bool:
@@ -238,8 +251,10 @@ def later_or_now(sink: WeightSink | None, product: Callable[[], Tensor], dtype: 
 def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config: Float8Config) -> Tensor:
     """`grad_output.T @ x`, of their codes by columns if there are any; else x.codes is x in high precision."""
     if g_columns is not None:
-        return config.gradient_product(g_columns, x, config.grad_weight_dtype)
-    return _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
+        grad = config.gradient_product(g_columns, x, config.grad_weight_dtype)
+    else:
+        grad = _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
+    return grad if config.gradient_axis is None else all_reduce(grad.float(), config.gradient_axis)
 
 
 def _columns_of(x: Tensor, recipe: Float8Recipe, *, after: Tensor) -> Codes:

@@ -110,8 +110,8 @@ class Float8Linear(nn.Linear):
         """The input as autograd sees it `[..., K]`, its codes by rows, and by columns if asked; None: if the weight's
         gradient needs them."""
         value = input if isinstance(input, Tensor) else input.value
-        axis = self.config.sums_over_ranks
-        in_features = self.in_features if axis is None else self.in_features // axis.size
+        axis, of_features = self.config.input_axis, self.config.sums_over_ranks
+        in_features = self.in_features if of_features is None else self.in_features // of_features.size
         if value.shape[-1] != in_features:
             raise ValueError(f"float8 linear with in_features={in_features} got input {list(value.shape)}")
         recipe = self.config.recipe

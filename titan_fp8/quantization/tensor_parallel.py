@@ -4,6 +4,7 @@ A product is split by the rows of its weight (*column parallel*: each rank has s
 (*row parallel*: each has some input features, and the ranks' outputs are summed). Between the two, activations are
 divided by features; elsewhere each rank has T / t of the tokens (sequence parallel). So the input of a column-parallel
 linear is gathered along the tokens, and the output of a row-parallel one summed and scattered; in backward the reverse.
+A linear whose weight is *whole* on every rank multiplies a rank's T / t tokens; its weight's gradient is summed.
 
     what is gathered                       tensorwise, rowwise           blockwise, rowwise_with_gw_hp
     input of column-parallel linears       codes, one gather for all     bf16, cast after
@@ -13,7 +14,9 @@ Codes travel at one byte a value. They are those of the unsharded tensor: tensor
 ranks; rowwise, a row lies whole on one rank. The columns that a weight's gradient needs are derived from the gathered
 row codes, a transpose and, rowwise, a shift of exponents (exact but for subnormals). A tensor that is split by
 features is cast where it is; tensorwise with the amax of all ranks, rowwise with each rank's own scales, which are
-powers of two and so change nothing but which values are subnormal. `blockwise` needs the columns' own amax and
+powers of two and so change nothing but which values are subnormal. So is what a whole weight multiplies, a tensor that
+is split by tokens: its rows, and tensorwise all of it, have the scales of the unsharded tensor, its columns those of a
+rank's tokens. `blockwise` needs the columns' own amax and
 `rowwise_with_gw_hp` the numbers themselves, so for them numbers travel.
 
 T tokens, t ranks, K in features, N out features. Source: arXiv 1909.08053, 2205.05198.
@@ -46,6 +49,8 @@ class Split(Enum):
     """By rows: each rank has N / t output features."""
     ROW = "row"
     """By columns: each rank has K / t input features."""
+    WHOLE = "whole"
+    """Not at all: each rank has all of it, and T / t of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,13 @@ def cast_gradient(
     """A linear's output gradient as its two gradient products take it.
 
     Args:
-        grad: `[T, N]`; column parallel `[T, N / t]`; row parallel this rank's tokens, `[T / t, N]`.
+        grad: `[T, N]`; column parallel `[T, N / t]`; row parallel, or of a whole weight, this rank's tokens,
+            `[T / t, N]`.
         rows, columns: the layouts that are needed.
 
     Returns:
-        the gradient of all tokens `[T, ...]` in high precision where it exists, else `grad` itself; its codes by rows
-        and by columns, None where not asked for.
+        the gradient in high precision of all tokens `[T, ...]`, which row parallel are gathered, where it exists, else
+        `grad` itself; its codes by rows and by columns, None where not asked for.
     """
     dtype = recipe.grad_output_dtype
     axis = None if parallel is None else parallel.axis

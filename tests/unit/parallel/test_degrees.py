@@ -90,9 +90,16 @@ def test_degrees_that_do_not_fit_are_refused_with_the_remedy(
         ({"context_parallel_degree": 4}, 8, 8, 1),
         ({"context_parallel_degree": 4, "data_parallel_shard_degree": 1}, 4, 2, 2),
         ({"pipeline_parallel_degree": 2, "context_parallel_degree": 2}, 8, 2, 2),
+        ({"tensor_parallel_degree": 2}, 8, 1, 8),
+        ({"tensor_parallel_degree": 2}, 8, 8, 1),
+        ({"tensor_parallel_degree": 2}, 2, 2, 1),
+        ({"tensor_parallel_degree": 2, "context_parallel_degree": 2}, 8, 4, 2),
+        ({"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 2}, 8, 4, 1),
+        ({"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2}, 8, 2, 2),
+        ({"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2}, 8, 4, 1),
     ],
 )
-def test_experts_take_their_ranks_from_shards_and_parts_of_sequences_and_make_none(
+def test_experts_take_their_ranks_from_other_axes_and_make_none(
     keys: dict[str, int], world_size: int, expert: int, expert_shards: int
 ) -> None:
     degrees = resolve_degrees(ParallelismSection(**keys, expert_parallel_degree=expert), world_size)
@@ -130,6 +137,34 @@ def test_experts_take_their_ranks_from_shards_and_parts_of_sequences_and_make_no
             8,
             2,
             "data_parallel_shard_degree 4, but WORLD_SIZE is 8; set it to -1",
+        ),
+        (
+            {"tensor_parallel_degree": 2},
+            4,
+            3,
+            "expert_parallel_degree = 3 takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 "
+            "x tensor_parallel_degree 2 = 4, which is no multiple of it; choose a divisor of 4",
+        ),
+        (
+            {"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2},
+            4,
+            4,
+            "expert_parallel_degree = 4 takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 "
+            "= 2, which is no multiple of it; choose a divisor of 2",
+        ),
+        (
+            {"tensor_parallel_degree": 4, "expert_tensor_parallel_degree": 2},
+            8,
+            1,
+            "expert_tensor_parallel_degree = 2: each expert is either whole or divided over all ranks of "
+            "tensor_parallel_degree = 4; set it to 1 or 4",
+        ),
+        (
+            {"expert_tensor_parallel_degree": 2},
+            8,
+            1,
+            "expert_tensor_parallel_degree = 2: each expert is either whole or divided over all ranks of "
+            "tensor_parallel_degree = 1; set it to 1, or raise tensor_parallel_degree with it",
         ),
     ],
 )

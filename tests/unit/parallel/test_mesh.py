@@ -74,6 +74,22 @@ def test_the_mesh_of_fsdp_has_the_copies_and_all_that_parameters_are_sharded_ove
         ),
         ({"data_parallel_shard": 4, "context": 2, "expert": 4}, [4, 5, 6, 7], ("expert_shards",), (2,), [[1, 5]]),
         ({"context": 8, "expert": 2}, [4, 5], ("expert_shards",), (4,), [[1, 3, 5, 7]]),
+        ({"data_parallel_shard": 4, "tensor": 2}, [5], ("expert_shards",), (8,), [list(range(8))]),
+        ({"data_parallel_shard": 4, "tensor": 2, "expert": 2}, [4, 5], ("expert_shards",), (4,), [[1, 3, 5, 7]]),
+        (
+            {"data_parallel_replicate": 2, "context": 2, "tensor": 2, "expert": 4},
+            [4, 5, 6, 7],
+            ("dp_replicate", "expert_shards"),
+            (2, 1),
+            [[1, 5], [5]],
+        ),
+        (
+            {"data_parallel_shard": 4, "tensor": 2, "expert": 2, "expert_tensor": 2},
+            [5, 7],
+            ("expert_shards",),
+            (2,),
+            [[1, 5]],
+        ),
         ({"pipeline": 2, "data_parallel_shard": 4, "expert": 2}, [4, 5], ("expert_shards",), (2,), [[5, 7]]),
         (
             {"pipeline": 2, "data_parallel_replicate": 2, "data_parallel_shard": 2, "expert": 2},

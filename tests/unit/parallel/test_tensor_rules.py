@@ -6,8 +6,10 @@ from torch import nn
 
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.models.linear import Linear
 from titan_fp8.models.norm import RMSNorm
+from titan_fp8.models.splits import division_problem, local_dims
 from titan_fp8.parallel.apply import check_parallelization
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.degrees import MeshDegrees
@@ -59,8 +61,8 @@ def test_everything_that_cannot_be_divided_is_named_with_rule_and_remedy() -> No
         "output": f"out_features=65 is not a multiple of {degree}; change one of them",
         "layers.0.attention.wq": f"{degree} divides weights alone, and it has a bias; make it without, or set the "
         "degree to 1",
-        "layers.0.attention.gate": f"{degree} divides linears by their names, wq, wk, wv, w1, w3, output by output "
-        "features and wo, w2 by input features, and gate is none of them; rename it, or set the degree to 1",
+        "layers.0.attention.gate": f"{degree} divides linears by their names, wq, wk, wv, wq_b, wkv_b, w1, w3, output "
+        "by output features and wo, w2 by input features, and gate is none of them; rename it, or set the degree to 1",
         "layers.0.feed_forward.w1": f"it is a {__name__}.OtherLinear, and of linears {degree} divides Linear and "
         "Float8Linear alone, not their subclasses; use one, or set the degree to 1",
         "layers.1.attention.wk": f"out_features=33 is not a multiple of {degree}; change one of them",
@@ -75,6 +77,37 @@ def test_everything_that_cannot_be_divided_is_named_with_rule_and_remedy() -> No
 def test_a_decoder_of_this_project_can_be_divided_and_one_rank_divides_nothing() -> None:
     check_tensor_parallel(_decoder(), 2)
     check_tensor_parallel(_broken_decoder(), 1)
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_moe", "mixtral", "deepseek_v3"])
+def test_families_with_experts_and_latent_attention_can_be_divided(family: str) -> None:
+    with torch.device("meta"):
+        model = Decoder(resolve_dims(family, "debugmodel", {}), seq_len=8)
+    check_tensor_parallel(model, 2)
+
+
+LATENT = "layers.0.attention."
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (f"{LATENT}wq_a", (96, 64)),
+        (f"{LATENT}wkv_a", (96, 64)),
+        ("layers.0.moe.router.gate", (96, 64)),
+        (f"{LATENT}wq_b", (48, 64)),
+        (f"{LATENT}wkv_b", (48, 64)),
+        (f"{LATENT}wo", (96, 32)),
+        ("layers.0.moe.shared_experts.w2", (96, 32)),
+        ("gate", None),
+        ("layers.0.router_gate", None),
+        ("layers.0.attention.a", None),
+    ],
+)
+def test_a_rank_has_the_part_of_a_linear_that_its_name_says(name: str, part: tuple[int, int] | None) -> None:
+    assert (division_problem(name, 96, 64, 2) is None) == (part is not None)
+    if part is not None:
+        assert local_dims(name, 96, 64, 2) == part
 
 
 class OtherNorm(RMSNorm):
