@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 from titan_fp8.config.section import Problem
 from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
-from titan_fp8.family_rules import (
-    experts_are_dealt_out,
-    experts_are_whole,
-    experts_exist,
-    sequences_of_the_family_are_spread,
-)
+from titan_fp8.family_rules import experts_are_dealt_out, experts_are_whole, experts_exist
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.families import FLAVORS
 from titan_fp8.models.flavors import resolve_dims
@@ -362,13 +357,12 @@ def seed_checkpoint_is_made_by_one_process(job: "JobConfig", world_size: int) ->
 
 
 def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
-    """What only some families have is there where it is asked for, and can be spread."""
+    """What only some families have is there where it is asked for, and can be dealt out."""
     dims, degrees = _dims(job), _degrees_or_given(job, world_size)
     if dims is not None:
         yield from experts_exist(job, dims)
         yield from experts_are_dealt_out(job, dims, degrees)
         yield from experts_are_whole(job, dims, degrees)
-        yield from sequences_of_the_family_are_spread(job, dims, degrees)
 
 
 RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (

@@ -28,7 +28,7 @@ from titan_fp8.parallel.context import (
     check_rotate_method,
     check_sequence,
 )
-from titan_fp8.parallel.context_attention import Block, gathered_blocks, held_chunks, ring_blocks
+from titan_fp8.parallel.context_blocks import Block, gathered_blocks, held_chunks, ring_blocks
 from titan_fp8.runtime.errors import UserError
 
 METHODS, BALANCERS = ("allgather", "alltoall"), ("headtail", None)
@@ -84,7 +84,7 @@ def test_blocks_cover_what_is_visible_exactly_once(degree: int, size: int, balan
         assert torch.equal(_covered(gathered, length, length * degree), visible)
         passing = torch.zeros_like(visible)
         for source in _ranks(degree, context.load_balancer):
-            blocks = ring_blocks(context.rank, source.rank, length, balanced)
+            blocks = ring_blocks(context.rank, source.rank, degree, length, balanced)
             passing[:, source.positions(length * degree)] += _covered(blocks, length, length)
         assert torch.equal(passing, visible)
 
