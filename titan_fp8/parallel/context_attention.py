@@ -15,7 +15,9 @@ the kernels are in `attention_blocks.py`):
     ring        keys and values of one rank at a time pass by, the next being on their way while the present ones are
                 computed with. Blocks that lie after all queries are skipped. Ring Attention (arXiv 2310.01889).
 
-Both keep only a rank's own part for the backward pass, and collect the keys and values a second time there: what
+Where no rank needs another's keys (`context_blocks.py` says when) they stay where they are.
+
+Both ways keep only a rank's own part for the backward pass, and collect the keys and values a second time there: what
 context parallelism is for is memory that does not grow with the sequence. Partial results and gradients are summed in
 float32; between ranks the all-gather way sums gradients in the activations' dtype, the ring in float32.
 
