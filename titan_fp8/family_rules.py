@@ -1,4 +1,4 @@
-"""Rules of what only some families of models have: experts, latent attention, attention in chunks.
+"""Rules of what only some families of models have: experts and latent attention.
 
 They are among those of `job_rules.py`, which has them in its list and gives them the model's dimensions.
 """
@@ -56,22 +56,3 @@ def experts_divide(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> I
             f"{degrees.tensor} ranks do not divide the hidden features of the shared experts, {shared}; choose a "
             "divisor",
         )
-
-
-def sequences_of_the_family_are_spread(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
-    """Context parallelism knows attention over whole sequences, and heads of one width."""
-    if degrees.context == 1:
-        return
-    key = "parallelism.context_parallel_degree"
-    if dims.is_latent:
-        yield Problem(key, f"cannot spread the latent attention of {job.model.name} yet; set it to 1")
-    lengths = {"training.seq_len": job.training.seq_len}
-    if job.validation.enable:
-        lengths["validation.seq_len"] = job.validation.seq_len
-    for name, seq_len in lengths.items():
-        if dims.attention_chunk is not None and seq_len > dims.attention_chunk:
-            yield Problem(
-                key,
-                f"cannot spread attention in chunks of {dims.attention_chunk} tokens, and {name} is {seq_len}; set it "
-                f"to 1, or {name} to at most {dims.attention_chunk}",
-            )

@@ -20,7 +20,6 @@ from titan_fp8.family_rules import (
     experts_are_dealt_out,
     experts_divide,
     experts_exist,
-    sequences_of_the_family_are_spread,
 )
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.families import FLAVORS
@@ -363,13 +362,12 @@ def seed_checkpoint_is_made_by_one_process(job: "JobConfig", world_size: int) ->
 
 
 def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
-    """What only some families have is there where it is asked for, and can be spread."""
+    """What only some families have is there where it is asked for, and can be dealt out."""
     dims, degrees = _dims(job), _degrees_or_given(job, world_size)
     if dims is not None:
         yield from experts_exist(job, dims)
         yield from experts_are_dealt_out(job, dims, degrees)
         yield from experts_divide(job, dims, degrees)
-        yield from sequences_of_the_family_are_spread(job, dims, degrees)
 
 
 RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (

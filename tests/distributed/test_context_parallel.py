@@ -28,7 +28,7 @@ from titan_fp8.parallel.context import (
     check_rotate_method,
     check_sequence,
 )
-from titan_fp8.parallel.context_attention import Block, gathered_blocks, held_chunks, ring_blocks
+from titan_fp8.parallel.context_blocks import Block, gathered_blocks, held_chunks, ring_blocks
 from titan_fp8.runtime.errors import UserError
 
 METHODS, BALANCERS = ("allgather", "alltoall"), ("headtail", None)
@@ -84,7 +84,7 @@ def test_blocks_cover_what_is_visible_exactly_once(degree: int, size: int, balan
         assert torch.equal(_covered(gathered, length, length * degree), visible)
         passing = torch.zeros_like(visible)
         for source in _ranks(degree, context.load_balancer):
-            blocks = ring_blocks(context.rank, source.rank, length, balanced)
+            blocks = ring_blocks(context.rank, source.rank, degree, length, balanced)
             passing[:, source.positions(length * degree)] += _covered(blocks, length, length)
         assert torch.equal(passing, visible)
 
@@ -164,11 +164,15 @@ class Attended:
     seq_len: int = 24
     head_dim: int = 16
     device_type: str = "cpu"
+    value_dim: int | None = None
+    scale: float | None = None
+    window: int | None = None
 
     def inputs(self) -> list[Tensor]:
         """q, k, v and the gradient of the output, in the layout of the model."""
         generator = torch.Generator().manual_seed(0)
-        shapes = [(2, self.seq_len, heads, self.head_dim) for heads in (4, 2, 2, 4)]
+        keys, values = self.head_dim, self.value_dim or self.head_dim
+        shapes = [(2, self.seq_len, heads, width) for heads, width in ((4, keys), (2, keys), (2, values), (4, values))]
         return [
             torch.randn(shape, generator=generator).to(self.device_type, self.dtype).transpose(1, 2) for shape in shapes
         ]
@@ -182,11 +186,12 @@ class Attended:
 
 
 def attend_alone(case: Attended) -> list[Tensor]:
-    """Output and gradients of q, k, v, in one process."""
+    """Output and gradients of q, k, v, in one process. Not every kernel takes the mask of a window."""
     q, k, v, grad = case.inputs()
-    mask = attention_mask(case.backend, case.seq_len, q.device, case.document_ids())
+    backend = case.backend if case.window is None or case.backend == "flex" else "math"
+    mask = attention_mask(backend, case.seq_len, q.device, case.document_ids(), case.window)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = causal_attention(*leaves, backend=case.backend, mask=mask)
+    out = causal_attention(*leaves, backend=backend, mask=mask, scale=case.scale)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -196,9 +201,9 @@ def attend_on_ranks(rank: int, world_size: int, case: Attended) -> list[Tensor]:
     context = ContextParallel.over(dist.group.WORLD, load_balancer=case.balancer, rotate_method=case.method)
     positions = context.positions(case.seq_len, torch.device(case.device_type))
     q, k, v, grad = (x.transpose(1, 2)[:, positions].transpose(1, 2) for x in case.inputs())
-    mask = context.mask(len(positions), q.device, case.document_ids(), backend=case.backend)
+    mask = context.mask(len(positions), q.device, case.document_ids(), case.window, backend=case.backend)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = context.attend(*leaves, mask, backend=case.backend)
+    out = context.attend(*leaves, mask, backend=case.backend, scale=case.scale, window=case.window)
     assert out.dtype == case.dtype
     return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, leaves, grad))]
 

@@ -331,23 +331,6 @@ REFUSALS = {
         {"model.name": "deepseek_v3", "parallelism.tensor_parallel_degree": "2"},
         "2 ranks cannot divide the latent attention of deepseek_v3 yet; set it to 1",
     ),
-    "spread latent attention": (
-        2,
-        {"model.name": "deepseek_v3", "parallelism.context_parallel_degree": "2"},
-        "cannot spread the latent attention of deepseek_v3 yet; set it to 1",
-    ),
-    "spread chunks": (
-        2,
-        {"model.name": "llama4", "parallelism.context_parallel_degree": "2", "model.overrides.attention_chunk": "16"},
-        "cannot spread attention in chunks of 16 tokens, and training.seq_len is 32; set it to 1, or "
-        "training.seq_len to at most 16",
-    ),
-    "spread chunks of validation": (
-        2,
-        {"model.name": "llama4", "parallelism.context_parallel_degree": "2", "model.overrides.attention_chunk": "32"}
-        | {"validation.enable": "true", "validation.seq_len": "64", "validation.steps": "1"},
-        "cannot spread attention in chunks of 32 tokens, and validation.seq_len is 64",
-    ),
 }
 """Ranks, options, words."""
 
@@ -369,6 +352,9 @@ def test_what_a_family_cannot_do_is_refused_in_one_line(name: str) -> None:
         ("llama4", CONTEXT),
         ("mixtral", CONTEXT | {"training.seq_len": "64"}),
         ("deepseek_v3", FSDP),
+        ("deepseek_v3", CONTEXT),
+        ("deepseek_v3", CONTEXT | {"parallelism.context_parallel_rotate_method": "alltoall"}),
+        ("llama4", CONTEXT | {"model.overrides.attention_chunk": "12"}),
         ("llama4", PIPELINE | {"debug.moe_force_load_balance": "true"}),
     ],
 )

@@ -50,6 +50,26 @@ ATTENDED = {
         ("math", torch.float32),
     )
 }
+LATENT = {"head_dim": 96, "value_dim": 64, "scale": 0.2, "device_type": "cuda", "seq_len": 4 * 200}
+FAMILIES = {
+    f"{kind}_{backend}_{method}_{str(dtype).removeprefix('torch.')}": Attended(
+        method, "headtail", dtype, backend, **options
+    )
+    for kind, options in (("latent", LATENT), ("windows", {**CUDA, "window": 136}))
+    for method in METHODS
+    for backend, dtype in (
+        ("flash", torch.bfloat16),
+        ("cudnn", torch.bfloat16),
+        ("efficient", torch.bfloat16),
+        ("efficient", torch.float32),
+        ("math", torch.float32),
+    )
+} | {
+    "latent_flex_documents": Attended("allgather", "headtail", torch.bfloat16, "flex", documents=True, **LATENT),
+    "windows_flex": Attended("allgather", "headtail", torch.bfloat16, "flex", window=136, **CUDA),
+    "windows_flash4": Attended("allgather", "headtail", torch.bfloat16, "flash4", window=136, **CUDA),
+}
+"""Values narrower than keys, and windows that end within the ranks' chunks of 200 tokens."""
 MASKED = {
     "flex": Attended("allgather", "headtail", torch.bfloat16, "flex", **CUDA),
     "flex_documents": Attended("allgather", "headtail", torch.bfloat16, "flex", documents=True, **CUDA),
@@ -88,7 +108,7 @@ def _compute_on_gpus(rank: int, world_size: int, jobs: list[Job], folder: str) -
 
 @pytest.fixture(scope="module")
 def attended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Tensor]]]:
-    cases = ATTENDED | MASKED
+    cases = ATTENDED | MASKED | FAMILIES
     folder = str(tmp_path_factory.mktemp("attended"))
     ranks = run_distributed(_attend_on_gpus, 2, list(cases.values()), folder, init=False, timeout_s=TIMEOUT_S)
     return dict(zip(cases, zip(*ranks, strict=True), strict=True))
@@ -101,10 +121,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Co
     return dict(zip(JOBS, zip(*ranks, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", ATTENDED | MASKED)
+@pytest.mark.parametrize("name", ATTENDED | MASKED | FAMILIES)
 @pytest.mark.timeout(TIMEOUT_S)
 def test_attention_on_two_gpus_equals_one(name: str, attended: dict[str, list[list[Tensor]]]) -> None:
-    case = (ATTENDED | MASKED)[name]
+    case = (ATTENDED | MASKED | FAMILIES)[name]
     tolerance = FP32 if case.dtype == torch.float32 else BF16
     assert_same_attention(attended[name], attend_alone(case), case, tolerance)
 

@@ -38,6 +38,7 @@ class Attention(nn.Module):
         self.head_dim = dims.head_width
         self.has_rope = dims.has_rope(layer)
         self.chunk = dims.attention_chunk if self.has_rope else None
+        self.scale: float | None = None  # 1 / sqrt(head_dim)
         self.temperature = (dims.temperature_floor, dims.temperature_scale)
         self.l2_eps = dims.norm_eps if dims.qk_norm == "l2" and self.has_rope else None
         self.backend: Backend = backend

@@ -194,7 +194,9 @@ def causal_attention(
         )
 
 
-def attention_mask(backend: Backend, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
+def attention_mask(
+    backend: Backend, seq_len: int, device: torch.device, document_ids: Tensor | None, chunk: int | None = None
+) -> Mask:
     """The mask that `causal_attention` needs for a batch, made once and used by every layer.
 
     Args:
@@ -203,13 +205,24 @@ def attention_mask(backend: Backend, seq_len: int, device: torch.device, documen
         device: where the mask will be.
         document_ids: `[B, S]` integers, equal within a document, or None for one document a row. A token sees the
             tokens before it and itself, in its own document only.
+        chunk: it sees those of its own chunk of so many positions only; None: of the whole sequence.
     """
+    if chunk is not None:
+        document_ids = documents_in_chunks(document_ids, seq_len, chunk, device)
     if backend == "flex":
         return _flex_mask(document_ids, seq_len, device)
     if document_ids is None:
         return None
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # [B, 1, S, S]
     return same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+
+
+def documents_in_chunks(document_ids: Tensor | None, seq_len: int, chunk: int, device: torch.device) -> Tensor:
+    """Numbers, `[B, S]` or `[1, S]`, that are equal where document and chunk are: tokens that see each other's chunk
+    alone have documents that end where the chunks do."""
+    chunks = torch.arange(seq_len, device=device).div(chunk, rounding_mode="floor").unsqueeze(0)
+    n_chunks = -(-seq_len // chunk)
+    return chunks if document_ids is None else document_ids * n_chunks + chunks
 
 
 def _flex_mask(document_ids: Tensor | None, seq_len: int, device: torch.device) -> BlockMask:

@@ -192,13 +192,11 @@ class Decoder(nn.Module):
     def _mask_in_chunks(self, rope: RopeTables, mask: Mask, device: torch.device, document_ids: Tensor | None) -> Mask:
         """The mask of layers that see a chunk of the sequence alone; None where their attention cuts it itself."""
         chunk = self.dims.attention_chunk
-        if chunk is None or mask is None or rope.seq_len <= chunk:
+        if chunk is None or mask is None or rope.longest <= chunk:
             return mask
-        # A token sees those of its own document and chunk: that is a mask of documents.
-        chunks = torch.arange(rope.seq_len, device=device).div(chunk, rounding_mode="floor").unsqueeze(0)
-        n_chunks = -(-rope.seq_len // chunk)
-        return self.mask(rope.seq_len, device, chunks if document_ids is None else document_ids * n_chunks + chunks)
+        return self.mask(rope.seq_len, device, document_ids, chunk)
 
-    def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None) -> Mask:
-        """What a token may see, for `Attention.attend`. A model that is spread along S has another function here."""
-        return attention_mask(self.attention_backend, seq_len, device, document_ids)
+    def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None, chunk: int | None = None) -> Mask:
+        """What a token may see, for `Attention.attend`: of its own chunk alone where there is one. A model that is
+        spread along S has another function here."""
+        return attention_mask(self.attention_backend, seq_len, device, document_ids, chunk)

@@ -4,18 +4,24 @@ A kernel's forward gives the output and the logarithm of its softmax's denominat
 be merged; its backward takes those of the whole softmax, and so gives a block's part of the whole gradients. Causal
 blocks are aligned at the last query and the last key.
 
-Legend: B sequences, T tokens of a block, H query heads, G key and value heads (H is a multiple of G), D head width.
+Products of queries and keys are multiplied by a scale, None for `1 / sqrt(D)`. Values may be narrower than keys, as
+those of latent attention are; kernels of one width are given zeros beside them, here and not before they travel.
+
+Legend: B sequences, T tokens of a block, H query heads, G key and value heads (H is a multiple of G), D head width of
+queries and keys, D' that of values.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_fp8.models import flash4
 
 _aten = torch.ops.aten
+Scale = float | None
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,15 @@ class BlockKernels:
     """The kernels of an attention backend.
 
     Attributes:
-        forward: `(q [B, H, T, D], k, v [B, G, T', D], causal)` -> output `[B, H, T, D]`, log-sum-exp fp32 `[B, H, T]`.
-        backward: `(grad_output, q, k, v, output, log-sum-exp, causal)` -> the gradients of q, k and v, then anything.
+        forward: `(q [B, H, T, D], k [B, G, T', D], v [B, G, T', D'], causal, scale)` -> output `[B, H, T, D']`,
+            log-sum-exp fp32 `[B, H, T]`.
+        backward: `(grad_output, q, k, v, output, log-sum-exp, causal, scale)` -> the gradients of q, k and v, then
+            anything.
         rectangular: whether a causal block may have more keys than queries.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]
+    forward: Callable[[Tensor, Tensor, Tensor, bool, Scale], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Scale], tuple[Tensor, ...]]
     rectangular: bool
 
 
@@ -48,88 +56,103 @@ def block_kernels(backend: str, device: torch.device) -> BlockKernels:
     return _MATH
 
 
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
 
 
-def _cpu_flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+def _cpu_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale
+):
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    return _aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[:2]
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+    return _aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)[:2]
 
 
-def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale
+):
     lengths = (None, None, q.shape[2], k.shape[2])
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
     return _aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, *lengths, 0.0, causal, seed, seed
+        grad, q, k, v, out, lse, *lengths, 0.0, causal, seed, seed, scale=scale
     )
 
 
-def _flash4(q: Tensor, k: Tensor, v: Tensor, causal: bool):
+def _flash4(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+    assert scale is None, "FlashAttention 4 is given no scale"
     out, lse = flash4.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal)
     return out.transpose(1, 2), lse
 
 
-def _flash4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
+def _flash4_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale
+):
     by_token = [each.transpose(1, 2) for each in (grad, q, k, v, out)]
     return tuple(each.transpose(1, 2) for each in flash4.backward(*by_token, lse, causal))
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=causal)
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=causal, scale=scale)
     return out, lse.reshape(out.shape[:3])
 
 
-def _cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale
+):
     lengths = (None, None, q.shape[2], k.shape[2])
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, *lengths, 0.0, causal
+        grad, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, *lengths, 0.0, causal, scale=scale
     )
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool):
+def _efficient(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
     k, v = _repeat(k, q), _repeat(v, q)
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal)
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=causal, scale=scale)
     return out, lse[..., : q.shape[2]]  # the kernel rounds the length up
 
 
-def _efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale
+):
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32))
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
     wanted = [True, True, True, False]
     grad_q, grad_k, grad_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, _repeat(k, q), _repeat(v, q), None, out, lse, seed, seed, 0.0, wanted, causal
+        grad, q, _repeat(k, q), _repeat(v, q), None, out, lse, seed, seed, 0.0, wanted, causal, scale=scale
     )
     return grad_q, _sum_repeats(grad_k, k), _sum_repeats(grad_v, v)
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, causal: bool):
-    scores = _scores(q, k, causal)
+def _math(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+    scores = _scores(q, k, causal, scale)
     lse = scores.logsumexp(-1)
     return ((scores - lse.unsqueeze(-1)).exp() @ _repeat(v, q).float()).to(q.dtype), lse
 
 
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool):
-    probabilities = (_scores(q, k, causal) - lse.unsqueeze(-1)).exp()
+def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale):
+    probabilities = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
     grad = grad.float()
     grad_probabilities = grad @ _repeat(v, q).float().mT
     grad_scores = probabilities * (grad_probabilities - (grad * out.float()).sum(-1, keepdim=True))
-    grad_scores *= q.shape[-1] ** -0.5
+    grad_scores *= _factor(q, scale)
     grad_q = grad_scores @ _repeat(k, q).float()
     return grad_q, _sum_repeats(grad_scores.mT @ q.float(), k), _sum_repeats(probabilities.mT @ grad, v)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    scores = q.float() @ _repeat(k, q).float().mT * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: Scale) -> Tensor:
+    scores = q.float() @ _repeat(k, q).float().mT * _factor(q, scale)
     if not causal:
         return scores
     queries, keys = scores.shape[-2:]
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return scores.masked_fill(~visible, float("-inf"))
+
+
+def _factor(q: Tensor, scale: Scale) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
@@ -142,9 +165,30 @@ def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
     return grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
-_CPU_FLASH = BlockKernels(_cpu_flash, _cpu_flash_backward, rectangular=False)
-_FLASH = BlockKernels(_flash, _flash_backward, rectangular=True)
-_CUDNN = BlockKernels(_cudnn, _cudnn_backward, rectangular=False)
+def _of_one_width(kernels: BlockKernels) -> BlockKernels:
+    """Kernels whose values must be as wide as queries and keys, for narrower ones too."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
+        out, lse = kernels.forward(q, k, _widen(v, q), causal, scale)
+        return out[..., : v.shape[-1]], lse
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale):
+        grad, wide, out = (_widen(x, q) for x in (grad, v, out))
+        grad_q, grad_k, grad_v = kernels.backward(grad, q, k, wide, out, lse, causal, scale)[:3]
+        return grad_q, grad_k, grad_v[..., : v.shape[-1]]
+
+    return BlockKernels(forward, backward, kernels.rectangular)
+
+
+def _widen(x: Tensor, q: Tensor) -> Tensor:
+    """x with zeros up to the head width of q."""
+    missing = q.shape[-1] - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x
+
+
+_CPU_FLASH = _of_one_width(BlockKernels(_cpu_flash, _cpu_flash_backward, rectangular=False))
+_FLASH = _of_one_width(BlockKernels(_flash, _flash_backward, rectangular=True))
+_CUDNN = _of_one_width(BlockKernels(_cudnn, _cudnn_backward, rectangular=False))
 _FLASH4 = BlockKernels(_flash4, _flash4_backward, rectangular=False)
 _EFFICIENT = BlockKernels(_efficient, _efficient_backward, rectangular=False)
 _MATH = BlockKernels(_math, _math_backward, rectangular=True)

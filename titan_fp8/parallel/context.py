@@ -18,8 +18,11 @@ All ranks of a `cp` axis read the same whole batch, document numbers included, a
     logits = model(context.shard(tokens), document_ids, seq_len=S, positions=context.positions(S, device))
     loss = cross_entropy_sum(logits, context.shard(labels))
 
+Layers whose tokens see a chunk of the sequence alone (`attention_chunk` of the model's dimensions) are said to have
+windows here, where a chunk is what a rank holds.
+
 Legend: B sequences, S tokens of a sequence, L = S / ranks those of a rank, H query heads, G key and value heads,
-D head width.
+D head width of queries and keys, D' that of values.
 """
 
 from collections.abc import Callable
@@ -33,10 +36,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from titan_fp8.models.attention_backends import Backend, Mask, causal_attention
+from titan_fp8.models.attention_backends import Backend, Mask, causal_attention, documents_in_chunks
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.parallel.config import ParallelismSection
-from titan_fp8.parallel.context_attention import gather_keys_values, held_chunks, spread_causal_attention
+from titan_fp8.parallel.context_attention import gather_keys_values, spread_causal_attention
+from titan_fp8.parallel.context_blocks import held_chunks
 from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
 from titan_fp8.parallel.mesh import CP, ParallelMesh
 from titan_fp8.runtime.errors import UserError
@@ -104,19 +108,31 @@ class ContextParallel:
         """
         return batch.index_select(1, self.positions(batch.shape[1], batch.device))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, backend: Backend) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        *,
+        backend: Backend,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
         """What `Attention.attend` computes, on whole sequences, for this rank's queries.
 
         Every rank of the group has to call it, and run its backward pass, in the same order.
 
         Args:
             q: `[B, H, L, D]`.
-            k, v: `[B, G, L, D]`.
-            mask: what `mask` returned.
+            k, v: `[B, G, L, D]` and `[B, G, L, D']`.
+            mask: what `mask` returned, for this window if there is one.
             backend: a resolved attention backend.
+            scale: factor on the products of queries and keys; None: `1 / sqrt(D)`.
+            window: a token sees those from the last multiple of so many positions on; None: all before it.
 
         Returns:
-            `[B, H, L, D]` in the dtype of q.
+            `[B, H, L, D']` in the dtype of q.
         """
         if mask is None:
             return spread_causal_attention(
@@ -127,22 +143,33 @@ class ContextParallel:
                 balanced=self._is_balanced,
                 ring=self.rotate_method == "alltoall",
                 backend=backend,
+                scale=scale,
+                window=window if window is not None and window < q.shape[2] * self.degree else None,
             )
         k, v = gather_keys_values(k, v, group_name=self.group_name, balanced=self._is_balanced)
-        return causal_attention(q, k, v, backend=backend, mask=mask)
+        return causal_attention(q, k, v, backend=backend, mask=mask, scale=scale)
 
-    def mask(self, seq_len: int, device: torch.device, document_ids: Tensor | None, *, backend: Backend) -> Mask:
+    def mask(
+        self,
+        seq_len: int,
+        device: torch.device,
+        document_ids: Tensor | None,
+        window: int | None = None,
+        *,
+        backend: Backend,
+    ) -> Mask:
         """What this rank's queries may see of all keys in natural order, in place of `Decoder.mask`.
 
         Args:
             seq_len: L.
             device: where the mask will be.
             document_ids: of whole sequences, `[B, S]` integers, equal within a document; None: one document a row.
+            window: of the layers that the mask is for, if they have one.
             backend: a resolved attention backend.
 
         Returns:
-            None for plain causal attention, a bool `[B, 1, L, S]` that is True where a query may look or, for flex
-            attention, a block mask of that shape.
+            None for causal attention without documents, whose windows `attend` knows, a bool `[B, 1, L, S]` that is
+            True where a query may look or, for flex attention, a block mask of that shape.
 
         Raises:
             UserError: the rotate method cannot do it.
@@ -155,10 +182,13 @@ class ContextParallel:
                 f"document_ids has {document_ids.shape[1]} columns, but context parallelism needs those of whole "
                 f"sequences: {whole}, for {seq_len} tokens on each of {self.degree} ranks"
             )
+        if document_ids is None and backend != "flex":
+            return None
+        if window is not None:
+            document_ids = documents_in_chunks(document_ids, whole, window, device)
         if backend == "flex":
             return _flex_mask(self.positions(whole, device), whole, document_ids)
-        if document_ids is None:
-            return None
+        assert document_ids is not None
         positions = self.positions(whole, device)
         same = document_ids[:, None, positions, None] == document_ids[:, None, None, :]  # [B, 1, L, S]
         return same & (positions[:, None] >= torch.arange(whole, device=device))
@@ -189,7 +219,8 @@ def apply_context_parallel(model: Decoder, context: ContextParallel) -> None:
     _raise_if(check_rotate_method(context.rotate_method, model.attention_backend, model.document_masking))
     for block in model.layers.values():
         attention: Any = block.attention
-        attention.attend = partial(context.attend, backend=attention.backend)
+        settings = {"backend": attention.backend, "scale": attention.scale, "window": attention.chunk}
+        attention.attend = partial(context.attend, **settings)
     decoder: Any = model
     decoder.mask = partial(context.mask, backend=model.attention_backend)
 

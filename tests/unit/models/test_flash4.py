@@ -90,14 +90,14 @@ def test_blocks_of_context_parallelism_have_its_kernels(calls: list[str], causal
     kernels = block_kernels("flash4", torch.device("cuda"))
     tensors = [each.detach() for each in inputs()]
     (out, lse), (expected, expected_lse) = (
-        kernels.forward(*tensors, causal),
-        block_kernels("math", torch.device("cpu")).forward(*tensors, causal),
+        kernels.forward(*tensors, causal, None),
+        block_kernels("math", torch.device("cpu")).forward(*tensors, causal, None),
     )
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     grad = torch.randn(out.shape)
-    gradients = kernels.backward(grad, *tensors, out, lse, causal)
-    others = block_kernels("math", torch.device("cpu")).backward(grad, *tensors, expected, expected_lse, causal)
+    gradients = kernels.backward(grad, *tensors, out, lse, causal, None)
+    others = block_kernels("math", torch.device("cpu")).backward(grad, *tensors, expected, expected_lse, causal, None)
     for gradient, other in zip(gradients, others[:3], strict=True):
         torch.testing.assert_close(gradient, other)
 

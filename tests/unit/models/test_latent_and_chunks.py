@@ -111,9 +111,9 @@ def test_documents_in_chunks_may_have_any_numbers(dims: ModelDims) -> None:
 def test_a_backend_that_always_has_a_mask_is_given_that_of_the_chunks() -> None:
     """As flex is; here with dense masks."""
 
-    def mask(seq_len: int, device: torch.device, document_ids: Tensor | None) -> Tensor:
+    def mask(seq_len: int, device: torch.device, document_ids: Tensor | None, chunk: int | None = None) -> Any:
         ids = torch.zeros(1, seq_len, dtype=torch.int32) if document_ids is None else document_ids
-        return attention_mask("math", seq_len, device, ids)
+        return attention_mask("math", seq_len, device, ids, chunk)
 
     plain, masked = build(CHUNKED), build(CHUNKED)
     masked.mask = mask
