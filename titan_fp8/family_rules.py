@@ -31,11 +31,48 @@ def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegree
             f'deepep{missing}: tokens are not exchanged by it; set it to "standard"',
         )
     if ranks == 1:
+        yield from _nothing_is_exchanged(job)
         return
     if dims.n_experts is None:
         yield Problem(key, f"{job.model.name} has no experts to deal out; set it to 1")
     elif dims.n_experts % ranks:
         yield Problem(key, f"{ranks} ranks do not divide the {dims.n_experts} experts; choose a divisor")
+
+
+def _nothing_is_exchanged(job: "JobConfig") -> Iterator[Problem]:
+    """What is about the exchange of tokens needs one."""
+    parallelism, without = job.parallelism, "parallelism.expert_parallel_degree = 1 exchanges no tokens"
+    if parallelism.expert_parallel_overlap_batches > 1:
+        yield Problem("parallelism.expert_parallel_overlap_batches", f"{without} to overlap with; set it to 1")
+    if parallelism.expert_parallel_payload != "activations":
+        yield Problem("parallelism.expert_parallel_payload", f'{without}; set it to "activations"')
+
+
+def batches_are_parted(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """Parts of a batch that take turns are sequences of it, equally many."""
+    key, parts = "parallelism.expert_parallel_overlap_batches", job.parallelism.expert_parallel_overlap_batches
+    if parts == 1:
+        return
+    size, name = job.training.local_batch_size, "training.local_batch_size"
+    if degrees.pipeline > 1:
+        size, name = job.parallelism.pipeline_parallel_microbatch_size, "parallelism.pipeline_parallel_microbatch_size"
+    if size % parts:
+        yield Problem(key, f"{parts} parts do not divide {name} = {size}; change one of them")
+    if degrees.tensor > 1:
+        yield Problem(
+            key,
+            f"parallelism.tensor_parallel_degree = {degrees.tensor} cuts a batch along all its tokens, so that it "
+            "cannot be parted by sequences; set one of them to 1",
+        )
+    if job.training.document_masking:
+        yield Problem(key, "training.document_masking makes one mask for a whole batch; turn it off, or set this to 1")
+    section = job.activation_checkpoint
+    if section.mode == "selective" and section.selective_ac_option == "op":
+        yield Problem(
+            key,
+            'parts of a batch cross each other in a layer, which activation_checkpoint.selective_ac_option = "op" '
+            'cannot take apart; use mode = "full", "none", or selective by every n-th layer',
+        )
 
 
 def experts_divide(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from titan_fp8.config.section import Problem
 from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.family_rules import (
+    batches_are_parted,
     experts_are_dealt_out,
     experts_divide,
     experts_exist,
@@ -368,6 +369,7 @@ def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
         yield from experts_exist(job, dims)
         yield from experts_are_dealt_out(job, dims, degrees)
         yield from experts_divide(job, dims, degrees)
+        yield from batches_are_parted(job, dims, degrees)
 
 
 RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (

@@ -8,7 +8,7 @@ T tokens, k choices of each, E experts, D features, M rows of the groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,26 @@ class Groups:
     way_back: Any
 
 
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class UnderWay(Generic[R_co]):
+    """Rows that travel: what is computed before they have come needs them not.
+
+    Attributes:
+        tensor: the rows as autograd sees them, `[R, D]`; it holds nothing yet.
+        arrive: waits for them. It takes `tensor`, or what an autograd function gave out in its place.
+    """
+
+    tensor: Tensor
+    arrive: Callable[[Tensor], R_co]
+
+    def wait(self) -> R_co:
+        """What has come."""
+        return self.arrive(self.tensor)
+
+
 class Dispatcher(Protocol):
     """Brings tokens to experts and back.
 
@@ -47,14 +67,13 @@ class Dispatcher(Protocol):
     n_experts: int
     alignment: int
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
-        """Send tokens x `[T, D]` to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any. They are
-        under way until the result is called: what is computed in between needs them not."""
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
+        """Send tokens x `[T, D]` to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any."""
         ...
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
-        """What the experts made of the groups' rows, `[M, D]`, summed up for each token, times scores if there are any:
-        `[T, D]`."""
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
+        """Send back what the experts made of the groups' rows, `[M, D]`, summed up for each token, times scores if
+        there are any: `[T, D]`."""
         ...
 
 
@@ -70,15 +89,15 @@ class LocalDispatcher:
         self.n_experts = n_experts
         self.alignment = alignment
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         _, ends, position, source = plan(experts, self.n_experts, self.alignment)
-        groups = Groups(Permute.apply(x, scores, position, source), ends, (position, source))
-        return lambda: groups
+        rows = Permute.apply(x, scores, position, source)
+        return UnderWay(rows, lambda rows: Groups(rows, ends, (position, source)))
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
         """See `Dispatcher`."""
-        return Unpermute.apply(y, scores, *groups.way_back)
+        return UnderWay(y, lambda y: Unpermute.apply(y, scores, *groups.way_back))
 
 
 class Permute(torch.autograd.Function):

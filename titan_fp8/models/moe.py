@@ -16,6 +16,7 @@ which is 1 at balanced loads. It is the mean over the layers and over the tokens
 Legend: T tokens, k choices of each, E experts.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.models.dims import ModelDims
-from titan_fp8.models.dispatch import Dispatcher, LocalDispatcher
+from titan_fp8.models.dispatch import Dispatcher, Groups, LocalDispatcher, UnderWay
 from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.grouped import grouped_linear
 from titan_fp8.models.initialization import Constant, Distribution, TruncatedNormal
@@ -164,9 +165,35 @@ class Experts(nn.Module):
         hidden = F.silu(grouped_linear(x, w1, ends)) * grouped_linear(x, w3, ends)
         return grouped_linear(hidden, w2, ends)
 
+    def in_turn(self, under_way: Sequence[Tensor], then: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """Several batches in one use of the weights, which FSDP gathers once for it.
+
+        Args:
+            under_way: rows that travel to the experts.
+            then: for each, what waits for them, calls `forward`, and sends the results back: tensors that travel.
+        """
+        return [each(rows) for rows, each in zip(under_way, then, strict=True)]
+
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """w1, w3 and w2 of the experts that are here. Where they are spread over ranks there is another function."""
         return self.w1, self.w3, self.w2
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tokens on their way to their experts.
+
+    Attributes:
+        rows: what travels.
+        tokens: what was routed, `[T, dim]`.
+        scores: factors of what the experts will give, fp32 `[T, k]`; None: they are in already.
+        shape: of what the layer was given.
+    """
+
+    rows: UnderWay[Groups]
+    tokens: Tensor
+    scores: Tensor | None
+    shape: torch.Size
 
 
 class MoE(nn.Module):
@@ -212,15 +239,27 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
+        sent = self.send(x)
+        shared = self.share(sent)
+        groups = sent.rows.wait()
+        returned = self.dispatcher.combine(self.experts(groups.rows, groups.ends), groups, sent.scores)
+        return self.join(sent, returned.wait(), shared)
+
+    def send(self, x: Tensor) -> "Sent":
+        """Route tokens `[..., dim]` and send them to their experts."""
         tokens = self.gather(x.flatten(0, -2))
         routing = self.router(tokens, self.expert_bias)
         scores = self._watched(routing)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
-        arrive = self.dispatcher.dispatch(tokens, routing.experts, before)
-        shared = None if self.shared_experts is None else self.shared_experts(tokens).view(x.shape)
-        groups = arrive()
-        y = self.experts(groups.rows, groups.ends)
-        routed = self.scatter(self.dispatcher.combine(y, groups, after)).view(x.shape)
+        return Sent(self.dispatcher.dispatch(tokens, routing.experts, before), tokens, after, x.shape)
+
+    def share(self, sent: "Sent") -> Tensor | None:
+        """What the shared experts make of the same tokens, `[..., dim]`, if there are any."""
+        return None if self.shared_experts is None else self.shared_experts(sent.tokens).view(sent.shape)
+
+    def join(self, sent: "Sent", routed: Tensor, shared: Tensor | None) -> Tensor:
+        """The layer's result `[..., dim]`, of what came back `[T, dim]` and what the shared experts made."""
+        routed = self.scatter(routed).view(sent.shape)
         return routed if shared is None else shared + routed
 
     def gather(self, tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
 from titan_fp8.parallel.expert import apply_expert_parallel
+from titan_fp8.parallel.expert_overlap import overlap_batches
 from titan_fp8.parallel.expert_tensor import apply_expert_tensor_parallel
 from titan_fp8.parallel.fsdp import apply_fsdp, check_cpu_offload, check_exchange
 from titan_fp8.parallel.mesh import TP, ParallelMesh
@@ -63,13 +64,14 @@ def parallelize(
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
     """
-    apply_expert_parallel(model, mesh)
+    apply_expert_parallel(model, mesh, as_codes=parallelism.expert_parallel_payload == "float8")
     apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
     apply_expert_tensor_parallel(model, mesh)
     around_experts = mesh.degrees.expert > 1 or mesh.degrees.tensor > 1
     context = context_parallel(mesh, parallelism)
     if context is not None:
         apply_context_parallel(model, context)
+    overlap_batches(model, parallelism.expert_parallel_overlap_batches)
     apply_activation_checkpointing(
         model,
         activation_checkpoint,

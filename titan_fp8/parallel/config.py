@@ -88,6 +88,15 @@ class ParallelismSection(Section):
     """Ranks over which the hidden features of each expert are divided: 1, or `tensor_parallel_degree`. With 1 experts
     are whole, and each rank of tensor parallelism routes tokens of its own."""
 
+    expert_parallel_overlap_batches: int = key(1, ge=1, unit="parts")
+    """Parts of a local batch that take turns in layers with experts, so that the tokens of one travel while another one
+    is computed with. It divides `training.local_batch_size`, in a pipeline
+    `pipeline_parallel_microbatch_size`; 1: only shared experts are computed meanwhile."""
+
+    expert_parallel_payload: Literal["activations", "float8"] = "activations"
+    """As what tokens travel to their experts, and the gradients of the experts' outputs: as they are, or as `float8`
+    codes with a scale for each token, which are half the bytes. What comes back from experts travels as it is."""
+
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Implementation of the exchange of tokens between experts: `standard` is all-to-all by the process group.
     `deepep`, the package of that name, is refused."""

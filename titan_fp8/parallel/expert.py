@@ -16,7 +16,6 @@ these axes, `expert_shards`, shards the experts further. Source: arXiv 2006.1666
 T tokens of a rank, k choices of each, E experts, D features, R rows that have come to a rank.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,23 +25,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titan_fp8.kernels.float8 import reference
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dispatch import Groups, Permute, Unpermute, plan
+from titan_fp8.models.dispatch import Groups, Permute, UnderWay, Unpermute, plan
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.expert_tensor import divide_experts
 from titan_fp8.parallel.mesh import EP, ParallelMesh
+from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.fsdp_weight import states_of
+from titan_fp8.quantization.ops import cast_rows
 from titan_fp8.quantization.tensor_parallel import local_tensor
-from titan_fp8.runtime.collectives import Axis
+from titan_fp8.runtime.collectives import Axis, exchange_equally, exchange_rows, wait_for
 
 
-def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
+def apply_expert_parallel(model: Decoder, mesh: ParallelMesh, *, as_codes: bool = False) -> None:
     """Deal the experts of `model` out over the `ep` axis of `mesh`, in place, and divide each over `tp` where they
     are to be divided (`expert_tensor.py`); nothing happens where each rank has all of them whole.
 
     Args:
         model: converted, not yet compiled or sharded; its number of experts divides (`family_rules.py`).
         mesh: from `build_mesh`.
+        as_codes: what goes to experts travels as float8 codes (`ExchangeDispatcher`).
     """
     if mesh.degrees.expert == mesh.degrees.expert_tensor == 1:
         return
@@ -56,7 +59,10 @@ def apply_expert_parallel(model: Decoder, mesh: ParallelMesh) -> None:
         module.experts.weights = partial(_local_weights, module.experts)
         if mesh.degrees.expert > 1:
             module.dispatcher = ExchangeDispatcher(
-                module.dispatcher.n_experts, mesh.expert_mesh.get_group(EP), module.dispatcher.alignment
+                module.dispatcher.n_experts,
+                mesh.expert_mesh.get_group(EP),
+                module.dispatcher.alignment,
+                as_codes=as_codes,
             )
 
 
@@ -89,38 +95,42 @@ class ExchangeDispatcher:
         n_experts: E, a multiple of the group's size.
         group: its ranks have the experts in order.
         alignment: rows that each group is a multiple of.
+        as_codes: what goes to experts, rows forward and their gradients backward, travels as float8 codes.
     """
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int):
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int, *, as_codes: bool = False):
         self.n_experts = n_experts
         self.alignment = alignment
-        self._group = group
+        self._axis = Axis.of(group)
+        self._as_codes = as_codes
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> Callable[[], Groups]:
+    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         counts, _, position, source = plan(experts, self.n_experts, 1)
-        by_rank = counts.view(self._group.size(), -1)
-        from_ranks = torch.empty_like(by_rank)
-        dist.all_to_all_single(from_ranks, by_rank.contiguous(), group=self._group)
+        by_rank = counts.view(self._axis.size, -1)
+        from_ranks = exchange_equally(by_rank, self._axis)
         # The one thing that the CPU has to know.
         sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
-        exchange = Exchange(sent, came, self._group)
+        exchange = Exchange(sent, came, self._axis, codes_forward=self._as_codes)
         rows = Send.apply(Permute.apply(x, scores, position, source), exchange)
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
 
-        def arrive() -> Groups:
+        def arrive(rows: Tensor) -> Groups:
             grouped = Permute.apply(Arrive.apply(rows, exchange), None, place, origin)
             return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
 
-        return arrive
+        return UnderWay(rows, arrive)
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> Tensor:
+    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
         """See `Dispatcher`."""
         way: _WayBack = groups.way_back
         rows = Unpermute.apply(y, None, way.place, way.origin)
-        exchange = Exchange(way.came, way.sent, self._group)
-        returned = Arrive.apply(Send.apply(rows, exchange), exchange)
-        return Unpermute.apply(returned, scores, way.position, way.source)
+        exchange = Exchange(way.came, way.sent, self._axis, codes_backward=self._as_codes)
+
+        def arrive(returned: Tensor) -> Tensor:
+            return Unpermute.apply(Arrive.apply(returned, exchange), scores, way.position, way.source)
+
+        return UnderWay(Send.apply(rows, exchange), arrive)
 
 
 def _experts_of(counts: Tensor, rows: int) -> Tensor:
@@ -132,30 +142,51 @@ def _experts_of(counts: Tensor, rows: int) -> Tensor:
 class Exchange:
     """Rows on their way between all ranks, and their gradients on their way back.
 
+    As codes, a row travels as one byte a value and a scale: e4m3 with a power of two for each row, as experts in float8
+    cast it. The numbers that these stand for are exact in the activations' dtype, and to cast them by rows again gives
+    the same codes.
+
     Args:
         sent, came: rows for and from each rank.
-        group: the ranks.
+        axis: the ranks.
+        codes_forward, codes_backward: in which direction rows travel as codes.
     """
 
-    def __init__(self, sent: list[int], came: list[int], group: dist.ProcessGroup):
-        self._counts, self._group = (sent, came), group
-        self._pending: tuple[Any, Tensor] | None = None
+    def __init__(
+        self,
+        sent: list[int],
+        came: list[int],
+        axis: Axis,
+        *,
+        codes_forward: bool = False,
+        codes_backward: bool = False,
+    ):
+        self._counts, self._axis = (sent, came), axis
+        self._as_codes = {False: codes_forward, True: codes_backward}
+        self._pending: tuple[Tensor, Codes | None] | None = None
 
     def start(self, x: Tensor, *, back: bool) -> Tensor:
         """Send rows x `[sum(sent), D]`, in the order of the ranks that they go to: memory for those that come,
         `[sum(came), D]`, in the order of the ranks that they are from. back: the other way round."""
         sent, came = self._counts[::-1] if back else self._counts
+        if not self._as_codes[back]:
+            result = exchange_rows(x, sent, came, self._axis)
+            self._pending = result, None
+            return result
+        codes, scale = cast_rows(x, torch.float8_e4m3fn)
+        parts = Codes(*(exchange_rows(each, sent, came, self._axis) for each in (codes.view(torch.uint8), scale)))
         result = x.new_empty(sum(came), *x.shape[1:])
-        work = dist.all_to_all_single(result, x.contiguous(), came, sent, group=self._group, async_op=True)
-        self._pending = work, result
+        self._pending = result, parts
         return result
 
     def finish(self) -> Tensor:
         """What was started last: it has come, for whatever this stream does next."""
         assert self._pending is not None
-        (work, result), self._pending = self._pending, None
-        work.wait()
-        return result
+        (result, parts), self._pending = self._pending, None
+        if parts is None:
+            return wait_for(result)
+        codes, scale = (wait_for(each) for each in parts)
+        return result.copy_(reference.to_float(codes.view(torch.float8_e4m3fn)) * scale)
 
 
 class Send(torch.autograd.Function):

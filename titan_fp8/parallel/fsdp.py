@@ -43,7 +43,14 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from titan_fp8.models.decoder import Decoder, TransformerBlock
@@ -147,6 +154,7 @@ def _shard_experts(
             mp_policy=_precision([each], param_dtype, reduce_dtype, travels_by_peers=False),
             offload_policy=offload,
         )
+        register_fsdp_forward_method(each, "in_turn")
     return set()
 
 

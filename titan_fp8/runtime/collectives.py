@@ -1,7 +1,7 @@
 """Collectives over one axis of the mesh, as operators that autograd functions and compiled code may contain.
 
-They work on plain tensors along their first dimension and wait for the result. Nothing here is differentiable; whoever
-needs the gradient writes the pair (`all_gather` and `reduce_scatter` are each other's).
+They work on plain tensors along their first dimension and, but for `exchange_rows`, wait for the result. Nothing here
+is differentiable; whoever needs the gradient writes the pair (`all_gather` and `reduce_scatter` are each other's).
 """
 
 from dataclasses import dataclass
@@ -56,3 +56,19 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"{list(x.shape)} cannot be scattered over {axis.size} ranks: they do not divide its rows")
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", axis.size, axis.group_name))
+
+
+def exchange_equally(x: Tensor, axis: Axis) -> Tensor:
+    """x `[size, ...]`, of which row r goes to rank r: the rows that came, in the order of the ranks."""
+    return wait_for(exchange_rows(x, [1] * axis.size, [1] * axis.size, axis))
+
+
+def exchange_rows(x: Tensor, sent: list[int], came: list[int], axis: Axis) -> Tensor:
+    """Rows x `[sum(sent), ...]`, in the order of the ranks that they go to: those that will have come once `wait_for`
+    returns, `[sum(came), ...]`, in the order of the ranks that they are from."""
+    return _ops.all_to_all_single(x.contiguous(), came, sent, axis.group_name)
+
+
+def wait_for(x: Tensor) -> Tensor:
+    """x, which an exchange that was begun gives: it has come, for whatever this stream does next."""
+    return _ops.wait_tensor(x)

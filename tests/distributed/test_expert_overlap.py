@@ -1,0 +1,236 @@
+"""Parts of a batch that take turns in layers with experts, and tokens that travel as float8 codes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.meshes import mesh_of
+from tests.distributed.test_expert_parallel import (
+    ALL_IN_FLOAT8,
+    BATCH,
+    BF16,
+    BF16_SUMS,
+    COMPILED,
+    EXPERTS_IN_FLOAT8,
+    FULL,
+    NO_AUX_LOSS,
+    Case,
+    on,
+    same_as_alone,
+)
+from tests.distributed.test_mesh_matrix import FLOAT8_CODES, LOCAL_SCALES
+from titan_fp8.models.decoder import Decoder, TransformerBlock
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.initialization import initialize
+from titan_fp8.models.moe import MoE
+from titan_fp8.parallel import expert
+from titan_fp8.parallel.degrees import MeshDegrees
+from titan_fp8.parallel.expert import Exchange, apply_expert_parallel
+from titan_fp8.parallel.expert_overlap import overlap_batches
+from titan_fp8.quantization.ops import cast_rows
+from titan_fp8.runtime.collectives import Axis
+
+TURNS = {"parallelism.expert_parallel_overlap_batches": "2", **NO_AUX_LOSS}
+CODES = {"parallelism.expert_parallel_payload": "float8"}
+EIGHT = {"training.global_batch_size": "8"}
+CASES = {
+    "turns": Case("fsdp2 ep2", TURNS, batch=2),
+    "turns_full_ac_two_shards_of_experts": Case("fsdp4 ep2", TURNS | EIGHT | FULL, batch=2),
+    "turns_of_float8": Case("fsdp2 ep2", TURNS | ALL_IN_FLOAT8, FLOAT8_CODES, batch=2, batch_alone=2),
+    "codes": Case("fsdp2 ep2", CODES | ALL_IN_FLOAT8, LOCAL_SCALES, batch_alone=2),
+}
+SLOW_CASES = {
+    "turns_compiled": Case("fsdp2 ep2", TURNS | COMPILED, batch=2),
+    "turns_compiled_full_ac": Case("fsdp2 ep2", TURNS | COMPILED | FULL | EIGHT, batch=4),
+    "turns_bf16": Case("fsdp2 ep2", TURNS | BF16, BF16_SUMS, batch=2),
+    "turns_two_shards_of_float8_experts": Case(
+        "fsdp4 ep2", TURNS | EIGHT | EXPERTS_IN_FLOAT8, FLOAT8_CODES, batch=2, batch_alone=2
+    ),
+    "turns_cp2_ep4": Case("fsdp2 cp2 ep4", TURNS, batch=2),
+    "turns_hsdp": Case("rep2 fsdp2 ep2", TURNS | EIGHT, batch=2),
+    "turns_pp2": Case("pp2 fsdp2 ep2", TURNS | {"parallelism.pipeline_parallel_microbatch_size": "2"} | EIGHT, batch=4),
+    "turns_with_codes": Case("fsdp2 ep2", TURNS | CODES | ALL_IN_FLOAT8, LOCAL_SCALES, batch=2, batch_alone=2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_one_process(name: str, tmp_path: Path) -> None:
+    same_as_alone(CASES[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_wider_training_equals_one_process(name: str, tmp_path: Path) -> None:
+    same_as_alone(SLOW_CASES[name], tmp_path)
+
+
+def test_what_float8_experts_multiply_is_the_same_if_it_travels_as_codes(tmp_path: Path) -> None:
+    """So the first loss, before any gradient, has the same bits. Experts in high precision get other numbers."""
+    for options, is_same in ((EXPERTS_IN_FLOAT8, True), (NO_AUX_LOSS, False)):
+        whole = on("fsdp2 ep2", {**options, BATCH: "1"}, tmp_path / f"whole{is_same}", steps=1)
+        as_codes = on("fsdp2 ep2", {**options, **CODES, BATCH: "1"}, tmp_path / f"codes{is_same}", steps=1)
+        assert (whole.losses == as_codes.losses) == is_same
+        assert as_codes.losses == pytest.approx(whole.losses, rel=2e-3)
+
+
+# ---- the order of things
+
+DIM, SEQ = 16, 6
+SIZES: dict[str, Any] = {
+    "dim": DIM, "n_layers": 1, "n_heads": 2, "vocab_size": 32, "max_seq_len": 16, "ffn_dim": 16, "n_experts": 4,
+    "top_k": 2, "moe_ffn_dim": 16, "n_shared_experts": 1, "first_dense_layers": 0, "aux_loss_weight": 0.0,
+}  # fmt: skip
+
+
+class _Mark(torch.autograd.Function):
+    """Logs when its gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[str], name: str) -> Tensor:
+        ctx.log, ctx.name = log, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.log.append(ctx.name)
+        return grad, None, None
+
+
+@contextmanager
+def _logged(block: Any, log: list[str]) -> Iterator[None]:
+    """What a block computes, and when exchanges begin and end; 0 and 1 are the parts."""
+    calls: dict[str, int] = {}
+
+    def numbered(name: str, inner: Any, pick: Any = lambda result: result) -> Any:
+        def call(*args: Any) -> Any:
+            part = calls[name] = calls.get(name, -1) + 1
+            log.append(f"{name}{part}")
+            result = inner(*args)
+            if isinstance(result, tuple):
+                return result[0], _Mark.apply(result[1], log, f"{name}{part} back")
+            return _Mark.apply(result, log, f"{name}{part} back")
+
+        return call
+
+    block.attend_and_norm = numbered("attention", block.attend_and_norm)
+    block.moe.experts.forward = numbered("experts", block.moe.experts.forward)
+    block.moe.shared_experts.forward = numbered("shared", block.moe.shared_experts.forward)
+    begun: dict[int, str] = {}
+
+    def start(self: Exchange, x: Tensor, *, back: bool) -> Tensor:
+        name = begun.setdefault(id(self), "ABCD"[len(begun)])
+        log.append(f"{name}{' back' if back else ''} goes")
+        return _START(self, x, back=back)
+
+    def finish(self: Exchange) -> Tensor:
+        log.append(f"{begun[id(self)]} came")
+        return _FINISH(self)
+
+    with mock.patch.object(expert.Exchange, "start", start), mock.patch.object(expert.Exchange, "finish", finish):
+        yield
+
+
+_START, _FINISH = Exchange.start, Exchange.finish
+
+
+def _order(rank: int, ranks: int) -> tuple[list[str], list[str]]:
+    model = Decoder(ModelDims(**SIZES))
+    initialize(model, seed=0)
+    mesh = mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu")
+    apply_expert_parallel(model, mesh)
+    overlap_batches(model, 2)
+    forward: list[str] = []
+    block = model.layers["0"]
+    assert isinstance(block, TransformerBlock)
+    with _logged(block, forward):
+        tokens = torch.arange(4 * SEQ).view(4, SEQ) % 32
+        out = model(tokens)
+        backward = forward[:]
+        forward.clear()
+        out.sum().backward()
+    return backward, forward
+
+
+def test_every_exchange_has_computation_beside_it() -> None:
+    for forward, backward in run_distributed(_order, 2):
+        assert forward == [
+            "attention0", "A goes", "attention1", "B goes", "A came", "experts0", "C goes", "B came", "experts1",
+            "D goes", "shared0", "shared1", "C came", "D came",
+        ]  # fmt: skip
+        assert backward == [
+            "D back goes", "C back goes", "shared1 back", "shared0 back", "D came", "experts1 back", "B back goes",
+            "C came", "experts0 back", "A back goes", "B came", "attention1 back", "A came", "attention0 back",
+        ]  # fmt: skip
+
+
+def _whole_and_in_turns(rank: int, ranks: int) -> None:
+    """In high precision, a batch that the parts divide and one that they do not."""
+    results = []
+    for parts in (1, 2):
+        model = Decoder(ModelDims(**SIZES))
+        initialize(model, seed=0)
+        apply_expert_parallel(model, mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu"))
+        overlap_batches(model, parts)
+        for sequences in (4, 3):
+            out = model((torch.arange(sequences * SEQ).view(sequences, SEQ) * (rank + 3)) % 32)
+            out.square().sum().backward()
+            results.append(out.detach())
+        results.append([p.grad for p in model.parameters()])
+    for a, b in zip(results[:2], results[3:5], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(results[2], results[5], strict=True):
+        a, b = (each.to_local() if hasattr(each, "to_local") else each for each in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_in_turns_is_the_whole_batch_and_one_that_does_not_divide_is_taken_whole() -> None:
+    run_distributed(_whole_and_in_turns, 2)
+
+
+# ---- codes
+
+
+def _as_codes(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    sent, came = [[2, 0], [3, 1]][rank], [[2, 3], [0, 1]][rank]
+    x = torch.randn(sum(sent), DIM, generator=torch.Generator().manual_seed(rank)).to(dtype) * 100
+    x[0, 0] = torch.nan
+    exchange = Exchange(sent, came, Axis.of(group), codes_forward=True)
+    exchange.start(x, back=False)
+    rows = exchange.finish()
+    whole = Exchange(sent, came, Axis.of(group))
+    whole.start(x, back=False)
+    expected = whole.finish()
+    assert rows.dtype == dtype
+    codes, scale = cast_rows(expected, torch.float8_e4m3fn)
+    assert torch.equal(rows.isnan(), expected.isnan() | (codes.float() * scale).isnan())
+    values = (codes.float() * scale).to(dtype)
+    assert torch.equal(rows.nan_to_num(), values.nan_to_num())
+    again, scale_again = cast_rows(rows, torch.float8_e4m3fn)
+    assert torch.equal((again.float() * scale_again).nan_to_num(), values.float().nan_to_num()), "cast again: the same"
+    gradient = torch.ones(sum(came), DIM, dtype=dtype) * (rank + 0.3)
+    exchange.start(gradient, back=True)
+    assert exchange.finish().shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_that_travel_as_codes_are_what_their_codes_stand_for(dtype: torch.dtype) -> None:
+    run_distributed(_as_codes, 2, dtype)
+
+
+def test_layers_without_experts_are_left_alone() -> None:
+    model = Decoder(ModelDims(**{**SIZES, "n_layers": 2, "first_dense_layers": 1}))
+    forwards = {name: block.forward for name, block in model.layers.items()}
+    overlap_batches(model, 2)
+    assert model.layers["0"].forward == forwards["0"]
+    assert model.layers["1"].forward != forwards["1"]
+    assert any(isinstance(module, MoE) for module in model.layers["1"].modules())
