@@ -1,5 +1,6 @@
 """Parts of a batch that take turns in layers with experts, and tokens that travel as float8 codes."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
@@ -27,11 +29,14 @@ from tests.distributed.test_expert_parallel import (
     same_as_alone,
 )
 from tests.distributed.test_mesh_matrix import FLOAT8_CODES, LOCAL_SCALES
+from titan_fp8 import convert_to_float8_grouped_training
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.moe import MoE
 from titan_fp8.parallel import expert
+from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
+from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.degrees import MeshDegrees
 from titan_fp8.parallel.expert import Exchange, apply_expert_parallel
 from titan_fp8.parallel.expert_overlap import overlap_batches
@@ -126,7 +131,7 @@ def _logged(block: Any, log: list[str]) -> Iterator[None]:
     begun: dict[int, str] = {}
 
     def start(self: Exchange, x: Tensor, *, back: bool) -> Tensor:
-        name = begun.setdefault(id(self), "ABCD"[len(begun)])
+        name = begun[id(self)] if back else begun.setdefault(id(self), "ABCD"[len(begun)])
         log.append(f"{name}{' back' if back else ''} goes")
         return _START(self, x, back=back)
 
@@ -193,6 +198,53 @@ def _whole_and_in_turns(rank: int, ranks: int) -> None:
 
 def test_a_batch_in_turns_is_the_whole_batch_and_one_that_does_not_divide_is_taken_whole() -> None:
     run_distributed(_whole_and_in_turns, 2)
+
+
+# ---- what is computed a second time
+
+
+MODES = {
+    "none": {"mode": "none"},
+    "op": {"mode": "selective", "selective_ac_option": "op"},
+    "full": {"mode": "full"},
+}
+
+
+class _Count(TorchDispatchMode):
+    """How often exchanges and products of experts are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name.rpartition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _recompute(rank: int, ranks: int, mode: dict[str, str], in_float8: bool) -> Counter[str]:
+    model = Decoder(ModelDims(**SIZES))
+    initialize(model, seed=0)
+    if in_float8:
+        convert_to_float8_grouped_training(model, emulate=True)
+    apply_expert_parallel(model, mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu"))
+    section = ActivationCheckpointSection(**mode)  # pyright: ignore[reportArgumentType]
+    apply_activation_checkpointing(model, section, compile_config=CompileSection(), around_experts=True)
+    out = model(torch.arange(4 * SEQ).view(4, SEQ) % 32)
+    with _Count() as counted:
+        out.sum().backward()
+    return counted.calls
+
+
+@pytest.mark.parametrize("in_float8", [False, True], ids=["plain", "float8"])
+def test_by_operation_no_exchange_and_every_second_product_is_repeated(in_float8: bool) -> None:
+    product = "grouped_scaled_mm_rows" if in_float8 else "grouped_rows_one_by_one"
+    calls = {name: run_distributed(_recompute, 2, mode, in_float8)[0] for name, mode in MODES.items()}
+    exchanges = {name: each["all_to_all_single"] for name, each in calls.items()}
+    assert exchanges == {"none": 2, "op": 2, "full": 2 + 3}, "gradients alone, or tokens, results and counts too"
+    repeated = {name: each[product] - calls["none"][product] for name, each in calls.items()}
+    # Of a shared expert's three products the second is repeated, so of these it is the first and the third.
+    assert repeated == {"none": 0, "op": 2, "full": 3}
 
 
 # ---- codes

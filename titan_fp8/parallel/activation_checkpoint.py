@@ -29,9 +29,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from titan_fp8.models import flash4
 from titan_fp8.models.decoder import Decoder, TransformerBlock
+from titan_fp8.models.grouped import multiply_rows
 from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
+from titan_fp8.quantization.grouped_ops import grouped_mm_rows
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.errors import UserError
@@ -43,6 +45,7 @@ Shape = tuple[int, int]
 _aten = torch.ops.aten
 # Matrix products: of their results every second one is kept.
 _ATEN_GEMMS = (_aten.mm.default, _aten.addmm.default)
+_GROUPED_GEMMS = (grouped_mm_rows, multiply_rows)
 _ALWAYS_KEPT = frozenset(
     {
         _aten._scaled_dot_product_flash_attention.default,
@@ -183,8 +186,11 @@ def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:
     if op in _ATEN_GEMMS:
         k, n = args[-1].shape
         return k, n
-    if op in GEMM_OPS:
-        n, k = args[1].shape  # the second operand is passed as rows of K
+    if op is _aten._grouped_mm.default:  # of experts: [M, K] x [E, K, N]
+        k, n = args[1].shape[-2:]
+        return k, n
+    if op in GEMM_OPS or op in _GROUPED_GEMMS:
+        n, k = args[1].shape[-2:]  # the second operand is passed as rows of K
         return k, n
     return None
 
