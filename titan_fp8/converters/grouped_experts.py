@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.models.dispatch import Rows
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.fsdp_weight import check_gathered, wrap_experts_for_fsdp
@@ -37,7 +38,7 @@ class Float8Experts(Experts):
         """Whether codes are computed from the bits of the gathered parameters, which nobody may round before."""
         return self.fsdp_weight_states is None
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rows, ends: Tensor) -> Tensor:
         """As in `Experts`; groups are multiples of 16 rows."""
         weights = self.weights()
         return grouped_feed_forward(x, weights, self._codes(weights), ends, self.config)

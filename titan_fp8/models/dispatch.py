@@ -8,7 +8,7 @@ T tokens, k choices of each, E experts, D features, M rows of the groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,17 +21,37 @@ BF16_ALIGNMENT = 8
 """Rows that a group in bf16 is a multiple of: 16 bytes, where rows are the dimension that is summed over."""
 
 
+class Rows(NamedTuple):
+    """Rows sorted by expert that are not made yet: experts may cast them as they are brought together.
+
+    Attributes:
+        x: `[T, D]`, where they come from.
+        scores: fp32 `[T, k]`, factors, or None.
+        position: int32 `[T, k]`, the row of each choice.
+        source: int32 `[M]`, the choice that each row holds, or -1 (`titan_fp8.kernels.moe.plan`).
+    """
+
+    x: Tensor
+    scores: Tensor | None
+    position: Tensor
+    source: Tensor
+
+    def make(self) -> Tensor:
+        """The rows, `[M, D]`; zero where no token is."""
+        return Permute.apply(*self)
+
+
 @dataclass(frozen=True)
 class Groups:
     """Rows sorted by expert.
 
     Attributes:
-        rows: `[M, D]`; zero where no token is.
+        rows: what makes them.
         ends: int32 `[E]`, the row behind each group.
         way_back: what the dispatcher needs to bring rows back.
     """
 
-    rows: Tensor
+    rows: Rows
     ends: Tensor
     way_back: Any
 
@@ -92,8 +112,7 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         _, ends, position, source = plan(experts, self.n_experts, self.alignment)
-        rows = Permute.apply(x, scores, position, source)
-        return UnderWay(rows, lambda rows: Groups(rows, ends, (position, source)))
+        return UnderWay(x, lambda x: Groups(Rows(x, scores, position, source), ends, (position, source)))
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
         """See `Dispatcher`."""

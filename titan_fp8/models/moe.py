@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.models.dims import ModelDims
-from titan_fp8.models.dispatch import Dispatcher, Groups, LocalDispatcher, UnderWay
+from titan_fp8.models.dispatch import Dispatcher, Groups, LocalDispatcher, Rows, UnderWay
 from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.grouped import grouped_linear
 from titan_fp8.models.initialization import Constant, Distribution, TruncatedNormal
@@ -159,9 +159,10 @@ class Experts(nn.Module):
             "w3": TruncatedNormal(self.residual_std),
         }
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Rows `[M, dim]` sorted by expert, ends int32 `[E]`: `[M, dim]`, same dtype."""
+    def forward(self, x: Tensor | Rows, ends: Tensor) -> Tensor:
+        """Rows `[M, dim]` sorted by expert, or what makes them, and ends int32 `[E]`: `[M, dim]`, same dtype."""
         w1, w3, w2 = self.weights()
+        x = x if isinstance(x, Tensor) else x.make()
         hidden = F.silu(grouped_linear(x, w1, ends)) * grouped_linear(x, w3, ends)
         return grouped_linear(hidden, w2, ends)
 

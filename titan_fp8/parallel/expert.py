@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from titan_fp8.kernels.float8 import reference
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dispatch import Groups, Permute, UnderWay, Unpermute, plan
+from titan_fp8.models.dispatch import Groups, Permute, Rows, UnderWay, Unpermute, plan
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.expert_tensor import divide_experts
 from titan_fp8.parallel.mesh import EP, ParallelMesh
@@ -116,7 +116,7 @@ class ExchangeDispatcher:
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
 
         def arrive(rows: Tensor) -> Groups:
-            grouped = Permute.apply(Arrive.apply(rows, exchange), None, place, origin)
+            grouped = Rows(Arrive.apply(rows, exchange), None, place, origin)
             return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
 
         return UnderWay(rows, arrive)

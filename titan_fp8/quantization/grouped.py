@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_fp8.models.dispatch import Rows, permute_backward, unpermute
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.function import differentiable_once
@@ -69,7 +70,7 @@ def cast_experts(weight: Tensor) -> Codes:
 
 
 def grouped_feed_forward(
-    x: Tensor,
+    x: Tensor | Rows,
     weights: Sequence[Tensor],
     codes: Sequence[Codes],
     ends: Tensor,
@@ -78,7 +79,8 @@ def grouped_feed_forward(
     """`w2(silu(w1 x) * w3 x)` for each expert's rows.
 
     Args:
-        x: `[M, K]`, sorted by expert, groups multiples of 16 rows; zero where a group's row holds nothing.
+        x: `[M, K]`, sorted by expert, groups multiples of 16 rows; zero where a group's row holds nothing. Or what
+            makes them of tokens: then they are cast as they are brought together, and exist in high precision nowhere.
         weights: w1 and w3 `[E, H, K]` and w2 `[E, K, H]` in high precision, which gradients are for.
         codes: these by rows, from `cast_experts` or a cache.
         ends: int32 `[E]`, the row behind each expert's rows.
@@ -90,7 +92,8 @@ def grouped_feed_forward(
     tensors = [tensor for each in codes for tensor in each]
     # Under no_grad autograd still says that a parameter needs a gradient.
     needs_columns = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights[:2])
-    return _GroupedFeedForward.apply(x, *weights, ends, config, needs_columns, *tensors)
+    rows = (x, None, None, None) if isinstance(x, Tensor) else x
+    return _GroupedFeedForward.apply(*rows, *weights, ends, config, needs_columns, *tensors)
 
 
 class _GroupedFeedForward(torch.autograd.Function):
@@ -98,6 +101,9 @@ class _GroupedFeedForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        scores: Tensor | None,
+        position: Tensor | None,
+        source: Tensor | None,
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
@@ -106,47 +112,70 @@ class _GroupedFeedForward(torch.autograd.Function):
         needs_columns: bool,
         *codes: Tensor,
     ) -> Tensor:
-        x_codes_t = x_scale_t = None
-        if needs_columns:
-            *x_rows, x_codes_t, x_scale_t = ops.cast_group_both(x, ends, E4M3)
-        else:
-            x_rows = cast_rows(x, E4M3)
+        made = x if position is None or source is None else Rows(x, scores, position, source)
+        *x_rows, x_codes_t, x_scale_t = _cast_rows(made, ends, columns=needs_columns)
         weights = [codes[0:2], codes[2:4], codes[4:6]]
         gate, up = (_by_rows(x_rows, w, ends, x.dtype, config, fast=True) for w in weights[:2])
         hidden = ops.swiglu_group_rows(gate, up, E4M3)
         output = _by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
-        kept = codes if any(ctx.needs_input_grad[:4]) else [None] * 6
-        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, *kept)
+        needs = ctx.needs_input_grad
+        kept = codes if needs[0] or needs[1] or any(needs[4:7]) else [None] * 6
+        # The tokens themselves are needed for the gradient of their scores alone.
+        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, x if needs[1] else None, scores, position, *kept)
         ctx.config, ctx.dtypes = config, (x.dtype, w1.dtype, w3.dtype, w2.dtype)
         return output
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes_t, x_scale_t, gate, up, ends, *weights = ctx.saved_tensors
+        x_codes_t, x_scale_t, gate, up, ends, *of_rows = ctx.saved_tensors[:8]
+        weights = ctx.saved_tensors[8:]
         config: Float8GroupedConfig = ctx.config
         dtype, *weight_dtypes = ctx.dtypes
         fast = config.fast_accum_in_backward
-        needs = ctx.needs_input_grad
+        needs_rows, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
         *g_rows, g_codes_t, g_scale_t = ops.cast_group_both(grad.contiguous(), ends, E4M3)
         w2_columns = ops.columns_of_experts(*weights[4:6], grad)
         grad_hidden = _by_rows(g_rows, w2_columns, ends, dtype, config, fast=fast)
         *made, hidden_t, hidden_scale_t = ops.swiglu_group_backward(grad_hidden, gate, up, ends, E4M3)
         of_gate, of_up = made[:4], made[4:]
-        grads: list[Tensor | None] = [None] * 4
-        if needs[0]:
+        grads: list[Tensor | None] = [None] * 3
+        of_x: tuple[Tensor | None, Tensor | None] = None, None
+        if needs_rows:
             parts = (
                 _by_rows(each[:2], ops.columns_of_experts(*w, grad), ends, dtype, config, fast=fast)
                 for each, w in ((of_gate, weights[:2]), (of_up, weights[2:4]))
             )
-            grads[0] = next(parts).add_(next(parts))
-        for number, each in ((1, of_gate), (2, of_up)):
+            of_x = _of_tokens(next(parts).add_(next(parts)), *of_rows)
+        for number, each in ((0, of_gate), (1, of_up)):
             if needs[number]:
                 grads[number] = _by_columns(each[2:], (x_codes_t, x_scale_t), ends, config)
-        if needs[3]:
-            grads[3] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
-        of_weights = [g if g is None else g.to(d) for g, d in zip(grads[1:], weight_dtypes, strict=True)]
-        return grads[0], *of_weights, *[None] * 9
+        if needs[2]:
+            grads[2] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
+        of_weights = [g if g is None else g.to(d) for g, d in zip(grads, weight_dtypes, strict=True)]
+        return *of_x, None, None, *of_weights, *[None] * 9
+
+
+def _cast_rows(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Tensor | None]:
+    """Codes and scale by rows, and by columns of groups, or None twice."""
+    if not columns:
+        return *cast_rows(x if isinstance(x, Tensor) else x.make(), E4M3), None, None
+    if isinstance(x, Tensor):
+        return ops.cast_group_both(x, ends, E4M3)
+    return ops.gather_group_both(x.x, x.source, x.scores, x.position.shape[1], ends, E4M3)
+
+
+def _of_tokens(
+    grad: Tensor, x: Tensor | None, scores: Tensor | None, position: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of tokens and of scores for that of rows `[M, K]`, which are the tokens if nothing has a
+    position."""
+    if position is None:
+        return grad, None
+    if x is None:
+        return unpermute(grad, position, scores), None
+    assert scores is not None
+    return permute_backward(grad, x, position, scores)
 
 
 def _by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:

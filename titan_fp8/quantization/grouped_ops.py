@@ -38,6 +38,19 @@ cast_group_both = register_operator(
 )
 """`cast_group_both(x [M, K], ends, dtype)` -> codes [M, K], scale [M, 1], codes_t [K, M], scale_t [E, K]."""
 
+
+def _gathered(x: Tensor, source: Tensor, scores: Tensor | None, top_k: int, ends: Tensor, dtype: torch.dtype):
+    return _both(x.new_empty((source.shape[0], x.shape[1])), ends, dtype)
+
+
+gather_group_both = register_operator(
+    "gather_group_both(Tensor x, Tensor source, Tensor? scores, int top_k, Tensor ends, ScalarType dtype) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    grouped.gather,
+    _gathered,
+)
+"""`cast_group_both` of `moe_permute(x [T, K], source, scores, top_k)`."""
+
 cast_group_columns = register_operator(
     "cast_group_columns(Tensor x, Tensor ends, ScalarType dtype) -> (Tensor, Tensor)",
     grouped.cast_columns,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.unit.kernels import interpreter
+from titan_fp8.kernels import moe
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.float8.bits import Tile
-from titan_fp8.kernels.grouped import kernel, reference, swiglu_kernel
+from titan_fp8.kernels.grouped import gather_kernel, kernel, reference, swiglu_kernel
 
 ENDS = {
     "uneven": [16, 48, 48, 112],
@@ -29,6 +30,8 @@ def shrink_blocks() -> None:
     """Blocks so small that groups and rows come in several; and memory that shows what is not written."""
     kernel.AMAX_BLOCK_T, kernel.AMAX_BLOCK_K, kernel.AMAX_ROWS, kernel.AMAX_SPLITS = 16, 32, 32, 2
     kernel.TILE, kernel.SCALES_BLOCK = Tile(32, 32, 4, 2), 64
+    gather_kernel.AMAX_BLOCK_T, gather_kernel.AMAX_BLOCK_K = 16, 32
+    gather_kernel.AMAX_ROWS, gather_kernel.AMAX_SPLITS, gather_kernel.TILE = 32, 2, Tile(32, 32, 4, 2)
     swiglu_kernel.AMAX_BLOCK_T, swiglu_kernel.AMAX_BLOCK_K = 16, 32
     swiglu_kernel.AMAX_ROWS, swiglu_kernel.AMAX_SPLITS, swiglu_kernel.TILE = 32, 2, Tile(32, 32, 4, 2)
     torch.use_deterministic_algorithms(True)
@@ -99,6 +102,20 @@ def case_experts() -> str:
         wrong.append(
             same(str(shape), kernel.columns_of_experts(codes, scale), reference.columns_of_experts(codes, scale))
         )
+    return "; ".join(filter(None, wrong))
+
+
+def case_gather() -> str:
+    wrong = []
+    for tokens, top_k, experts, features in ((50, 1, 4, 48), (33, 3, 8, 40), (3, 2, 32, 7)):
+        choices = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens)).topk(top_k).indices
+        _, ends, _, source = moe.plan(choices, experts, 16)
+        x = random(tokens, 64)[:, :features]
+        for scores in (None, random(tokens, top_k, seed=1)):
+            rows = moe.reference.permute(x, source, scores, top_k)
+            expected = (*reference.float8.cast_rows(rows, E4M3), *reference.cast_columns(rows, ends, E4M3))
+            result = gather_kernel.gather(x, source, scores, top_k, ends, E4M3)
+            wrong.append(same(f"{tokens} {scores is None}", result, expected, int(ends[-1])))
     return "; ".join(filter(None, wrong))
 
 

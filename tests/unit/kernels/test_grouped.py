@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titan_fp8.kernels import grouped
+from titan_fp8.kernels import grouped, moe
 from titan_fp8.kernels.float8 import E4M3, E5M2
 from titan_fp8.kernels.float8 import reference as float8
 from titan_fp8.kernels.producers import reference as producers
@@ -98,6 +98,37 @@ def assert_columns(codes_t: Tensor, scale_t: Tensor, x: Tensor, ends: Tensor, dt
         assert torch.equal(bits(codes_t[:, its_rows].contiguous()), bits(codes)), f"codes of group {group}"
         assert_scales(scale_t[group], scale.view(-1), f"scales of group {group}")
     assert not bits(codes_t)[:, int(ends[-1]) :].any()
+
+
+TOKENS = {
+    "one choice": (50, 1, 4),
+    "several choices": (33, 3, 8),
+    "experts without tokens": (3, 2, 32),
+    "no tokens": (0, 2, 4),
+}
+"""T, k, E."""
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scores"])
+@pytest.mark.parametrize("name", TOKENS)
+@DTYPES
+def test_tokens_cast_on_their_way_are_the_cast_of_the_rows_they_become(
+    name: str, scaled: bool, input_dtype: torch.dtype
+) -> None:
+    tokens, top_k, experts = TOKENS[name]
+    generator = torch.Generator().manual_seed(1)
+    choices = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    _, ends, _, source = moe.plan(choices, experts, grouped.ALIGNMENT)
+    x = values(tokens, K + 8, dtype=input_dtype)[:, :K]
+    scores = torch.rand(tokens, top_k, generator=generator) * 3 if scaled else None
+    result = on_device(grouped.gather, x, source, scores, top_k, ends, E4M3)
+    rows = moe.permute(x, source, scores, top_k)
+    expected = (*float8.cast_rows(rows, E4M3), *grouped.reference.cast_columns(rows, ends, E4M3))
+    here = int(ends[-1])
+    for number, (mine, theirs) in enumerate(zip(result, expected, strict=True)):
+        assert mine.shape == theirs.shape
+        mine, theirs = (each[:here] if number < 2 else each for each in (mine, theirs))
+        (assert_scales if number % 2 else assert_codes)(mine.contiguous(), theirs.contiguous(), str(number))
 
 
 @ALL_GROUPS

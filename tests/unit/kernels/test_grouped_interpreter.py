@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from tests.unit.kernels.interpreter import results_of  # noqa: E402
 
 CASES = [
-    "experts", "garbage_behind_the_last_group", "groups", "half_precision_and_strides",
+    "experts", "gather", "garbage_behind_the_last_group", "groups", "half_precision_and_strides",
     "nan_and_inf_stay_in_their_column_and_group", "swiglu_backward", "widths",
 ]  # fmt: skip
 
@@ -32,19 +32,22 @@ def test_no_case_is_left_out(results: dict[str, str]) -> None:
 @pytest.mark.parametrize("groups", [8, 128])
 def test_the_kernels_compile_with_wide_loads_and_stores(groups: int) -> None:
     from tests.unit.kernels.test_producers_compiles import compile_ptx
-    from titan_fp8.kernels.grouped import kernel, swiglu_kernel
+    from titan_fp8.kernels.grouped import gather_kernel, kernel, swiglu_kernel
 
     tile, flags = kernel.TILE, {"EXACT_BITS": False, "GROUPS": groups}
     sizes = {"BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band, "num_warps": tile.warps}
     pointers = ["*bf16", "*bf16", "*i32", "*i32", "*fp32", "*u8", "*fp32", "*u8"]
     integers = ["i32+", "i32+", "i32+", "i32", "i32+", "i32+"]
     cast = compile_ptx(kernel._cast_kernel, pointers + integers, ROWS=True, FROM_CODES=False, **sizes, **flags)
+    pointers = ["*bf16", "*i32", "*fp32", "*i32", "*i32", "*fp32", "*u8", "*fp32", "*u8"]
+    integers = ["i32+", "i32+", "i32+", "i32", "i32"]
+    gather = compile_ptx(gather_kernel._cast_kernel, pointers + integers, SCALED=True, **sizes, **flags)
     tile = swiglu_kernel.TILE
     sizes = {"BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band, "num_warps": tile.warps}
     gradient = ["*i32", "*fp32", "*u8", "*fp32", "*u8"]
     pointers = [*["*bf16"] * 3, "*i32", *gradient, *gradient, "*fp32", "*u8"]
     backward = compile_ptx(swiglu_kernel._cast_kernel, [*pointers, *["i32+"] * 5, "i32"], **sizes, **flags)
-    for ptx in (cast, backward):
+    for ptx in (cast, gather, backward):
         assert "ld.global.v4.b32" in ptx
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
         assert not re.findall(r"st\.global\.(?:v\d\.)?b8", ptx)

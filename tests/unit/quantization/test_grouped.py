@@ -16,6 +16,7 @@ from titan_fp8.kernels import float8
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.float8.reference import NAN_CODE
 from titan_fp8.kernels.producers import reference as producers
+from titan_fp8.models.dispatch import Rows, plan
 from titan_fp8.quantization import grouped_gemm
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization import ops as linear_ops
@@ -251,6 +252,8 @@ CALLS = [
     (ops.cast_group_both, (X.bfloat16(), ENDS, E4M3)),
     (ops.cast_group_both, (NO_ROWS, ENDS * 0, E4M3)),
     (ops.cast_group_columns, (X, ENDS, E4M3)),
+    (ops.gather_group_both, (X, torch.arange(48, dtype=torch.int32), random(24, 2, seed=2), 2, ENDS, E4M3)),
+    (ops.gather_group_both, (X.bfloat16(), torch.arange(48, dtype=torch.int32), None, 1, ENDS, E4M3)),
     (ops.cast_experts, (random(3, H, K, seed=1), E4M3)),
     (ops.columns_of_experts, (CODES_OF_EXPERTS, SCALE_OF_EXPERTS)),
     (ops.columns_of_experts, (CODES_OF_EXPERTS, SCALE_OF_EXPERTS, X)),
@@ -480,6 +483,33 @@ def test_strides_of_rows_and_gradient_do_not_matter() -> None:
         return feed_forward(x.t().contiguous().t(), *rest)
 
     assert_same(run(x, weights, ends, wide_grad, call=transposed), expected, ends)
+
+
+def _of_tokens(scores: Tensor | None, dtype: torch.dtype, *, as_rows: bool, frozen: bool) -> list[Tensor | None]:
+    """The output of tokens with two choices of four experts each, and the gradients of tokens, scores and weights."""
+    choices = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    _, ends, position, source = plan(choices, 4, 16)
+    tokens = random(40, K, seed=1, dtype=dtype).requires_grad_(not frozen)
+    factors = None if scores is None else scores.clone().requires_grad_()
+    weights = [weight.requires_grad_() for weight in weights_of(4).values()]
+    rows = Rows(tokens, factors, position, source)
+    codes = [cast_experts(weight) for weight in weights]
+    output = grouped_feed_forward(rows if as_rows else rows.make(), weights, codes, ends, EMULATED)
+    output = output[: ends[-1]]
+    output.backward(random(*output.shape, seed=3, dtype=dtype))
+    leaves = [tokens, *weights, *([] if factors is None else [factors])]
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen tokens"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scores"])
+@DTYPES
+def test_tokens_cast_on_their_way_give_what_their_rows_do(dtype: torch.dtype, scaled: bool, frozen: bool) -> None:
+    scores = random(40, 2, seed=4).abs() if scaled else None
+    made, fused = (_of_tokens(scores, dtype, as_rows=as_rows, frozen=frozen) for as_rows in (False, True))
+    for mine, theirs in zip(fused, made, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
 
 
 @DTYPES

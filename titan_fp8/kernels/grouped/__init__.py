@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from titan_fp8.kernels import float8, producers
+from titan_fp8.kernels import float8, moe, producers
 from titan_fp8.kernels.grouped import reference
 
-__all__ = ["ALIGNMENT", "cast_both", "cast_columns", "columns_of_experts", "swiglu_backward", "swiglu_rows"]
+__all__ = ["ALIGNMENT", "cast_both", "cast_columns", "columns_of_experts", "gather", "swiglu_backward", "swiglu_rows"]
 
 ALIGNMENT = 16
 """Rows that a group is a multiple of: 16 bytes of codes, where rows are the dimension that is summed over."""
@@ -39,6 +39,27 @@ def cast_both(x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     if float8.uses_kernel(x):
         return _kernel().cast(_dense(x), ends, dtype, rows=True)
     return *float8.cast_rows(x, dtype), *reference.cast_columns(x, ends, dtype)
+
+
+def gather(
+    x: Tensor, source: Tensor, scores: Tensor | None, top_k: int, ends: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`cast_both` of rows that are tokens of x.
+
+    Args:
+        x: `[T, K]`.
+        source, scores, top_k: as for `titan_fp8.kernels.moe.permute`, which makes the rows `[M, K]`.
+        ends: int32 `[E]`.
+        dtype: of the codes.
+
+    Returns:
+        `cast_both(permute(x, source, scores, top_k), ends, dtype)`.
+    """
+    float8.check_input(x, dtype)
+    if not float8.uses_kernel(x) or not source.numel():
+        return cast_both(moe.permute(x, source, scores, top_k), ends, dtype)
+    factors = None if scores is None else scores.contiguous()
+    return _gather_kernel().gather(_dense(x), source, factors, top_k, ends, dtype)
 
 
 def swiglu_rows(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,6 +101,11 @@ def _dense(x: Tensor) -> Tensor:
 @functools.cache
 def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.grouped.kernel")
+
+
+@functools.cache
+def _gather_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.gather_kernel")
 
 
 @functools.cache
