@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from titan_fp8.models.dispatch import Rows
+from titan_fp8.kernels.moe.functions import Rows
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.fsdp_weight import check_gathered, wrap_experts_for_fsdp

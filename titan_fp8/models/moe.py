@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_fp8.kernels.moe.functions import Rows
 from titan_fp8.models.dims import ModelDims
-from titan_fp8.models.dispatch import Dispatcher, Groups, LocalDispatcher, Rows, UnderWay
+from titan_fp8.models.dispatch import Dispatcher, Groups, LocalDispatcher, UnderWay
 from titan_fp8.models.feed_forward import FeedForward
 from titan_fp8.models.grouped import grouped_linear
 from titan_fp8.models.initialization import Constant, Distribution, TruncatedNormal

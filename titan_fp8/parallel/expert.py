@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titan_fp8.kernels.float8 import reference
+from titan_fp8.kernels.moe.functions import Permute, Rows, Unpermute, plan
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dispatch import Groups, Permute, Rows, UnderWay, Unpermute, plan
+from titan_fp8.models.dispatch import Groups, UnderWay
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.expert_tensor import divide_experts
 from titan_fp8.parallel.mesh import EP, ParallelMesh

@@ -28,7 +28,6 @@ from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from titan_fp8.converters.grouped_experts import Float8Experts
     from titan_fp8.quantization.linear import Float8Linear
 
 
@@ -67,18 +66,18 @@ def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = Fa
     _watch_optimizers()
 
 
-def wrap_experts_for_fsdp(modules: Iterable["Float8Experts"], names: Sequence[str]) -> None:
+def wrap_experts_for_fsdp(modules: Iterable[nn.Module], names: Sequence[str]) -> None:
     """Make the weights of experts such that FSDP2 gathers them as float8 codes, as `wrap_weights_for_fsdp` does for
     linears with `cache`. `fully_shard` may cut them by experts or each expert by rows.
 
     Args:
-        modules: experts, on any device, the meta device included.
+        modules: experts, on any device, the meta device included; their `fsdp_weight_states` become name -> state.
         names: of their parameters `[E, N, K]`.
     """
     for module in modules:
-        module.fsdp_weight_states = {}
+        states = module.__dict__["fsdp_weight_states"] = {}
         for name in names:
-            state = module.fsdp_weight_states[name] = Float8WeightState(RECIPES["rowwise"], caches=True)
+            state = states[name] = Float8WeightState(RECIPES["rowwise"], caches=True)
             setattr(module, name, _wrap(getattr(module, name), state))
             _keep_checkpoints_plain(module, name)
     _watch_optimizers()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fp8.models.dispatch import Rows, permute_backward, unpermute
+from titan_fp8.kernels.moe.functions import Rows, permute_backward, unpermute
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.function import differentiable_once

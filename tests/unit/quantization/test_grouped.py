@@ -15,8 +15,8 @@ from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.kernels import float8
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.float8.reference import NAN_CODE
+from titan_fp8.kernels.moe.functions import Rows, plan
 from titan_fp8.kernels.producers import reference as producers
-from titan_fp8.models.dispatch import Rows, plan
 from titan_fp8.quantization import grouped_gemm
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization import ops as linear_ops
