@@ -209,7 +209,8 @@ REPLICAS = {
     "fsdp": Counted(MeshDegrees(data_parallel_shard=2), BOTH, (FIRST, SECOND)),
     "replicas": Counted(MeshDegrees(data_parallel_replicate=2), BOTH, (FIRST, SECOND)),
     "parts of sequences": Counted(MeshDegrees(context=2), BOTH, (FIRST, SECOND)),
-    "whole experts of ranks that divide products": Counted(MeshDegrees(tensor=2), BOTH, (FIRST, SECOND)),
+    "tokens between products": Counted(MeshDegrees(tensor=2), BOTH, (FIRST, SECOND)),
+    "tokens of divided experts": Counted(MeshDegrees(tensor=2, expert_tensor=2), BOTH, (FIRST, SECOND)),
 }
 
 
@@ -226,24 +227,6 @@ def test_ranks_that_have_different_tokens_count_together(name: str) -> None:
             assert result[step].metrics == pytest.approx(expected, rel=1e-6)
             for bias, wanted in zip(result[step].biases, biases, strict=True):
                 torch.testing.assert_close(bias.double(), wanted, rtol=1e-5, atol=1e-8)
-
-
-def _count_the_same(rank: int, world_size: int) -> tuple[Step, float]:
-    """One step of ranks that divide experts, and so have routed the same tokens; the factor of its auxiliary loss."""
-    degrees = MeshDegrees(tensor=world_size, expert_tensor=world_size)
-    (step,) = _count(rank, world_size, Counted(degrees, BOTH, ((FIRST[0], FIRST[0]),)))
-    load = ExpertLoad([model := build(3)], model.dims, mesh_of(degrees, "cpu"))
-    load.begin_step(torch.tensor(LABEL_TOKENS))
-    return step, layers_of(model)[0].aux_loss_scale.item()
-
-
-def test_ranks_that_divide_experts_count_once_and_share_the_gradient_of_the_auxiliary_loss() -> None:
-    counts = [torch.tensor(count) for count in FIRST[0]]
-    for step, scale in run_distributed(_count_the_same, 2):
-        assert step.metrics == pytest.approx(told(counts, [float(count.sum()) / TOP_K * 1.5 for count in counts]))
-        for bias, count in zip(step.biases, counts, strict=True):
-            torch.testing.assert_close(bias.double(), moves(count.double()), rtol=1e-5, atol=1e-8)
-        assert scale == pytest.approx(AUX_WEIGHT / 2 / LABEL_TOKENS / 2)
 
 
 STAGES = {

@@ -22,6 +22,7 @@ from tests.distributed.test_parallel import (
     train_alone,
     train_on_ranks,
 )
+from titan_fp8.converters.api import convert_to_float8_training
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims
@@ -188,7 +189,7 @@ def test_the_report_knows_latent_attention_and_shared_experts() -> None:
     sizes = {"n_layers": 1, "n_experts": 4, "n_shared_experts": 1, "moe_ffn_dim": 32, "vocab_size": 64}
     with torch.device("meta"):
         model = Decoder(ModelDims(**{**LATENT_DIMS, **sizes}, max_seq_len=SEQ_LEN))
-    convert_to_float8_training(model, config={"recipe_name": "rowwise", "filter_fqns": ["output"], "emulate": True})
+    convert_to_float8_training(model, recipe_name="rowwise", filter_fqns=["output"], emulate=True)
     attention = {f"attention.{name}": "float8 codes" for name in ("wq_b input", "wkv_b input", "wo gradient")}
     experts = {"moe.shared_experts.w2 gradient": "float8 codes", "moe.shared_experts input": "float8 codes"}
     expected = {f"layers.0.{name}": way for name, way in (attention | experts).items()}

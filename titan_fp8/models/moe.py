@@ -212,24 +212,24 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`, same dtype."""
-        tokens = self.gather(x.flatten(0, -2))
+        tokens = x.flatten(0, -2)
         routing = self.router(tokens, self.expert_bias)
-        scores = self._watched(routing)
+        tokens, scores, experts = self.gather(tokens, self._watched(routing), routing.experts)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
-        arrive = self.dispatcher.dispatch(tokens, routing.experts, before)
+        arrive = self.dispatcher.dispatch(tokens, experts, before)
         shared = None if self.shared_experts is None else self.shared_experts(tokens).view(x.shape)
         groups = arrive()
         y = self.experts(groups.rows, groups.ends)
         routed = self.scatter(self.dispatcher.combine(y, groups, after)).view(x.shape)
         return routed if shared is None else shared + routed
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """What is routed here of the tokens of this rank, `[T, dim]` both. Where experts are divided over ranks there
-        is another function, and another `scatter`."""
-        return tokens
+    def gather(self, tokens: Tensor, scores: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[T, dim]`, scores and choices `[T, k]` of all that experts here work on: those of this rank. Where
+        experts are divided over ranks there is another function, and another `scatter`."""
+        return tokens, scores, experts
 
     def scatter(self, routed: Tensor) -> Tensor:
-        """What has come of the tokens of this rank, of what experts made of all that were gathered, `[T, dim]` both."""
+        """What experts made of the tokens of this rank, `[T, dim]`, of all that were gathered."""
         return routed
 
     def _watched(self, routing: Routing) -> Tensor:
