@@ -209,6 +209,8 @@ REPLICAS = {
     "fsdp": Counted(MeshDegrees(data_parallel_shard=2), BOTH, (FIRST, SECOND)),
     "replicas": Counted(MeshDegrees(data_parallel_replicate=2), BOTH, (FIRST, SECOND)),
     "parts of sequences": Counted(MeshDegrees(context=2), BOTH, (FIRST, SECOND)),
+    "tokens between products": Counted(MeshDegrees(tensor=2), BOTH, (FIRST, SECOND)),
+    "tokens of divided experts": Counted(MeshDegrees(tensor=2, expert_tensor=2), BOTH, (FIRST, SECOND)),
 }
 
 

@@ -201,6 +201,7 @@ FLOAT8_CASES: list[tuple[str, str, Options, tuple[float, float]]] = [
     ("llama4", "tp2 etp2", recipe("rowwise"), FLOAT8_CODES),
     ("qwen3_moe", "tp2", recipe("rowwise_with_gw_hp"), FLOAT8_CODES),
 ]
+FLOAT8_GATE = {f"{FLOAT8}.recipe_by_fqn": "router.gate=rowwise", "model.overrides.n_experts": "16"}
 SLOW_FLOAT8_CASES: list[tuple[str, str, Options, tuple[float, float]]] = [
     ("deepseek_v3", "tp2 ep2", recipe("blockwise") | WIDE, FLOAT8_CODES),
     ("deepseek_v3", "tp2 etp2", recipe("rowwise"), FLOAT8_CODES),
@@ -213,7 +214,8 @@ SLOW_FLOAT8_CASES: list[tuple[str, str, Options, tuple[float, float]]] = [
     ("deepseek_v3", "tp2 ep2", recipe("rowwise") | PER_OP | COMPILED, FLOAT8_CODES),
     ("queries from the stream", "tp2 ep2", recipe("rowwise"), FLOAT8_CODES),
     ("mixtral", "fsdp2 tp2 ep2", recipe("rowwise"), FLOAT8_CODES),
-    ("qwen3_moe", "tp2", recipe("rowwise") | {f"{FLOAT8}.recipe_by_fqn": "router.gate=rowwise"}, FLOAT8_CODES),
+    ("qwen3_moe", "tp2", recipe("rowwise") | FLOAT8_GATE, FLOAT8_CODES),
+    ("qwen3_moe", "tp2 etp2", recipe("rowwise") | FLOAT8_GATE, FLOAT8_CODES),
     ("deepseek_v3", "tp2 ep2", BF16, BF16_PARTS),
     ("deepseek_v3", "tp2 etp2", BF16, BF16_PARTS),
 ]

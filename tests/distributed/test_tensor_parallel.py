@@ -22,7 +22,10 @@ from tests.distributed.test_parallel import (
     train_alone,
     train_on_ranks,
 )
+from titan_fp8.converters.api import convert_to_float8_training
 from titan_fp8.converters.exchanges import exchanges
+from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.loss import IGNORE_INDEX, cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import _recomputed_shapes
 from titan_fp8.parallel.config import ActivationCheckpointSection
@@ -31,6 +34,10 @@ from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_f
 from titan_fp8.runtime.collectives import all_gather
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 128}
+LATENT_DIMS = {
+    "dim": 64, "n_heads": 4, "n_kv_heads": None, "ffn_dim": 128, "kv_lora_rank": 32, "q_lora_rank": 48,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
 BLOCK_DIMS = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "n_layers": 2}
 TP2 = Case(tensor=2, vocab_size=68, dims=DIMS)
 LOCAL_SCALES = 0.15
@@ -141,12 +148,20 @@ WIRES: dict[str, tuple[str | None, tuple[str, ...], list, list]] = {
     "tensorwise but wk": ("tensorwise", ("wk",), [*_numbers(64), *_codes(64)], 2 * _codes(64)),
     "tensorwise but w1, w2": ("tensorwise", ("w1", "w2"), [*_codes(64), *_numbers(64)], [*_numbers(64), *_codes(64)]),
     "rowwise but wo, w3": ("rowwise", ("wo", "w3"), [*ROWWISE, *_numbers(64)], [*ROWWISE, *_numbers(64)]),
+    # Latent vectors of queries, the rotated key, and latent vectors of keys and values, in place of the stream.
+    "latent bf16": (None, (), [*_numbers(48), *_numbers(16), *_numbers(32), *_numbers(64)], 2 * _numbers(64)),
+    "latent rowwise": (
+        "rowwise",
+        (),
+        [*_codes(48), *SCALES, *_numbers(16), *_codes(32), *SCALES, *ROWWISE],
+        2 * ROWWISE,
+    ),
 }
 
 
 def _wire_case(name: str) -> Case:
     recipe, filtered, *_ = WIRES[name]
-    dims = BLOCK_DIMS if recipe == "blockwise" else DIMS
+    dims = BLOCK_DIMS if recipe == "blockwise" else LATENT_DIMS if name.startswith("latent") else DIMS
     return replace(TP2, float8_recipe=recipe, filtered=filtered, dims=dims, compute_dtype=torch.bfloat16)
 
 
@@ -168,6 +183,20 @@ def test_the_report_says_what_travels_as_what(name: str) -> None:
     of_bytes = [dtype is BYTES for dtype, _ in [*forward, *backward] if dtype is not torch.float32]
     assert [way == "float8 codes" for way in travels] == of_bytes
     assert {way for way in travels if way != "float8 codes"} == {"high precision (a reader is not float8)"}
+
+
+def test_the_report_knows_latent_attention_and_shared_experts() -> None:
+    sizes = {"n_layers": 1, "n_experts": 4, "n_shared_experts": 1, "moe_ffn_dim": 32, "vocab_size": 64}
+    with torch.device("meta"):
+        model = Decoder(ModelDims(**{**LATENT_DIMS, **sizes}, max_seq_len=SEQ_LEN))
+    convert_to_float8_training(model, recipe_name="rowwise", filter_fqns=["output"], emulate=True)
+    attention = {f"attention.{name}": "float8 codes" for name in ("wq_b input", "wkv_b input", "wo gradient")}
+    experts = {"moe.shared_experts.w2 gradient": "float8 codes", "moe.shared_experts input": "float8 codes"}
+    expected = {f"layers.0.{name}": way for name, way in (attention | experts).items()}
+    expected["output input"] = "high precision (a reader is not float8)"
+    assert exchanges(model) == expected
+    expected["layers.0.moe.shared_experts input"] = "high precision (with that of the experts)"
+    assert exchanges(model, experts_divided=True) == expected
 
 
 @pytest.mark.parametrize("name", ["tensorwise but wk", "tensorwise but w1, w2", "rowwise but wo, w3"])

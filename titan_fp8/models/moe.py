@@ -187,7 +187,7 @@ class Sent:
 
     Attributes:
         rows: what travels.
-        tokens: what was routed, `[T, dim]`.
+        tokens: what the experts here work on, `[T, dim]`.
         scores: factors of what the experts will give, fp32 `[T, k]`; None: they are in already.
         shape: of what the layer was given.
     """
@@ -249,11 +249,11 @@ class MoE(nn.Module):
 
     def send(self, x: Tensor) -> "Sent":
         """Route tokens `[..., dim]` and send them to their experts."""
-        tokens = self.gather(x.flatten(0, -2))
+        tokens = x.flatten(0, -2)
         routing = self.router(tokens, self.expert_bias)
-        scores = self._watched(routing)
+        tokens, scores, experts = self.gather(tokens, self._watched(routing), routing.experts)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
-        return Sent(self.dispatcher.dispatch(tokens, routing.experts, before), tokens, after, x.shape)
+        return Sent(self.dispatcher.dispatch(tokens, experts, before), tokens, after, x.shape)
 
     def share(self, sent: "Sent") -> Tensor | None:
         """What the shared experts make of the same tokens, `[..., dim]`, if there are any."""
@@ -264,13 +264,13 @@ class MoE(nn.Module):
         routed = self.scatter(routed).view(sent.shape)
         return routed if shared is None else shared + routed
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """What is routed here of the tokens of this rank, `[T, dim]` both. Where experts are divided over ranks there
-        is another function, and another `scatter`."""
-        return tokens
+    def gather(self, tokens: Tensor, scores: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[T, dim]`, scores and choices `[T, k]` of all that experts here work on: those of this rank. Where
+        experts are divided over ranks there is another function, and another `scatter`."""
+        return tokens, scores, experts
 
     def scatter(self, routed: Tensor) -> Tensor:
-        """What has come of the tokens of this rank, of what experts made of all that were gathered, `[T, dim]` both."""
+        """What experts made of the tokens of this rank, `[T, dim]`, of all that were gathered."""
         return routed
 
     def _watched(self, routing: Routing) -> Tensor:

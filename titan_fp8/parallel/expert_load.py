@@ -56,9 +56,7 @@ class ExpertLoad:
         Args:
             label_tokens: fp32 `[]`, by which the losses of the step are divided.
         """
-        # Ranks that divide experts route the same tokens, and what each gives the router as a gradient is summed.
-        weight = self._aux_weight / self._mesh.degrees.expert_tensor
-        self._aux_scale.copy_((weight / label_tokens).view(1))
+        self._aux_scale.copy_((self._aux_weight / label_tokens).view(1))
 
     @torch.no_grad()
     def end_step(self, skip: Tensor | None = None) -> None:
@@ -69,7 +67,7 @@ class ExpertLoad:
         """
         sums = torch.cat([self._counts, self._aux_sums.unsqueeze(1)], dim=1)
         dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.tokens.get_group())
-        if self._mesh.degrees.tensor > self._mesh.degrees.expert_tensor:  # each has routed tokens of its own
+        if self._mesh.degrees.tensor > 1:  # the same sequences, but each has routed some of the tokens
             dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.device_mesh.get_group(TP))
         self._last_counts, self._last_aux = sums[:, :-1], sums[:, -1]
         self._counts.zero_()

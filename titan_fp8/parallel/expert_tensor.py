@@ -3,19 +3,20 @@
 Between exchanges every rank of `tp` holds T / t whole tokens. What experts make of that is
 `parallelism.expert_tensor_parallel_degree`:
 
-    1    Experts are whole. Each rank routes its T / t tokens, so for experts the ranks of `tp` are further ranks with
-         tokens of their own: `ep` and `expert_shards` take them as they take those of `dp_shard` and `cp`. Nothing
-         more is exchanged than what goes to experts, but for the counts of the auxiliary loss, which is one of all T
-         tokens.
+    1    Experts are whole. For them the ranks of `tp` are further ranks with tokens of their own: `ep` and
+         `expert_shards` take them as they take those of `dp_shard` and `cp`.
     t    Each expert's hidden features are divided: w1 and w3 by rows, w2 by columns. The tokens of all ranks are
-         gathered, so every rank makes the same choice for all T; what experts give are parts of a sum, which is
-         scattered to T / t tokens a rank. The gradients of scores are parts of a sum too, so the gate's is summed over
-         the axis, as it is where each rank has tokens of its own.
+         gathered, with their scores and choices, and what experts give are parts of a sum, which is scattered to T / t
+         tokens a rank. In backward the gradients of scores are parts of a sum too, and scattered.
 
-Whole experts move a token's features once for each of its k choices, on two exchanges, where `ep` is more than 1;
-divided ones all tokens, k or not, and keep the products of a rank at 1 / t of their width. Source: arXiv 1909.08053.
+In both, each rank routes its own T / t tokens: no token is scored twice, and all ranks have one choice for it, whatever
+the last bits of a product are. The gate's gradient is a sum over the axis. What the auxiliary loss counts is summed
+over it in each layer, so that it is that of all T tokens.
 
-T tokens of a microbatch, t ranks of `tp`, E experts, H hidden features of an expert, D features of the stream.
+Whole experts move a token once for each choice that is on another rank of `ep`; divided ones move all tokens to all
+ranks of `tp`, and what a rank multiplies is 1 / t as wide. Source: arXiv 1909.08053.
+
+T tokens of a microbatch, k choices of each, t ranks of `tp`, E experts, D features of the stream.
 """
 
 from functools import partial
@@ -28,7 +29,7 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.mesh import EP, EXPERT_TP, TP, ParallelMesh
 from titan_fp8.quantization.tensor_parallel import GatherTokens, ScatterSum
-from titan_fp8.runtime.collectives import Axis
+from titan_fp8.runtime.collectives import Axis, all_gather
 
 _HIDDEN_DIM = {"w1": 1, "w3": 1, "w2": 2}
 
@@ -47,15 +48,16 @@ def apply_expert_tensor_parallel(model: Decoder, mesh: ParallelMesh) -> None:
     for module in model.modules():
         if not isinstance(module, MoE):
             continue
-        if mesh.degrees.expert_tensor == 1:
-            module.token_axis = axis
-        else:
+        module.token_axis = axis
+        if mesh.degrees.expert_tensor > 1:
             module.gather, module.scatter = partial(_gather, axis=axis), partial(_scatter, axis=axis)
 
 
-def _gather(tokens: Tensor, axis: Axis) -> Tensor:
-    """`[T / t, D]` -> `[T, D]`; the gradients of each rank's tokens are summed and scattered."""
-    return GatherTokens.apply(tokens, axis).flatten(0, 1)
+def _gather(tokens: Tensor, scores: Tensor, experts: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `[T / t, D]`, fp32 scores and choices `[T / t, k]` -> those of all T; the gradients of each rank's are
+    summed and scattered."""
+    tokens, scores = (GatherTokens.apply(each, axis).flatten(0, 1) for each in (tokens, scores))
+    return tokens, scores, all_gather(experts, axis)
 
 
 def _scatter(routed: Tensor, axis: Axis) -> Tensor:

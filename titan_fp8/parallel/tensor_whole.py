@@ -38,7 +38,7 @@ class SequenceParallelLinear(Linear):
 
 
 class SequenceParallelGate(Gate):
-    """The gate of some of the tokens, or where experts are divided, of all, of whose gradient each rank has a part."""
+    """The gate of some of the tokens; the weight's gradient is that of all."""
 
     axis: Axis
 

@@ -12,6 +12,10 @@ All are e4m3 with power-of-two scales, as in the recipe `rowwise` of a linear. K
 bits a value, gate and up; hidden is made again from these. Of the weights their row codes are kept, from which backward
 derives the columns.
 
+Where the hidden features of each expert are divided over ranks, a rank computes all of this with its H. What is summed
+or scaled along K is that of one process; what has a scale along H (hidden and gradients of gate and up by rows, w2 by
+rows, w1 and w3 by columns) has each rank's own powers of two, as row-parallel linears have it (`tensor_parallel.py`).
+
 M rows, K features of the stream, H hidden features, E experts.
 """
 

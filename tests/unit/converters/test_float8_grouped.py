@@ -281,6 +281,20 @@ def test_dimensions_that_are_no_multiples_of_16_are_refused_by_name(options: dic
     assert f"an expert is {shape}, and float8 needs multiples of 16; leave it out of {GROUPED}.fqns" in problems[0]
 
 
+def test_of_divided_experts_the_parts_count() -> None:
+    placement = Placement(ranks=2, tensor=2, expert_tensor=2)
+    problems = violations(build(), placement=placement, fqns="layers.1")
+    part = "the part of an expert on one of 2 ranks is"
+    assert [problem.split("; ")[0] for problem in problems] == [
+        f"layers.1.moe.experts.w1: {part} 24 x 32, and float8 needs multiples of 16",
+        f"layers.1.moe.experts.w2: {part} 32 x 24, and float8 needs multiples of 16",
+        f"layers.1.moe.experts.w3: {part} 24 x 32, and float8 needs multiples of 16",
+    ]
+    report = convert(build(moe_ffn_dim=64), placement=placement, fqns="layers.1")
+    shapes = {row.fqn.rpartition(".")[2]: row.local_shape for row in report.rows}
+    assert shapes == {"w1": (4, 32, 32), "w2": (4, 32, 32), "w3": (4, 32, 32)}
+
+
 class Scaled(Experts):
     """They compute otherwise."""
 
