@@ -132,8 +132,8 @@ class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes_t, x_scale_t, gate, up, ends, *of_rows = ctx.saved_tensors[:8]
-        weights = ctx.saved_tensors[8:]
+        x_codes_t, x_scale_t, gate, up, ends, *others = ctx.saved_tensors
+        of_rows, weights = others[:3], others[3:]
         config: Float8GroupedConfig = ctx.config
         dtype, *weight_dtypes = ctx.dtypes
         fast = config.fast_accum_in_backward
