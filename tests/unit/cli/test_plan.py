@@ -5,7 +5,7 @@ import pytest
 from titan_fp8.cli.plan import describe
 from titan_fp8.job_config import load_job_config
 
-MODEL = ["--model.name=qwen3_moe", "--model.flavor=30b_a3b", "--model.overrides.n_experts=8"]
+MODEL = ["--model.name=qwen3_moe", "--model.flavor=30B-A3B", "--model.overrides.n_experts=8"]
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, ranks: int, **degrees: int) -> dict[str, str]:
