@@ -1,20 +1,39 @@
 """What holds for every test: GPU tests are skipped without a GPU, and a test has one thread; and what many need."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from tests.distributed.harness import RETRIES
 from titan_fp8.runtime.logging import logger
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if RETRIES not in os.environ:  # processes of xdist have it from the one that shows the report
+        os.environ[RETRIES] = tempfile.mkstemp(prefix="titan_fp8_retries_")[1]
     # How long an example takes depends on what else the machine does.
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    notes = Path(os.environ[RETRIES])
+    text = notes.read_text()
+    if text:
+        terminalreporter.section("tried again")
+        terminalreporter.write(text)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        Path(os.environ.pop(RETRIES)).unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

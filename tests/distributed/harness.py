@@ -12,9 +12,12 @@ after `timeout_s`, and the failure says where its threads were.
 
 Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
 has torch imported, and runs the jobs one after the other. A failed or timed-out job ends the group; the next job
-starts a new one. Jobs share their process: what sets a global (a seed, a torch config, an environment variable) sets
-it for the jobs after it, unless it asks for `fresh=True`. `init=False` (implies fresh) leaves the process group to
-`fn` and sets what torchrun would: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+starts a new one. Where a rank crashes in native code or does not answer, in processes that have run hundreds of jobs,
+the job runs once more in new ones, and the run's report says so at its end.
+
+Jobs share their process: what sets a global (a seed, a torch config, an environment variable) sets it for the jobs
+after it, unless it asks for `fresh=True`. `init=False` (implies fresh) leaves the process group to `fn` and sets what
+torchrun would: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+RETRIES = "TITAN_FP8_TEST_RETRIES"
+"""In this variable of the environment is the file for what was tried again."""
 _COLLECTIVE_TIMEOUT_S = 60
 _GRACE_S = 0.5  # after a first failure, for the failures of other ranks; after a question, for their answers
 _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
@@ -80,9 +85,15 @@ def run_distributed(
             group.close()
     try:
         return _run_in_shared(fn, world_size, args, timeout_s)
-    except _CrashError as crash:
-        print(f"{crash}\nonce more, in new processes", file=sys.stderr)
+    except _LostError as lost:
+        _note(f"{lost}\nIt ran once more, in new processes.\n")
     return _run_in_shared(fn, world_size, args, timeout_s)
+
+
+def _note(text: str) -> None:
+    """For the end of the whole run's report (`tests/conftest.py`): what is tried again shall not go unseen."""
+    with open(os.environ[RETRIES], "a") as notes:
+        notes.write(text)
 
 
 def _run_in_shared(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
@@ -97,8 +108,8 @@ def _run_in_shared(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...
         raise
 
 
-class _CrashError(DistributedTestError):
-    """A rank was ended by a signal of its own doing: native code has crashed."""
+class _LostError(DistributedTestError):
+    """A rank was ended by a signal of its own doing, since native code has crashed; or it did not answer."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ class _Group:
             failed = any(answer.failure for answer in answers.values())
             if not ready and not failed:
                 what = f"{fn.__qualname__}: no answer from ranks {missing} in {timeout_s:.0f} s"
-                raise DistributedTestError("\n".join([what, *self._stacks(missing)]))
+                raise _LostError("\n".join([what, *self._stacks(missing)]))
             if not ready:
                 break
             answers |= {
@@ -162,7 +173,7 @@ class _Group:
         failures = {rank: answer for rank, answer in answers.items() if answer.failure}
         if failures:
             first = min(failures, key=lambda rank: failures[rank].time)
-            kind = _CrashError if failures[first].crashed else DistributedTestError
+            kind = _LostError if failures[first].crashed else DistributedTestError
             raise kind(f"{fn.__qualname__}: rank {first} {failures[first].failure}")
         return [answers[rank].value for rank in range(len(self.pipes))]
 

@@ -149,6 +149,11 @@ CASES = {
     "hsdp": Case("rep2 fsdp2 ep2"),
     "pp2_ep2": Case("pp2 fsdp2 ep2", batch=2),
 }
+COMPILED_FLOAT8_CASES = {
+    "compiled": Case("fsdp2", EXPERTS_IN_FLOAT8 | COMPILED, FLOAT8_CODES, batch=2, batch_alone=2),
+    "compiled_full_ac_cut_experts": Case("fsdp4", EXPERTS_IN_FLOAT8 | COMPILED | FULL | THREE_EACH, FLOAT8_CODES),
+}
+"""Blocks that are compiled whole, with experts that FSDP gathers as codes."""
 SLOW_CASES = {
     "ep2_op_ac": Case("fsdp2 ep2", PER_OP),
     "ep2_compiled": Case("fsdp2 ep2", COMPILED),
@@ -168,6 +173,11 @@ SLOW_CASES = {
     "copies_of_cp2_ep2": Case("rep2 cp2 ep2", NO_AUX_LOSS),
     "pp2_cp2_ep2": Case("pp2 cp2 ep2", NO_AUX_LOSS | FULL, batch=4),
 }
+
+
+@pytest.mark.parametrize("name", COMPILED_FLOAT8_CASES)
+def test_compiled_training_with_gathered_experts_equals_one_process(name: str, tmp_path: Path) -> None:
+    same_as_alone(COMPILED_FLOAT8_CASES[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)

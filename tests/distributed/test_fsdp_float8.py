@@ -281,7 +281,7 @@ def _tell_the_largest_values(rank: int, world_size: int, ahead: bool) -> None:
         model().backward()
         change(model)
         if ahead:
-            mark_stepped(model)  # as the trainer does
+            mark_stepped(model.modules())  # as the trainer does
             is_told = change is _one_pass
             with mock.patch.object(float8, "amax", None) if is_told else contextlib.nullcontext():
                 precompute_float8_dynamic_scale_for_fsdp(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import DistributedTestError, run_distributed
+from tests.distributed.harness import RETRIES, DistributedTestError, run_distributed
 
 
 def _sum_over_ranks(rank: int, world_size: int, offset: float) -> tuple[int, float]:
@@ -77,10 +77,32 @@ def _crash_unless(rank: int, world_size: int, marker: str) -> int:
     return int(value)
 
 
-def test_a_crash_in_shared_processes_is_tried_once_more(tmp_path: Path) -> None:
+def test_a_crash_in_shared_processes_is_tried_once_more_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    monkeypatch.setenv(RETRIES, str(notes))
     assert run_distributed(_crash_unless, 2, str(tmp_path / "marker")) == [2, 2]
+    assert "rank 1 died with exit code -6" in notes.read_text()
+    assert "in _crash_unless" in notes.read_text()
     with pytest.raises(DistributedTestError, match="rank 1 died with exit code -11"):
         run_distributed(_crash_on_rank_one, 2)
+
+
+def _hang_unless(rank: int, world_size: int, marker: str) -> int:
+    if not os.path.exists(f"{marker}{rank}"):
+        open(f"{marker}{rank}", "w").close()
+        time.sleep(60)
+    return rank
+
+
+def test_a_hang_in_shared_processes_is_tried_once_more_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    monkeypatch.setenv(RETRIES, str(notes))
+    assert run_distributed(_hang_unless, 2, str(tmp_path / "marker"), timeout_s=15.0) == [0, 1]
+    assert "in _hang_unless" in notes.read_text()
 
 
 def test_ranks_that_hang_are_ended() -> None:

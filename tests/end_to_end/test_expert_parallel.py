@@ -35,6 +35,7 @@ def assert_same(actual: Result, expected: Result) -> None:
         assert [x[key] for x in actual.lines] == pytest.approx([x[key] for x in expected.lines], rel=tolerance), key
 
 
+@pytest.mark.timeout(300)
 def test_a_run_on_two_ranks_of_experts_goes_on_in_one_process_and_on_four(run_shell: Run, run_here: Run) -> None:
     options = [*MODEL, *EXACT, *CHECKPOINTS]
     whole = run_here(*options, folder="whole")

@@ -318,19 +318,6 @@ REFUSALS = {
         {"model.name": "llama3", "debug.moe_force_load_balance": "true"},
         "debug.moe_force_load_balance = true: llama3 has no experts to balance",
     ),
-    **{
-        f"tensor parallelism of {family}": (
-            2,
-            {"model.name": family, "parallelism.tensor_parallel_degree": "2"},
-            f"2 ranks cannot divide the experts of {family} yet; set it to 1",
-        )
-        for family in OVERRIDES
-    },
-    "tensor parallelism of latent vectors": (
-        2,
-        {"model.name": "deepseek_v3", "parallelism.tensor_parallel_degree": "2"},
-        "2 ranks cannot divide the latent attention of deepseek_v3 yet; set it to 1",
-    ),
 }
 """Ranks, options, words."""
 

@@ -68,14 +68,19 @@ class Float8GroupedConverter:
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
         """The codes of the first step, where they are gathered; elsewhere the first forward pass begins with them."""
         for part in model_parts:
-            cast_ahead(module for module in part.modules() if isinstance(module, Float8Experts))
+            cast_ahead(_converted(part))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; those that are gathered are made again at once, all with
         one all-reduce."""
         for part in model_parts:
-            mark_stepped(part)
+            mark_stepped(_converted(part))
         self.pre_training(model_parts)
+
+
+def _converted(model: nn.Module) -> list[nn.Module]:
+    """What is this converter's to cast: not what another one has cast ahead already."""
+    return [module for module in model.modules() if isinstance(module, Float8Experts)]
 
 
 def convert_grouped(

@@ -30,7 +30,7 @@ from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.size_rule import SIZE_RULES
 from titan_fp8.converters.support import resolve_emulation, resolve_kernels
-from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_weights_for_fsdp
+from titan_fp8.quantization.fsdp_weight import cast_ahead, wrap_weights_for_fsdp
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear, check_dims
 from titan_fp8.quantization.recipes import RECIPES, Float8Recipe, Granularity
@@ -74,14 +74,19 @@ class Float8LinearConverter:
         """With precomputed scales, the codes of the first step. FSDP would make them as it gathers, in the memory of
         its own stream, which would keep that memory when later codes are made elsewhere."""
         for part in model_parts if self._precomputes else ():
-            precompute_float8_dynamic_scale_for_fsdp(part)
+            cast_ahead(_converted(part))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; with precomputed scales these are made again at once."""
         for part in model_parts:
-            mark_stepped(part)
+            mark_stepped(_converted(part))
             if self._precomputes:
-                precompute_float8_dynamic_scale_for_fsdp(part)
+                cast_ahead(_converted(part))
+
+
+def _converted(model: nn.Module) -> list[nn.Module]:
+    """What is this converter's to cast: not what another one has cast ahead already."""
+    return [module for module in model.modules() if isinstance(module, Float8Linear)]
 
 
 def convert_linears(

@@ -257,7 +257,10 @@ class MoE(nn.Module):
 
     def share(self, sent: "Sent") -> Tensor | None:
         """What the shared experts make of the same tokens, `[..., dim]`, if there are any."""
-        return None if self.shared_experts is None else self.shared_experts(sent.tokens).view(sent.shape)
+        if self.shared_experts is None:
+            return None
+        # A tensor of their own: what their linears add to its gradient is one summand of the tokens' gradient.
+        return self.shared_experts(sent.tokens.view_as(sent.tokens)).view(sent.shape)
 
     def join(self, sent: "Sent", routed: Tensor, shared: Tensor | None) -> Tensor:
         """The layer's result `[..., dim]`, of what came back `[T, dim]` and what the shared experts made."""

@@ -91,7 +91,8 @@ class ParallelismSection(Section):
     expert_parallel_overlap_batches: int = key(1, ge=1, unit="parts")
     """Parts of a local batch that take turns in layers with experts, so that the tokens of one travel while another one
     is computed with. It divides `training.local_batch_size`, in a pipeline
-    `pipeline_parallel_microbatch_size`; 1: only shared experts are computed meanwhile."""
+    `pipeline_parallel_microbatch_size`; a batch of validation that it does not divide is taken whole. 1: only shared
+    experts are computed meanwhile."""
 
     expert_parallel_payload: Literal["activations", "float8"] = "activations"
     """As what tokens travel to their experts, and the gradients of the experts' outputs: as they are, or as `float8`

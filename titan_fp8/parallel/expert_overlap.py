@@ -5,8 +5,12 @@ computed with.
         experts of b   results of b go -> shared experts of both   results of a and b are there
 
 Every exchange has something beside it that does not need it, and so has every exchange of gradients: autograd runs all
-this backwards in the reverse order. The parts are sequences of the batch, so nothing else about them changes; matrix
-products are smaller, and weights of experts are gathered once for all. Known as two-batch overlap.
+this backwards in the reverse order. Only where there are no shared experts the last results have nothing beside them,
+nor have their gradients, which come first. Known as two-batch overlap.
+
+The parts are sequences of the batch. Matrix products are smaller, and weights of experts are gathered once for all. The
+gradients that a weight gets from the parts are added in the dtype in which it is gathered, and in float8 what has one
+scale for all rows, such as a column of an operand, has one for a part's.
 
 B sequences of a local batch, S tokens of each, D features of the stream.
 """

@@ -110,7 +110,9 @@ def cast_ahead(modules: Iterable[nn.Module]) -> None:
             state.mark_stale()
             continue
         weight = local_weight(parameter)
-        assert isinstance(weight, ShardableFloat8Weight)
+        if not isinstance(weight, ShardableFloat8Weight):
+            state.mark_stale()  # gathered at the moment, a DTensor where other parallelism has divided it
+            continue
         if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
             shards, shape = _shards_of(parameter, state)
             groups.setdefault(shards, []).append((weight, shape))
@@ -119,10 +121,10 @@ def cast_ahead(modules: Iterable[nn.Module]) -> None:
         refresh(weights, shapes, axis, ahead=True)
 
 
-def mark_fsdp_weights_stale(model: nn.Module, *, but_told: bool = False) -> None:
-    """Say that weights of `model` may have been written to: codes are made anew for the next gather. On every rank.
+def mark_fsdp_weights_stale(modules: Iterable[nn.Module], *, but_told: bool = False) -> None:
+    """Say that weights of `modules` may have been written to: codes are made anew for the next gather. On every rank.
     but_told: not those whose optimizer has told what it wrote to them, and which no cast has followed."""
-    for _, state in _wrapped_parameters(model.modules()):
+    for _, state in _wrapped_parameters(modules):
         if not (but_told and state.is_told):
             state.mark_stale()
 

@@ -75,8 +75,9 @@ class GatheredFloat8Weight(torch.Tensor):
             stand_in = weight.codes.new_empty((), dtype=weight.dtype).expand(weight.shape)
             return func(stand_in, *args[1:], **kwargs)
         raise NotImplementedError(
-            f"{func} on a weight that was gathered as float8 codes, which only a Float8Linear can use; leave the layer "
-            "out of the conversion (filter_fqns), turn enable_fsdp_float8_all_gather off, or call dequantize()"
+            f"{func} on a weight that was gathered as float8 codes, which only a Float8Linear can use, or "
+            "experts in float8; leave the layer out of the conversion (filter_fqns; of experts: fqns), turn "
+            "enable_fsdp_float8_all_gather off, or call dequantize()"
         )
 
 

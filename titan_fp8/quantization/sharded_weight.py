@@ -139,7 +139,7 @@ class ShardableFloat8Weight(torch.Tensor):
             raise UserError(
                 f"a weight of shape {list(outer_size)} was sharded to {list(self.shape)}; only a weight that is "
                 "sharded by rows can be gathered as float8 codes: let fully_shard place it by Shard(0), or turn "
-                "enable_fsdp_float8_all_gather off"
+                "enable_fsdp_float8_all_gather off (of experts: leave them out of fqns)"
             )
         if not self.state.serves(self):
             axis = ShardAxis(mesh.get_group(), mesh.get_local_rank(), mesh.size())

@@ -6,7 +6,7 @@ step and a write through `.data` leave a tensor's version counter alone. So seve
 of them suffices:
 
 * a step of any `torch.optim` optimizer in the process (a hook that PyTorch runs after each);
-* `mark_stepped(model)`, which the trainer calls after each optimizer step;
+* `mark_stepped(modules)`, which the trainer calls after each optimizer step;
 * `mark_stale(model)`, for whoever writes to a weight by other means;
 * loading a state dict;
 * a change of the tensor's version counter or of its memory.
@@ -191,18 +191,19 @@ def mark_stale(model: nn.Module) -> None:
     Needed after a write that no optimizer of `torch.optim` made and that a tensor's version counter does not show: one
     through `.data`, or by a kernel of one's own.
     """
-    _mark_caches_stale(model)
-    mark_fsdp_weights_stale(model)
+    _mark_caches_stale(model.modules())
+    mark_fsdp_weights_stale(model.modules())
 
 
-def mark_stepped(model: nn.Module) -> None:
-    """Say that an optimizer of any kind has updated weights of `model`: `mark_stale`, but for weights of which the
-    optimizer has told by itself what it wrote (`ShardableFloat8Weight.written`)."""
-    _mark_caches_stale(model)
-    mark_fsdp_weights_stale(model, but_told=True)
+def mark_stepped(modules: Iterable[nn.Module]) -> None:
+    """Say that an optimizer of any kind has updated weights that `modules` have themselves: `mark_stale`, but for
+    weights of which the optimizer has told by itself what it wrote (`ShardableFloat8Weight.written`)."""
+    modules = list(modules)
+    _mark_caches_stale(modules)
+    mark_fsdp_weights_stale(modules, but_told=True)
 
 
-def _mark_caches_stale(model: nn.Module) -> None:
-    for module in model.modules():
+def _mark_caches_stale(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         for _, cache in caches_of(module):
             cache.freshness.mark_stale()

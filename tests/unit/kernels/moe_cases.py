@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.unit.kernels import interpreter
 from titan_fp8.kernels import moe
-from titan_fp8.kernels.moe import kernel, reference
+from titan_fp8.kernels.moe import kernel, plan_kernel, reference
 
 SIZES = [(7, 1, 3, 8, 40), (63, 2, 5, 8, 64), (20, 3, 4, 16, 7), (5, 1, 1, 1, 96), (9, 4, 4, 32, 129)]
 """T, k, E, alignment, D."""
@@ -19,6 +19,7 @@ SIZES = [(7, 1, 3, 8, 40), (63, 2, 5, 8, 64), (20, 3, 4, 16, 7), (5, 1, 1, 1, 96
 def shrink_blocks() -> None:
     """Blocks so small that a row comes in several; and memory that shows what is not written."""
     kernel.MAX_BLOCK, kernel.VALUES_PER_WARP = 32, 32
+    plan_kernel.BLOCK, plan_kernel.SCAN_BLOCK = 16, 4
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -62,6 +63,19 @@ def both_ways(inputs: Inputs, scores: Tensor | None) -> str:
         out, made = kernel.to_tokens(y, position, scores, other)
         found.append(differ("tokens", out, tokens))
         found.append("" if made is None else differ("products of tokens", made, products, exact=False))
+    return "; ".join(filter(None, found))
+
+
+def case_plan() -> str:
+    found = []
+    for tokens, top_k, experts, alignment in ((7, 1, 3, 8), (20, 3, 40, 1), (1, 1, 1, 32), (50, 2, 5, 16)):
+        generator = torch.Generator().manual_seed(tokens)
+        spread = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+        for choices in (spread, spread.int(), spread * 0 + torch.arange(top_k)):
+            rows = moe.rows_for(choices.numel(), experts, alignment)
+            result = plan_kernel.plan(choices, experts, alignment, rows)
+            expected = reference.plan(choices, experts, alignment, rows)
+            found += [differ(str(n), *each) for n, each in enumerate(zip(result, expected, strict=True))]
     return "; ".join(filter(None, found))
 
 

@@ -9,7 +9,8 @@ triton = pytest.importorskip("triton")
 from tests.unit.kernels.interpreter import results_of  # noqa: E402
 
 CASES = [
-    "half_precision", "nan_reaches_its_token_alone", "negative_zero", "parts_of_wider_tensors", "scaled", "unscaled",
+    "half_precision", "nan_reaches_its_token_alone", "negative_zero", "parts_of_wider_tensors", "plan", "scaled",
+    "unscaled",
 ]  # fmt: skip
 
 
@@ -44,3 +45,17 @@ def test_the_kernels_compile_with_wide_loads_and_stores(features: int, products:
         assert "ld.global.v4.b32" in ptx
         assert not re.findall(r"ld\.global\.b16", ptx)
         assert "fma.rn.f32" not in ptx, "the reference rounds products"
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("experts", [8, 256])
+@pytest.mark.parametrize("dtype", ["*i32", "*i64"])
+def test_the_kernels_of_a_plan_compile(experts: int, dtype: str) -> None:
+    from tests.unit.kernels.test_producers_compiles import compile_ptx
+    from titan_fp8.kernels.moe import plan_kernel
+
+    sizes = plan_kernel._constants(experts, plan_kernel.BLOCK)
+    compile_ptx(plan_kernel._count_kernel, [dtype, "*i32", "i32", "i32"], **sizes)
+    compile_ptx(plan_kernel._place_kernel, [dtype, *["*i32"] * 5, *["i32"] * 3], **sizes)
+    before = ["*i32", "*i32", "i32", "i32"]
+    compile_ptx(plan_kernel._before_kernel, before, SCAN_BLOCK=plan_kernel.SCAN_BLOCK, num_warps=4)

@@ -247,9 +247,9 @@ def test_marking_after_a_step_forgets_all_but_what_that_step_told(is_told: bool)
     linear.weight, linear.fsdp_weight_state = weight, weight.state
     optimizer.step()
     if not is_told:
-        mark_stepped(linear)
+        mark_stepped([linear])
         _cast(weight)
-    mark_stepped(linear)
+    mark_stepped([linear])
     assert (weight.state.amax_of(weight) is not None) == is_told
     assert not weight.state.is_fresh(weight)
 

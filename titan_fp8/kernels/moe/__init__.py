@@ -6,7 +6,7 @@ over a token's choices; each is the other's gradient. How many rows an expert ge
 groups lie in a number of rows that suffices for any choice (`rows_for`), and nobody waits for the device. Rows that
 hold no token are zero, so that they add nothing to the products over rows that gradients of weights are.
 
-`reference.py` says what is computed; `kernel.py` brings rows to and fro on a GPU.
+`reference.py` says what is computed; on a GPU `plan_kernel.py` finds the places and `kernel.py` brings rows to and fro.
 
 T tokens, k choices of each, E experts, D features, M rows of the groups.
 """
@@ -50,7 +50,10 @@ def plan(experts: Tensor, n_experts: int, alignment: int) -> tuple[Tensor, Tenso
         raise ValueError(
             f"expected choices [T, k] and an alignment of at least 1, got {list(experts.shape)}, {alignment}"
         )
-    return reference.plan(experts, n_experts, alignment, rows_for(experts.numel(), n_experts, alignment))
+    rows = rows_for(experts.numel(), n_experts, alignment)
+    if not float8.uses_kernel(experts) or not experts.numel():
+        return reference.plan(experts, n_experts, alignment, rows)
+    return _plan_kernel().plan(experts.contiguous(), n_experts, alignment, rows)
 
 
 def permute(x: Tensor, source: Tensor, scores: Tensor | None, top_k: int) -> Tensor:
@@ -125,3 +128,8 @@ def _flat(scores: Tensor | None) -> Tensor | None:
 @functools.cache
 def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.moe.kernel")
+
+
+@functools.cache
+def _plan_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.moe.plan_kernel")
