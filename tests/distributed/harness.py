@@ -46,6 +46,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+FIRST_TIMEOUT_S = 60.0
+"""After which a job that may take 100 s, and mostly takes ten, is tried once more."""
 RETRIES = "TITAN_FP8_TEST_RETRIES"
 """In this variable of the environment is the file for what was tried again."""
 _COLLECTIVE_TIMEOUT_S = 60
@@ -84,7 +86,9 @@ def run_distributed(
         finally:
             group.close()
     try:
-        return _run_in_shared(fn, world_size, args, timeout_s)
+        return _run_in_shared(
+            fn, world_size, args, min(timeout_s, FIRST_TIMEOUT_S) if timeout_s <= 100.0 else timeout_s
+        )
     except _LostError as lost:
         _note(f"{lost}\nIt ran once more, in new processes.\n")
     return _run_in_shared(fn, world_size, args, timeout_s)

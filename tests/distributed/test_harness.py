@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed import harness
 from tests.distributed.harness import RETRIES, DistributedTestError, run_distributed
 
 
@@ -101,13 +102,15 @@ def test_a_hang_in_shared_processes_is_tried_once_more_and_told(
 ) -> None:
     notes = tmp_path / "notes"
     monkeypatch.setenv(RETRIES, str(notes))
-    assert run_distributed(_hang_unless, 2, str(tmp_path / "marker"), timeout_s=15.0) == [0, 1]
+    run_distributed(_sum_over_ranks, 2, 0.5)  # the processes are there
+    monkeypatch.setattr(harness, "FIRST_TIMEOUT_S", 3.0)
+    assert run_distributed(_hang_unless, 2, str(tmp_path / "marker")) == [0, 1]
     assert "in _hang_unless" in notes.read_text()
 
 
 def test_ranks_that_hang_are_ended() -> None:
     with pytest.raises(DistributedTestError, match=r"(?s)no answer from ranks \[0, 1\].*rank 1:.*in _hang"):
-        run_distributed(_hang, 2, fresh=True, timeout_s=20.0)
+        run_distributed(_hang, 2, fresh=True, timeout_s=12.0)
 
 
 def test_without_init_the_ranks_have_torchruns_environment_and_no_group() -> None:

@@ -97,13 +97,20 @@ class Run:
     validated: list[float] = field(default_factory=list)
 
 
-def train(rank: int, world_size: int, arguments: list[str], folder: str, steps: int = STEPS) -> Run:
+def train(
+    rank: int,
+    world_size: int,
+    arguments: list[str],
+    folder: str,
+    steps: int = STEPS,
+    place: torch.device = torch.device("cpu"),  # noqa: B008 - a device is immutable
+) -> Run:
     """What the trainer does in this process, in a process group that is there."""
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     job, _ = load_job_config([*arguments, f"--job.dump_folder={folder}"])
     building.build_mesh = mesh_of
     device = detect_device()
-    trainer = building.build_trainer(job, plan_model(job, device), torch.device("cpu"), device, Path(folder))
+    trainer = building.build_trainer(job, plan_model(job, device), place, device, Path(folder))
     assert trainer is not None
     run = Run([], [], {})
     trainer.metrics.log_validation = lambda step, loss, tokens: run.validated.append(loss)
@@ -258,7 +265,14 @@ def test_float8(mesh: Mesh, recipe: str, tmp_path: Path) -> None:
     assert_same(run_on(mesh, tmp_path), alone(recipe), *FLOAT8_CODES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+OF_SPREAD_SEQUENCES = ("rowwise", "blockwise")
+"""Recipes whose scales are local to a rank's tokens, of rows and of blocks; the others are run by hand."""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [recipe if recipe in OF_SPREAD_SEQUENCES else pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES],
+)
 def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
     mesh = Mesh("cp2 tp2", tuple(converted(recipe).items()))
     assert_same(run_on(mesh, tmp_path), alone(recipe), *LOCAL_SCALES)

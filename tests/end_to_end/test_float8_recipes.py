@@ -51,7 +51,7 @@ def test_a_profiled_step_of_the_trainer_runs_the_operators_of_the_recipe(run_her
     assert products % per_step == 0
 
 
-@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("name", ["tensorwise", pytest.param("blockwise", marks=pytest.mark.slow)])
 def test_with_more_microbatches_a_step_casts_no_weight_again(run_here, name: str) -> None:
     counts = {}
     for microbatches in (1, 3):

@@ -151,23 +151,23 @@ def test_converters_are_called_before_the_first_step() -> None:
 @pytest.mark.parametrize("precompute", [False, True])
 def test_scales_are_computed_ahead_exactly_if_asked_for(precompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(float8_linear, "precompute_float8_dynamic_scale_for_fsdp", called.append)
+    monkeypatch.setattr(float8_linear, "cast_ahead", called.append)
     parts: list[nn.Module] = [Model(), Model()]
     subject = converter(placement=TWO_SHARDS, precompute_float8_dynamic_scale_for_fsdp=precompute, **GATHER)
     for part in parts:
         subject.convert(part)
     for number, call in enumerate((subject.pre_training, subject.post_optimizer), start=1):
         call(parts)
-        assert called == (number * parts if precompute else [])
+        assert called == (number * [list(linears(part)) for part in parts] if precompute else [])
 
 
 def test_weights_that_each_rank_has_whole_are_cast_together_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(float8_linear, "precompute_float8_dynamic_scale_for_fsdp", called.append)
+    monkeypatch.setattr(float8_linear, "cast_ahead", called.append)
     model, subject = Model(), converter(placement=TWO_COPIES)
     subject.convert(model)
     subject.post_optimizer([model])
-    assert called == [model]
+    assert called == [list(linears(model))]
 
 
 def test_conversion_for_the_all_gather_works_on_the_meta_device() -> None:
