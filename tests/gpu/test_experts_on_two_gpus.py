@@ -34,7 +34,7 @@ LLAMA4 = {
     "training.seq_len": "256",
     "training.local_batch_size": "2",
 }
-DEEPSEEK = {**LLAMA4, "model.name": "deepseek_v3", "model.overrides.n_kv_heads": "4"}
+DEEPSEEK = {**LLAMA4, "model.name": "deepseek_v3", "model.overrides.n_kv_heads": "None"}
 FLOAT8 = {
     "model.converters": f"{LINEAR},{GROUPED}",
     f"{LINEAR}.recipe_name": "rowwise",
@@ -44,6 +44,7 @@ FLOAT8 = {
     f"{LINEAR}.precompute_float8_dynamic_scale_for_fsdp": "true",
     f"{GROUPED}.fqns": "experts",
 }
+UNSHARDED = {key: value for key, value in FLOAT8.items() if "fsdp" not in key}
 TURNS = {"parallelism.expert_parallel_overlap_batches": "2"}
 CODES = {"parallelism.expert_parallel_payload": "float8"}
 FULL = {"activation_checkpoint.mode": "full"}
@@ -63,9 +64,9 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "gathered_float8": ("fsdp2", LLAMA4 | FLOAT8),
     "gathered_float8_cut": ("fsdp2", LLAMA4 | FLOAT8 | THREE),
     "gathered_float8_compiled": ("fsdp2", LLAMA4 | FLOAT8 | COMPILED),
-    "tp2_float8": ("tp2", LLAMA4 | FLOAT8),
-    "tp2_ep2_float8": ("tp2 ep2", LLAMA4 | FLOAT8),
-    "tp2_divided_float8": ("tp2", LLAMA4 | FLOAT8 | DIVIDED),
+    "tp2_float8": ("tp2", LLAMA4 | UNSHARDED),
+    "tp2_ep2_float8": ("tp2 ep2", LLAMA4 | UNSHARDED),
+    "tp2_divided_float8": ("tp2", LLAMA4 | UNSHARDED | DIVIDED),
     "latent_tp2": ("tp2", DEEPSEEK),
     "latent_cp2_ep2": ("cp2 ep2", DEEPSEEK),
 }
