@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.distributed.harness import RETRIES
+from tests.distributed.harness import RETRIES, close_groups
 from titan_fp8.runtime.logging import logger
 
 
@@ -21,6 +21,11 @@ def pytest_configure() -> None:
     # How long an example takes depends on what else the machine does.
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "distributed" not in item.path.parts and not hasattr(getattr(item, "module", None), "run_distributed"):
+        close_groups()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -215,7 +215,9 @@ _GROUPS: dict[int, _Group] = {}
 
 
 @atexit.register
-def _close_groups() -> None:
+def close_groups() -> None:
+    """End the shared processes. Each process group that they have made is threads that look for messages a hundred
+    times a second, which after hundreds of jobs is most of a core."""
     while _GROUPS:
         _GROUPS.popitem()[1].close()
 
