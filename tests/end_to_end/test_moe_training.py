@@ -313,11 +313,45 @@ def test_two_ranks_started_as_a_user_does_tell_of_loads(run_shell: Any) -> None:
     assert all(1.0 <= line["moe/max_load"] <= 8.0 for line in result.lines)
 
 
+TURNS = {
+    "model.name": "llama4",
+    "training.local_batch_size": "2",
+    "parallelism.expert_parallel_overlap_batches": "2",
+}
+DEALT_OUT = {"parallelism.expert_parallel_degree": "2"}
 REFUSALS = {
     "balance without experts": (
         1,
         {"model.name": "llama3", "debug.moe_force_load_balance": "true"},
         "debug.moe_force_load_balance = true: llama3 has no experts to balance",
+    ),
+    "parts of a batch without an exchange": (2, TURNS, "exchanges no tokens to overlap with; set it to 1"),
+    "codes without an exchange": (
+        2,
+        {"model.name": "llama4", "parallelism.expert_parallel_payload": "float8"},
+        'exchanges no tokens; set it to "activations"',
+    ),
+    "parts that do not divide the batch": (
+        2,
+        TURNS | DEALT_OUT | {"training.local_batch_size": "3"},
+        "2 parts do not divide training.local_batch_size = 3",
+    ),
+    "parts under tensor parallelism": (
+        2,
+        TURNS | DEALT_OUT | {"parallelism.tensor_parallel_degree": "2"},
+        "parallelism.tensor_parallel_degree = 2 cuts a batch along all its tokens",
+    ),
+    "parts of masked documents": (
+        2,
+        TURNS | DEALT_OUT | {"training.document_masking": "true"},
+        "training.document_masking makes one mask for a whole batch",
+    ),
+    "parts and checkpointing by operation": (
+        2,
+        TURNS
+        | DEALT_OUT
+        | {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
+        'which activation_checkpoint.selective_ac_option = "op" cannot take apart',
     ),
 }
 """Ranks, options, words."""
