@@ -17,7 +17,7 @@ from titan_fp8.converters.grouped_experts import (
     experts_of,
     gather_codes_of_experts,
 )
-from titan_fp8.converters.protocol import ConversionError, Placement
+from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import ConversionReport, ReportRow
 from titan_fp8.converters.support import resolve_grouped_emulation
 from titan_fp8.kernels.grouped import ALIGNMENT
@@ -68,19 +68,14 @@ class Float8GroupedConverter:
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
         """The codes of the first step, where they are gathered; elsewhere the first forward pass begins with them."""
         for part in model_parts:
-            cast_ahead(_converted(part))
+            cast_ahead(modules_of(part, Float8Experts))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; those that are gathered are made again at once, all with
         one all-reduce."""
         for part in model_parts:
-            mark_stepped(_converted(part))
+            mark_stepped(modules_of(part, Float8Experts))
         self.pre_training(model_parts)
-
-
-def _converted(model: nn.Module) -> list[nn.Module]:
-    """What is this converter's to cast: not what another one has cast ahead already."""
-    return [module for module in model.modules() if isinstance(module, Float8Experts)]
 
 
 def convert_grouped(

@@ -24,7 +24,7 @@ from titan_fp8.converters.config import Float8LinearSection
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.fusion import fuse_producers
-from titan_fp8.converters.protocol import ConversionError, Placement
+from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport, ReportRow
 from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.selection import Choice, choose
@@ -74,19 +74,14 @@ class Float8LinearConverter:
         """With precomputed scales, the codes of the first step. FSDP would make them as it gathers, in the memory of
         its own stream, which would keep that memory when later codes are made elsewhere."""
         for part in model_parts if self._precomputes else ():
-            cast_ahead(_converted(part))
+            cast_ahead(modules_of(part, Float8Linear))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
         """The weights have changed, so their codes are stale; with precomputed scales these are made again at once."""
         for part in model_parts:
-            mark_stepped(_converted(part))
+            mark_stepped(modules_of(part, Float8Linear))
             if self._precomputes:
-                cast_ahead(_converted(part))
-
-
-def _converted(model: nn.Module) -> list[nn.Module]:
-    """What is this converter's to cast: not what another one has cast ahead already."""
-    return [module for module in model.modules() if isinstance(module, Float8Linear)]
+                cast_ahead(modules_of(part, Float8Linear))
 
 
 def convert_linears(

@@ -60,6 +60,11 @@ class Placement:
         return division_problem(fqn, linear.out_features, linear.in_features, self.tensor)
 
 
+def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """The modules of `model` that are a converter's to cast: what is another one's may be cast ahead already."""
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
 ONE_PROCESS = Placement()
 """One process that keeps its parameters on its device."""
 

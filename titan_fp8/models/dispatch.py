@@ -25,12 +25,12 @@ class Groups:
     Attributes:
         rows: what makes them.
         ends: int32 `[E]`, the row behind each group.
-        way_back: what the dispatcher needs to bring rows back.
+        way_back: what else the dispatcher needs to bring rows back.
     """
 
     rows: Rows
     ends: Tensor
-    way_back: Any
+    way_back: Any = None
 
 
 R_co = TypeVar("R_co", covariant=True)
@@ -89,8 +89,8 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         _, ends, position, source = plan(experts, self.n_experts, self.alignment)
-        return UnderWay(x, lambda x: Groups(Rows(x, scores, position, source), ends, (position, source)))
+        return UnderWay(x, lambda x: Groups(Rows(x, scores, position, source), ends))
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
         """See `Dispatcher`."""
-        return UnderWay(y, lambda y: Unpermute.apply(y, scores, *groups.way_back))
+        return UnderWay(y, lambda y: Unpermute.apply(y, scores, groups.rows.position, groups.rows.source))

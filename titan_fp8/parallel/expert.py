@@ -77,15 +77,12 @@ class _WayBack:
     Attributes:
         position, source: of this rank's tokens, sorted by expert (`kernels.moe.plan`).
         sent, came: rows for and from each rank.
-        place, origin: of the rows that came, sorted by expert.
     """
 
     position: Tensor
     source: Tensor
     sent: list[int]
     came: list[int]
-    place: Tensor
-    origin: Tensor
 
 
 class ExchangeDispatcher:
@@ -117,14 +114,14 @@ class ExchangeDispatcher:
 
         def arrive(rows: Tensor) -> Groups:
             grouped = Rows(Arrive.apply(rows, exchange), None, place, origin)
-            return Groups(grouped, ends, _WayBack(position, source, sent, came, place, origin))
+            return Groups(grouped, ends, _WayBack(position, source, sent, came))
 
         return UnderWay(rows, arrive)
 
     def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
         """See `Dispatcher`."""
         way: _WayBack = groups.way_back
-        rows = Unpermute.apply(y, None, way.place, way.origin)
+        rows = Unpermute.apply(y, None, groups.rows.position, groups.rows.source)
         exchange = Exchange(way.came, way.sent, self._axis, codes_backward=self._as_codes)
 
         def arrive(returned: Tensor) -> Tensor:
