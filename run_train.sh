@@ -46,7 +46,10 @@ for argument in "$@"; do
     -h | --help | --help=*) exec "$PYTHON" -m titan_fp8.train --job.config_file "$CONFIG_FILE" "$@" ;;
   esac
 done
-WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m titan_fp8.cli.main check --job.config_file "$CONFIG_FILE" "$@"
+# A single trainer checks before it makes one.
+if [ "$NGPU" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
+  WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m titan_fp8.cli.main check --job.config_file "$CONFIG_FILE" "$@"
+fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || echo 1)

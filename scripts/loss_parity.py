@@ -14,7 +14,8 @@ With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for 
 computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs
 do at once: the steps see the same sequences in the same number.
 
-With `--lanes 4` four rows run at a time, each on GPUs of its own, in processes that see no others.
+With `--lanes 4` four rows run at a time, each on GPUs of its own, in processes that see no others; with `--share 3`
+three at a time on the same ones.
 
 The loss of a run is the mean over its last `--average` logged steps; with `--validate` there is also the loss on all
 validation tokens, ten times in a run and at its end, by which rows are then compared. `--data` is a folder written by
@@ -56,6 +57,7 @@ def arguments() -> argparse.Namespace:
     add("--rows", default=",".join(ROWS), help="comma-separated (default: all: " + ", ".join(ROWS) + ")")
     add("--gpus", default="1", help="comma-separated numbers of processes, each with every row")
     add("--lanes", type=int, default=1, help="rows that run at a time, each on GPUs of its own")
+    add("--share", type=int, default=1, help="rows that run at a time on the same GPUs; their speeds mean nothing then")
     add("--size", choices=MODELS, default="110m", help="model (default: 110m)")
     add("--steps", type=int, help="default: 220")
     add("--validate", action="store_true", help="measure the loss on the validation tokens too")
@@ -91,7 +93,9 @@ def settle(args: argparse.Namespace) -> None:
                 f"--global-batch {args.global_batch} is no multiple of {gpus} ranks times --microbatch "
                 f"{args.microbatch}; change one of them"
             )
-    args.lanes_of = {gpus: lanes_of(args.lanes, gpus, visible_gpus()) for gpus in args.worlds}
+    if args.share < 1:
+        raise SystemExit(f"--share {args.share}: at least one row must run at a time")
+    args.lanes_of = {gpus: lanes_of(args.lanes, gpus, visible_gpus()) * args.share for gpus in args.worlds}
     if args.average * args.log_every > args.steps:
         raise SystemExit(
             f"--average {args.average} times --log-every {args.log_every} is more than --steps {args.steps}"

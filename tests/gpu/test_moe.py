@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tolerances import EMULATED_VS_NATIVE_SQNR_DB, sqnr_db
 from tests.unit.kernels.grouped_cases import _apart
 from titan_fp8.converters.api import convert_to_float8_grouped_training
 from titan_fp8.kernels import grouped, moe
@@ -40,9 +41,10 @@ def ends_of(load: str) -> Tensor:
     return torch.tensor(LOADS[load], device="cuda").cumsum(0).int()
 
 
-def sqnr_db(true: Tensor, value: Tensor) -> float:
-    true, value = true.double(), value.double()
-    return float(10 * torch.log10(true.square().sum() / (true - value).square().sum()))
+def assert_products_agree(native: Tensor, emulated: Tensor) -> None:
+    assert native.isfinite().all()
+    # Without rows there is nothing, or zeros.
+    assert torch.equal(native, emulated) or sqnr_db(emulated, native) > EMULATED_VS_NATIVE_SQNR_DB
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,8 @@ def test_codes_of_groups_are_the_references(load: str, features: int) -> None:
     columns, column_scale = grouped_reference.cast_columns(x, ends, E4M3)
     pairs = ((codes[:last], rows[:last]), (scale[:last], row_scale[:last]), (codes_t, columns), (scale_t, column_scale))
     for mine, theirs in pairs:
-        assert torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+        # Of a NaN only that it is one.
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(grouped.cast_columns(x, ends, E4M3)[0].view(torch.uint8), columns.view(torch.uint8))
 
 
@@ -110,11 +113,11 @@ def test_native_products_are_the_emulated_ones(load: str) -> None:
     w_codes, w_scale = grouped_reference.float8.cast_rows(w, E4M3)
     operands = codes, w_codes.view(8, 256, 512), scale, w_scale.view(8, 256), ends, torch.bfloat16
     native, emulated = (grouped_gemm.grouped_mm_rows(*operands, False, emulate)[:last] for emulate in (False, True))
-    torch.testing.assert_close(native, emulated, rtol=2**-7, atol=1e-2)
+    assert_products_agree(native, emulated)
     g_t, g_scale_t = grouped.cast_columns(random(2112, 256, seed=2), ends, E4M3)
     operands = g_t, codes_t, g_scale_t, scale_t, ends, torch.bfloat16
     native, emulated = (grouped_gemm.grouped_mm_columns(*operands, emulate) for emulate in (False, True))
-    torch.testing.assert_close(native, emulated, rtol=2**-7, atol=1e-1)
+    assert_products_agree(native, emulated)
 
 
 def decoder(family: str) -> Decoder:
@@ -167,6 +170,7 @@ def test_compiled_blocks_with_experts_equal_eager_ones_and_count_tokens_once(fam
     assert all(int(count) == 2 * 128 * model.dims.top_k for count in counted)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.parametrize("float8", [False, True])
 def test_nothing_waits_for_the_device(float8: bool) -> None:
     model = decoder("qwen3_moe")
@@ -176,8 +180,8 @@ def test_nothing_waits_for_the_device(float8: bool) -> None:
     assert layer is not None
     x = random(4, 64, 256).requires_grad_()
     layer(x).sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         layer(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

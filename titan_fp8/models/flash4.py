@@ -10,9 +10,12 @@ B sequences, S tokens, H query heads, G key and value heads (H is a multiple of 
 2407.08608 (FlashAttention 3, the algorithm on Hopper).
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +40,19 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _interface() -> ModuleType:
+    _keep_compiled_kernels()
     return importlib.import_module("flash_attn.cute.interface")
+
+
+def _keep_compiled_kernels() -> None:
+    """Let the package keep its compiled kernels in the user's cache, unless the environment says otherwise: by default
+    every process compiles them again."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    if os.access(cache, os.W_OK):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attention_cute_dsl"))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 `reference.py` says what they compute; the kernels compute the same bits on a GPU.
 
 M rows, a multiple of 16, K columns, E groups, N out features of an expert. `ends` int32 [E]: the row behind each group,
-ascending, multiples of 16.
+ascending, multiples of 16. Codes are in float8_e4m3fn, gradients too.
 """
 
 import functools
@@ -55,7 +55,7 @@ def gather(
     Returns:
         `cast_both(permute(x, source, scores, top_k), ends, dtype)`.
     """
-    float8.check_input(x, dtype)
+    _check_format(x, dtype)
     if not float8.uses_kernel(x) or not source.numel():
         return cast_both(moe.permute(x, source, scores, top_k), ends, dtype)
     factors = None if scores is None else scores.contiguous()
@@ -89,6 +89,8 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             f"expected codes [E, N, K], N and K multiples of {ALIGNMENT}, and scale [E, N], got {list(codes.shape)}, "
             f"{list(scale.shape)}"
         )
+    if codes.dtype != float8.E4M3:
+        raise ValueError(f"codes of groups are in {float8.E4M3}, not in {codes.dtype}")
     if not float8.uses_kernel(codes):
         return reference.columns_of_experts(codes, scale)
     return _kernel().columns_of_experts(codes.contiguous(), scale)
@@ -113,8 +115,14 @@ def _swiglu_kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.grouped.swiglu_kernel")
 
 
-def _check(x: Tensor, ends: Tensor, dtype: torch.dtype) -> None:
+def _check_format(x: Tensor, dtype: torch.dtype) -> None:
     float8.check_input(x, dtype)
+    if dtype != float8.E4M3:
+        raise ValueError(f"codes of groups are in {float8.E4M3}, not in {dtype}")
+
+
+def _check(x: Tensor, ends: Tensor, dtype: torch.dtype) -> None:
+    _check_format(x, dtype)
     if x.shape[0] % ALIGNMENT or ends.dim() != 1 or ends.dtype != torch.int32 or not len(ends):
         raise ValueError(
             f"expected rows in a multiple of {ALIGNMENT} and the int32 ends of their groups, got {list(x.shape)} and "
