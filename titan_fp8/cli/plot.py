@@ -18,6 +18,7 @@ from titan_fp8.runtime.suggest import did_you_mean
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _AXIS_LABELS = {
     "loss": "training loss (nats per token)",
+    "validation_loss": "validation loss (nats per token)",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
     "tps": "tokens per second and device",
