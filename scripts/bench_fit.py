@@ -26,6 +26,10 @@ from peer.text import write_peer_text
 
 LAYERS = 8
 KINDS = ("batch", "sequence")
+SECOND = (8, 2)
+"""Tried after 1, until one fits."""
+RESERVE_GIB = 1.5
+"""What a device has beside PyTorch's memory: the context of CUDA and the libraries."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory")
 Result = Mapping[str, Any]
 
@@ -68,10 +72,12 @@ def largest(try_size: Callable[[int], Result], capacity_gib: float) -> tuple[int
 
     if not fits(1):
         raise SystemExit(f"the smallest size does not fit: {tried[1]['error']}")
-    guess = 2
-    if fits(2):
-        a_size = tried[2]["memory_gib"] - tried[1]["memory_gib"]
-        guess = 2 + int((capacity_gib - tried[2]["memory_gib"]) / max(a_size, 0.1))
+    # Far apart, so that what a size takes comes out well.
+    second = next((size for size in SECOND if fits(size)), 1)
+    guess = second + 1
+    if second > 1:
+        a_size = (tried[second]["memory_gib"] - tried[1]["memory_gib"]) / (second - 1)
+        guess = second + int((capacity_gib - RESERVE_GIB - tried[second]["memory_gib"]) / max(a_size, 0.1))
     while not fits(guess):
         guess -= 1
     while fits(guess + 1):

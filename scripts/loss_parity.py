@@ -3,6 +3,7 @@
 
     python scripts/loss_parity.py --data TOKENS --out RUNS -- --model.hf_assets_path TOKENIZER
     python scripts/loss_parity.py --data TOKENS --out RUNS --size 375m --steps 1500 --validate --lanes 4 -- ...
+    python scripts/loss_parity.py --data TOKENS --out RUNS --size experts --steps 1000 --rows bf16,experts -- ...
     python scripts/loss_parity.py --data TOKENS --out RUNS --gpus 1,2 --rows bf16,tensorwise,rowwise,blockwise -- ...
     python scripts/loss_parity.py --out RUNS --tiny --emulate          # on a CPU: shows that everything runs
 
@@ -28,7 +29,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,31 @@ SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
-ROWS = (*SEEDS, *RECIPES, HEAD)
+PAYLOAD = "experts-payload"
+EXPERTS = {"experts": None, "experts-rowwise": "rowwise", PAYLOAD: None}
+"""Experts in float8 and the recipe of the linears; `experts-payload`: tokens travel to their experts as codes too."""
+ROWS = (*SEEDS, *RECIPES, HEAD, *EXPERTS)
 FLOAT8 = "quantize.linear.float8"
+GROUPED = "quantize.grouped_mm.float8"
 MODELS = {
     "110m": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 2048, "vocab_size": 16384},
     "375m": {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "ffn_dim": 2816, "vocab_size": 32768},
 }
 """By the number of parameters, with both tables; every dimension is a multiple of 128."""
-TINY_MODEL = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 256, "vocab_size": 512}
+MOE = "experts"
+MODELS[MOE] = {
+    "dim": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 4, "head_dim": 64, "n_experts": 16, "top_k": 4,
+    "moe_ffn_dim": 768, "vocab_size": 32768,
+}  # fmt: skip
+"""Of the family qwen3_moe: 290M parameters, of which a token uses 119M."""
+TINY_MODEL = {
+    "dim": 128,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "ffn_dim": 256,
+    "vocab_size": 512,
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -54,7 +72,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the runs and for results.jsonl")
     add("--data", type=Path, help="token shards written by `titan-fp8 prepare`")
-    add("--rows", default=",".join(ROWS), help="comma-separated (default: all: " + ", ".join(ROWS) + ")")
+    add("--rows", help="comma-separated (default: all of the size: " + ", ".join(ROWS) + ")")
     add("--gpus", default="1", help="comma-separated numbers of processes, each with every row")
     add("--lanes", type=int, default=1, help="rows that run at a time, each on GPUs of its own")
     add("--share", type=int, default=1, help="rows that run at a time on the same GPUs; their speeds mean nothing then")
@@ -78,14 +96,21 @@ def arguments() -> argparse.Namespace:
 def settle(args: argparse.Namespace) -> None:
     """Fill in what depends on `--tiny`, and refuse what cannot be."""
     args.model = TINY_MODEL if args.tiny else MODELS[args.size]
+    if args.tiny and args.size == MOE:
+        args.model = {**TINY_MODEL, "head_dim": 32, "n_experts": 4, "top_k": 2, "moe_ffn_dim": 64}
     args.steps = args.steps or (6 if args.tiny else 220)
     args.average = args.average or (2 if args.tiny else 20)
     args.seq_len = args.seq_len or (64 if args.tiny else 2048)
-    args.rows, args.worlds = args.rows.split(","), [int(gpus) for gpus in args.gpus.split(",")]
-    unknown = set(args.rows) - set(ROWS)
+    args.worlds = [int(gpus) for gpus in args.gpus.split(",")]
+    known = rows_of(args.size, args.worlds)
+    args.rows = args.rows.split(",") if args.rows else known
+    unknown = set(args.rows) - set(known)
     if unknown:
-        raise SystemExit(f"no such row: {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
-    if not {*RECIPES, HEAD}.isdisjoint(args.rows) and "bf16" not in args.rows:
+        raise SystemExit(
+            f"no such row of --size {args.size} --gpus {args.gpus}: {', '.join(sorted(unknown))}; "
+            f"known: {', '.join(known)}"
+        )
+    if not set(SEEDS).issuperset(args.rows) and "bf16" not in args.rows:
         raise SystemExit("float8 rows are compared with bf16; add it to --rows")
     for gpus in args.worlds:
         if args.global_batch % (args.microbatch * gpus):
@@ -100,6 +125,13 @@ def settle(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"--average {args.average} times --log-every {args.log_every} is more than --steps {args.steps}"
         )
+
+
+def rows_of(size: str, worlds: Sequence[int]) -> list[str]:
+    """The rows that a model of this size has on these numbers of GPUs; on one GPU no token travels."""
+    if size != MOE:
+        return [*SEEDS, *RECIPES, HEAD]
+    return [row for row in (*SEEDS, *EXPERTS) if row != PAYLOAD or min(worlds) > 1]
 
 
 def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -131,16 +163,23 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
             "validation.seq_len": args.seq_len,
             "validation.local_batch_size": args.microbatch,
         }
-    if row not in SEEDS:
-        recipe, filtered = ("tensorwise", "") if row == HEAD else (row, "output")
-        options |= {"model.converters": FLOAT8, f"{FLOAT8}.recipe_name": recipe, f"{FLOAT8}.filter_fqns": filtered}
-        if args.emulate:
-            options[f"{FLOAT8}.emulate"] = "true"
+    if args.size == MOE:
+        options |= {"model.name": "qwen3_moe", "model.flavor": "debugmodel", "parallelism.expert_parallel_degree": gpus}
+    recipe, filtered = EXPERTS.get(row, None if row in SEEDS else row), "output"
+    if row == HEAD:
+        recipe, filtered = "tensorwise", ""
+    options["model.converters"] = ",".join([FLOAT8] * bool(recipe) + [GROUPED] * (row in EXPERTS))
+    if recipe:
+        options |= {f"{FLOAT8}.recipe_name": recipe, f"{FLOAT8}.filter_fqns": filtered}
         if gpus > 1 and not args.no_all_gather:
             flags.append(f"{FLOAT8}.enable_fsdp_float8_all_gather")
             flags.append(f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp")
-    else:
-        options["model.converters"] = ""
+    if row in EXPERTS:
+        options[f"{GROUPED}.fqns"] = "experts"
+    if row == PAYLOAD:
+        options["parallelism.expert_parallel_payload"] = "float8"
+    if args.emulate:
+        options |= {f"{name}.emulate": "true" for name in str(options["model.converters"]).split(",") if name}
     given = [f"--{key}={value}" for key, value in options.items()]
     return [*given, *(f"--{flag}" for flag in flags), *args.overrides]
 

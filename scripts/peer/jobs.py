@@ -51,6 +51,7 @@ class Job:
         vocab_size: rows of embedding and head; None: as the command line says.
         ac: activation checkpointing of both sides; None: as the command line says.
         experts: ranks that experts are dealt out to; 0: the model has none.
+        peer_family: the peer's name of the family; None: as ours.
     """
 
     gpus: int
@@ -62,15 +63,23 @@ class Job:
     vocab_size: int | None = None
     ac: str | None = None
     experts: int = 0
+    peer_family: str | None = None
+
+    def model_of(self, side: str) -> tuple[str, str]:
+        """Family and flavor, by the names that a side has for them."""
+        family, _, flavor = self.model.partition("/")
+        return (self.peer_family or family) if side == THEIRS else family, flavor
 
 
 _SCOUT: dict[str, Any] = {"model": "llama4/17bx16e", "vocab_size": 202048, "ac": "full", "experts": 2}
+_QWEN3: dict[str, Any] = {"model": "qwen3_moe/30B-A3B", "vocab_size": 151936, "ac": "full", "experts": 1}
 JOBS = {
     "one-gpu": Job(gpus=1, layers=8, local_batch=2, global_batch=2),
     "two-gpus": Job(gpus=2, layers=32, local_batch=1, global_batch=2),
     "two-gpus-accumulating": Job(gpus=2, layers=32, local_batch=1, global_batch=16),
     "experts": Job(gpus=2, layers=4, local_batch=4, global_batch=8, **_SCOUT),
     "experts-batch-1": Job(gpus=2, layers=4, local_batch=1, global_batch=2, **_SCOUT),
+    "small-experts": Job(gpus=1, layers=10, local_batch=2, global_batch=2, peer_family="qwen3", **_QWEN3),
 }
 
 
@@ -157,7 +166,7 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "training.global_batch_size": job.global_batch,
         "compile.enable": run.row.compiled,
     }
-    options["model.name"], _, _ = job.model.partition("/")
+    options["model.name"], _ = job.model_of(run.side)
     options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[job.ac or args.ac].items()}
     if job.experts:
         options["parallelism.expert_parallel_degree"] = job.experts
@@ -180,7 +189,7 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
     """The trainer's options of a run of ours."""
     job = JOBS[run.job]
     options = shared_options(run, args) | {
-        "model.flavor": job.model.partition("/")[2],
+        "model.flavor": job.model_of(OURS)[1],
         "model.hf_assets_path": args.tokenizer,
         "model.overrides.n_layers": job.layers,
         "model.overrides.vocab_size": job.vocab_size or args.vocab_size,
@@ -211,11 +220,12 @@ def _own_options(run: Run) -> dict[str, Any]:
     """What ours has and the peer has not: the loss some tokens at a time and, since float8 layers keep less, no
     recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone."""
     options: dict[str, Any] = {"training.loss_chunk_tokens": 4096}
-    if JOBS[run.job].experts:
-        return options
+    job = JOBS[run.job]
+    if job.experts:
+        return options | (dict.fromkeys(_GATHERS_CODES, True) if run.row.recipe and job.gpus > 1 else {})
     if run.row.recipe:
         options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
-        if JOBS[run.job].gpus > 1:
+        if job.gpus > 1:
             options |= dict.fromkeys(_GATHERS_CODES, True)  # with any recipe
         else:
             options |= {f"{FLOAT8}.grad_weight_dtype": "float32", f"{FLOAT8}.force_recompute_fp8_weight_in_bwd": True}
@@ -247,5 +257,5 @@ def command_of(run: Run, args: argparse.Namespace) -> list[str]:
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local-ranks-filter", "0"]
     launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]
     vocab_size = job.vocab_size or args.vocab_size
-    model = ["--model", job.model, "--layers", str(job.layers), "--vocab-size", str(vocab_size)]
+    model = ["--model", "/".join(job.model_of(THEIRS)), "--layers", str(job.layers), "--vocab-size", str(vocab_size)]
     return [*launcher, str(LAUNCHER), *model, "--", *peer_options(run, args)]

@@ -93,6 +93,30 @@ def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, r
     )
 
 
+@pytest.mark.parametrize("row", ["bf16-seed1", "experts", "experts-rowwise", "experts-payload"])
+def test_rows_of_a_model_with_experts_convert_its_experts(load, monkeypatch, tmp_path, row):
+    script = load("loss_parity")
+    words = ["--out", str(tmp_path), "--size", "experts", "--gpus", "2", "--rows", f"bf16,{row}"]
+    monkeypatch.setattr(sys, "argv", ["loss_parity.py", *words])
+    monkeypatch.setattr(script, "visible_gpus", list)
+    args = script.arguments()
+    script.settle(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job, _ = load_job_config(["--job.config_file", str(args.config), *script.options_of(row, 2, args, tmp_path)])
+    assert (job.model.name, job.parallelism.expert_parallel_degree) == ("qwen3_moe", 2)
+    assert ("quantize.grouped_mm.float8" in job.model.converters) == (row != "bf16-seed1")
+    assert ("quantize.linear.float8" in job.model.converters) == (row == "experts-rowwise")
+    assert job.parallelism.expert_parallel_payload == ("float8" if row == "experts-payload" else "activations")
+
+
+def test_rows_that_a_model_lacks_are_refused(load, monkeypatch, tmp_path):
+    script = load("loss_parity")
+    for size, rows in (("110m", "bf16,experts"), ("experts", "bf16,tensorwise"), ("experts", "bf16,experts-payload")):
+        monkeypatch.setattr(sys, "argv", ["loss_parity.py", "--out", str(tmp_path), "--size", size, "--rows", rows])
+        with pytest.raises(SystemExit, match=f"no such row of --size {size} --gpus 1: {rows.partition(',')[2]}"):
+            script.settle(script.arguments())
+
+
 def test_lanes_divide_the_gpus_that_are_there(load):
     runs = load("bench_runs")
     lanes = runs.lanes_of(2, 2, ["4", "5", "6", "7", "8"])
