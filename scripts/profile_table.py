@@ -6,7 +6,7 @@
 
 Kernels are sorted by the operator that launched them, where the trace knows it, and otherwise by their names. Their
 times add up to more than the step where streams overlap. `exposed communication` is the time in which nothing but
-communication runs, `launch gaps` that in which nothing runs at all.
+communication runs, exchanges of tokens included, `launch gaps` that in which nothing runs at all.
 """
 
 import argparse
@@ -25,15 +25,22 @@ from bench_common import markdown_table
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
-COMMUNICATION, OPTIMIZER = "communication", "optimizer"
+COMMUNICATION, EXCHANGE, OPTIMIZER = "communication", "all-to-all", "optimizer"
+TRAVELS = (COMMUNICATION, EXCHANGE)
 # The first category that fits, by "operator | kernel" in lower case. Compilers name a kernel after all that it fuses.
 CATEGORIES: tuple[tuple[str, str], ...] = (
+    (EXCHANGE, r"all_to_all|alltoall|sendrecv"),
     (COMMUNICATION, r"nccl|record_param_comms|c10d|memcpy ptop|symmetric_memory"),
     (OPTIMIZER, r"adam|_foreach_norm|foreach_mul"),
     ("attention", r"attention|flash|sdpa|fmha"),
-    ("FP8 GEMM", r"scaled_mm|scaled_grouped_mm|nvjet_sm\d+_q|e4m3.*gemm|gemm.*e4m3"),
+    ("FP8 GEMM", r"scaled_mm|scaled_grouped_mm|grouped_scaled_mm|nvjet_sm\d+_q|e4m3.*gemm|gemm.*e4m3"),
     ("GEMM", r"aten::(mm|addmm|bmm|matmul|linear|_grouped_mm)\b|nvjet|gemm|cutlass|cublas"),
     ("norm and activation", r"rms_norm|layer_norm|silu|swiglu"),
+    (
+        "routing and permutation",
+        r"moe_(un)?permute|moe_plan|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel|_place_kernel"
+        r"|permute_ind|index_put|index_select|aten::index\b|aten::scatter_add|histc|sort|topk",
+    ),
     ("casts", r"titan_fp8::|_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
     ("loss", r"softmax|logsumexp|nll_loss|cross_entropy|exp_|_exp_|scatter_ad"),
     ("copies", r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_"),
@@ -108,7 +115,7 @@ def category_of(operator: str, kernel: str, *, in_update: bool = False) -> str:
     label = f"{operator} | {kernel}".lower()
     for name, pattern in _PATTERNS:
         if pattern.search(label):
-            return OPTIMIZER if in_update and name != COMMUNICATION else name
+            return OPTIMIZER if in_update and name not in TRAVELS else name
     return OPTIMIZER if in_update else OTHER
 
 
@@ -131,7 +138,7 @@ def summarize(events: Sequence[dict[str, Any]], longest: int = 0) -> Summary:
         times[kernel.name] += kernel.end - kernel.start
         launches[kernel.name] += 1
     everything = _merged((k.start, k.end) for k in kernels)
-    computing = _merged((k.start, k.end) for k in kernels if k.category != COMMUNICATION)
+    computing = _merged((k.start, k.end) for k in kernels if k.category not in TRAVELS)
     span = everything[-1][1] - everything[0][0]
     return Summary(
         steps,
@@ -168,9 +175,10 @@ def _contains(union: Sequence[Interval], time: float | None) -> bool:
 def table(names: Sequence[str], summaries: Sequence[Summary]) -> str:
     """A Markdown table, a column a trace."""
     cells = [(name, *(f"{s.by_category[name]:.1f}" for s in summaries)) for name in ROWS]
+    travelling = [sum(s.by_category[name] for name in TRAVELS) for s in summaries]
     cells += [
         ("exposed communication", *(f"{s.exposed:.1f}" for s in summaries)),
-        ("hidden communication", *(f"{s.by_category[COMMUNICATION] - s.exposed:.1f}" for s in summaries)),
+        ("hidden communication", *(f"{t - s.exposed:.1f}" for s, t in zip(summaries, travelling, strict=True))),
         ("launch gaps", *(f"{s.gaps:.1f}" for s in summaries)),
         ("**step**", *(f"**{s.span:.1f}**" for s in summaries)),
     ]

@@ -37,6 +37,15 @@ def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
         ("", "triton_per_fused__fused_rms_norm__amax_0", "norm and activation"),
         ("record_param_comms", "ncclDevKernel_AllGather_RING_LL", "communication"),
         ("titan_fp8::gather_products", "Memcpy PtoP (Device -> Device)", "communication"),
+        ("record_param_comms", "ncclDevKernel_SendRecv", "all-to-all"),
+        ("_c10d_functional::all_to_all_single", "ncclDevKernel_SendRecv", "all-to-all"),
+        ("titan_fp8::moe_permute", "_to_groups_kernel", "routing and permutation"),
+        ("titan_fp8::moe_unpermute_backward", "_to_tokens_kernel", "routing and permutation"),
+        ("", "_place_kernel", "routing and permutation"),
+        ("aten::index_put_", "indexing_backward_kernel", "routing and permutation"),
+        ("titan_fp8::gather_group_both", "_cast_kernel", "casts"),
+        ("titan_fp8::grouped_scaled_mm_rows", "cutlass_kernel", "FP8 GEMM"),
+        ("aten::_grouped_mm", "cutlass3x_grouped_kernel", "GEMM"),
         ("aten::_fused_adamw_", "multi_tensor_apply_kernel", "optimizer"),
         ("aten::copy_", "Memcpy DtoD (Device -> Device)", "copies"),
         ("aten::add_", "vectorized_elementwise_kernel", "other"),
@@ -53,13 +62,15 @@ def test_times_are_those_of_a_step_and_overlap_is_seen(script) -> None:
         *(_event("user_annotation", f"ProfilerStep#{n}", 0, 1e4) for n in (4, 5)),
         _event("cpu_op", "aten::mm", 0, 1, **{"External id": 7}),
         _kernel("some_kernel", 0, 4000, 7),
-        _kernel("ncclDevKernel_AllReduce", 3000, 3000),  # 1 ms hidden, 2 exposed
+        _kernel("ncclDevKernel_AllReduce", 3000, 2000),  # with the next: 1 ms hidden, 2 exposed
+        _kernel("ncclDevKernel_SendRecv", 5000, 1000),
         _kernel("vectorized_elementwise_kernel", 8000, 2000),  # after 2 ms of nothing
     ]
     summary = script.summarize(events, longest=1)
     assert summary.steps == 2
     assert summary.by_category["GEMM"] == pytest.approx(2)
-    assert summary.by_category["communication"] == pytest.approx(1.5)
+    assert summary.by_category["communication"] == pytest.approx(1)
+    assert summary.by_category["all-to-all"] == pytest.approx(0.5)
     assert summary.by_category["other"] == pytest.approx(1)
     assert (summary.exposed, summary.gaps, summary.span) == pytest.approx((1, 1, 5))
     assert summary.longest == [("some_kernel", 2.0, 0.5)]
