@@ -34,6 +34,16 @@ SQNR_DB: dict[tuple[str, str], Sqnr] = {
 there."""
 
 
+MX_SQNR_DB: dict[tuple[str, str], Sqnr] = {
+    ("mxfp8_cublas", "normal"): Sqnr(27.3, 27.3, 27.2),
+    ("mxfp8_cublas", "uniform"): Sqnr(24.8, 24.4, 27.2),
+    ("mxfp8_cublas_rceil", "normal"): Sqnr(28.2, 28.1, 28.1),
+    ("mxfp8_cublas_rceil", "uniform"): Sqnr(29.0, 28.7, 28.1),
+}
+"""The same for MXFP8, whose scales are rounded down (`mxfp8_cublas`), so that the largest values of a block may
+saturate, or up."""
+
+
 @dataclass(frozen=True)
 class GroupedSqnr:
     """Least ratio in dB for the result of experts and each gradient."""

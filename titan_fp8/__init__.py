@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         convert_to_float8_grouped_training,
         convert_to_float8_nocompile_training,
         convert_to_float8_training,
+        convert_to_mxfp8_training,
     )
     from titan_fp8.converters.protocol import ConversionError
     from titan_fp8.converters.report import ConversionReport
     from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
     from titan_fp8.quantization.linear import Float8Linear
+    from titan_fp8.quantization.mx_linear import MXFP8Linear
     from titan_fp8.quantization.weights import mark_stale
 
 __version__ = "0.1.0"
@@ -28,10 +30,12 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "Float8Linear",
+    "MXFP8Linear",
     "__version__",
     "convert_to_float8_grouped_training",
     "convert_to_float8_nocompile_training",
     "convert_to_float8_training",
+    "convert_to_mxfp8_training",
     "mark_stale",
     "precompute_float8_dynamic_scale_for_fsdp",
 ]
@@ -40,9 +44,11 @@ _HOME = {
     "ConversionError": "titan_fp8.converters.protocol",
     "ConversionReport": "titan_fp8.converters.report",
     "Float8Linear": "titan_fp8.quantization.linear",
+    "MXFP8Linear": "titan_fp8.quantization.mx_linear",
     "convert_to_float8_grouped_training": "titan_fp8.converters.api",
     "convert_to_float8_nocompile_training": "titan_fp8.converters.api",
     "convert_to_float8_training": "titan_fp8.converters.api",
+    "convert_to_mxfp8_training": "titan_fp8.converters.api",
     "mark_stale": "titan_fp8.quantization.weights",
     "precompute_float8_dynamic_scale_for_fsdp": "titan_fp8.quantization.fsdp_weight",
 }

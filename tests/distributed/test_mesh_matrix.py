@@ -42,7 +42,7 @@ COMMON = {
     "debug.seed": "0",
     **{f"model.overrides.{key}": value for key, value in (each.split("=") for each in MODEL.split())},
 }
-FLOAT8 = "quantize.linear.float8"
+FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"
 KEYS = {
     "pp": "parallelism.pipeline_parallel_degree",
     "rep": "parallelism.data_parallel_replicate_degree",
@@ -83,6 +83,8 @@ def converted(recipe: str | None) -> dict[str, str]:
     """The options of a recipe; None converts nothing."""
     if recipe is None:
         return {}
+    if recipe.startswith("mxfp8"):
+        return {"model.converters": MX, f"{MX}.recipe_name": recipe, f"{MX}.emulate": "true"}
     name = f"{FLOAT8}.recipe_name"
     return {"model.converters": FLOAT8, name: recipe, f"{FLOAT8}.filter_fqns": "output", f"{FLOAT8}.emulate": "true"}
 
@@ -263,6 +265,23 @@ def test_validation(axes: str, sequences: int, tmp_path: Path) -> None:
 def test_float8(mesh: Mesh, recipe: str, tmp_path: Path) -> None:
     mesh = Mesh(mesh.axes, (*converted(recipe).items(), *mesh.options))
     assert_same(run_on(mesh, tmp_path), alone(recipe), *FLOAT8_CODES)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh("tp2"),
+        Mesh("pp2", ZERO_BUBBLE),
+        Mesh("fsdp2 tp2", (("compile.enable", "true"),)),
+        Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
+        Mesh("cp2 tp2"),
+    ],
+    ids=lambda mesh: mesh.axes.replace(" ", "_"),
+)
+def test_mxfp8(mesh: Mesh, tmp_path: Path) -> None:
+    mesh = Mesh(mesh.axes, (*converted("mxfp8_cublas_rceil").items(), *mesh.options))
+    tolerances = LOCAL_SCALES if "cp" in mesh.axes else FLOAT8_CODES
+    assert_same(run_on(mesh, tmp_path), alone("mxfp8_cublas_rceil"), *tolerances)
 
 
 OF_SPREAD_SEQUENCES = ("rowwise", "blockwise")

@@ -8,6 +8,7 @@ from torch import nn
 
 from titan_fp8.converters.float8_grouped import ExpertWeights, convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
+from titan_fp8.converters.mx_linear import convert_mx_linears, mx_request_from_arguments
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import request_from_arguments
 from titan_fp8.runtime.device import detect_device
@@ -170,3 +171,44 @@ def convert_to_float8_nocompile_training(
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
     )
+
+
+def convert_to_mxfp8_training(
+    model: nn.Module,
+    *,
+    recipe_name: str = "mxfp8_cublas",
+    filter_fqns: Sequence[str] = (),
+    emulate: bool | Literal["auto"] = False,
+    scaling_mode: str | None = None,
+    mxfp8_dim1_cast_kernel_choice: str = "triton",
+    grad_weight_in_high_precision: bool = False,
+) -> ConversionReport:
+    """Replace the linears of `model` by `MXFP8Linear`s, in place: products of e4m3 codes with a scale for 32 values.
+
+    Args:
+        model: any model, on any device; K and N of its linears are multiples of 32. Its parameters stay the same
+            objects. Call it before wrapping the model in DDP, FSDP or `torch.compile`.
+        recipe_name: "mxfp8_cublas" (scales rounded down), "mxfp8_cublas_rceil" (up), or "mxfp8_emulated".
+        filter_fqns: linears to leave alone, as runs of components of their names.
+        emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
+            has no products of blocks (compute capability 10.x has); False is an error there.
+        scaling_mode: of "mxfp8_emulated": "floor" (None), "ceil", "even" or "rceil".
+        mxfp8_dim1_cast_kernel_choice: "triton", "cuda" or "torch": what casts along tokens, and along a weight's rows.
+        grad_weight_in_high_precision: multiply unquantized tensors for the weights' gradients.
+
+    Returns:
+        A report with a row for each linear; `print(report)` shows the table.
+
+    Raises:
+        ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
+            unchanged.
+    """
+    request, problems = mx_request_from_arguments(
+        recipe_name=recipe_name,
+        scaling_mode=scaling_mode,
+        filter_fqns=filter_fqns,
+        emulate=emulate,
+        mxfp8_dim1_cast_kernel_choice=mxfp8_dim1_cast_kernel_choice,
+        grad_weight_in_high_precision=grad_weight_in_high_precision,
+    )
+    return convert_mx_linears(model, request, detect_device(), problems=problems)

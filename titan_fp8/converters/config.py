@@ -28,7 +28,7 @@ CONVERTERS = (
 )
 """All converter names, which are also the paths of their sections."""
 
-UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.mx")
+UNSUPPORTED_CONVERTERS = ("quantize.grouped_mm.mx",)
 """Converters whose feature does not exist yet."""
 
 
@@ -123,17 +123,38 @@ def recipe_option_problems(names: set[str], round_scales: bool, fast_accum: bool
 class MXLinearSection(Section):
     """`nn.Linear` with MXFP8 matrix products (blocks of 32 values with a power-of-two scale each)."""
 
-    recipe_name: Literal["mxfp8_cublas", "mxfp8_cublas_rceil", "mxfp8_emulated"] = not_supported_yet("mxfp8_cublas")
-    """Rounding of the scales (`mxfp8_cublas` down, `mxfp8_cublas_rceil` up), or emulation."""
+    recipe_name: Literal["mxfp8_cublas", "mxfp8_cublas_rceil", "mxfp8_emulated"] = "mxfp8_cublas"
+    """Rounding of the scales, down as the OCP specification suggests (`mxfp8_cublas`), or up so that no value
+    saturates (`mxfp8_cublas_rceil`); or emulation on every device (`mxfp8_emulated`)."""
 
-    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = not_supported_yet("triton")
-    """Kernel of the cast along the second dimension."""
+    scaling_mode: Literal["floor", "ceil", "even", "rceil"] | None = None
+    """Rounding of the scales of `mxfp8_emulated`. Unset means `floor`."""
 
-    filter_fqns: list[str] = not_supported_yet(["output"])
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
+    """What casts along the second dimension, of tokens or of a weight's rows: the Triton kernel, which casts along both
+    from one read; a CUDA kernel, built by nvcc when it is first used; or plain PyTorch. All give the same bits. On a
+    CPU the default is plain PyTorch."""
+
+    filter_fqns: list[str] = key(["output"])
     """Modules to leave alone, as in `quantize.linear.float8`."""
 
-    emulate: bool | Literal["auto"] = not_supported_yet(False)
-    """Compute the same codes and multiply them in higher precision, as in `quantize.linear.float8`."""
+    emulate: bool | Literal["auto"] = False
+    """Multiply what the codes stand for in ordinary matrix products, on any device. `"auto"` emulates where the device
+    has no products of blocks; false is an error there, but for `mxfp8_emulated`."""
+
+    grad_weight_in_high_precision: bool = False
+    """Multiply unquantized activations and gradients for the weights' gradients."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Names that no model has, and scales that a recipe cannot have."""
+        for problem in malformed(self.filter_fqns):
+            yield Problem("filter_fqns", problem)
+        if AUTO_FILTER in self.filter_fqns:
+            yield Problem("filter_fqns", f"{AUTO_FILTER!r} is a rule of quantize.linear.float8; name the linears")
+        if self.scaling_mode is not None and self.recipe_name != "mxfp8_emulated":
+            yield Problem(
+                "scaling_mode", f'is for recipe_name = "mxfp8_emulated"; {self.recipe_name} has scales of its own'
+            )
 
 
 class Float8GroupedSection(Section):

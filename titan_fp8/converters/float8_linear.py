@@ -16,16 +16,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from titan_fp8.converters.config import Float8LinearSection
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.fusion import fuse_producers
+from titan_fp8.converters.linears import obstacle_of, replace_linears, report_rows
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
-from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport, ReportRow
+from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport
 from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.size_rule import SIZE_RULES
@@ -39,7 +38,6 @@ from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
 NAME = "quantize.linear.float8"
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Weights(Enum):
@@ -121,8 +119,9 @@ def convert_linears(
         )
         for recipe, (emulate, _) in modes.items()
     }
-    rows = _rows(model, choices, whole)
-    _replace(model, {fqn: configs[choice.recipe] for fqn, choice in choices.items() if choice.reason is None})
+    rows = report_rows(model, choices, whole, _label)
+    chosen = {fqn: configs[choice.recipe] for fqn, choice in choices.items() if choice.reason is None}
+    replace_linears(model, chosen, Float8Linear.from_linear)
     _prepare_weights(model, weights, cache=request.cache_weights)
     spread = whole.tensor > 1
     fused = fuse_producers(model, tensor_parallel=spread)
@@ -190,7 +189,7 @@ def _check_model(
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
         obstacle = (
-            _obstacle(linear, choice.recipe, *placement.local_dims(fqn, linear)) if choice.reason is None else None
+            obstacle_of(linear, choice.recipe, *placement.local_dims(fqn, linear)) if choice.reason is None else None
         )
         if obstacle:
             problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")
@@ -209,27 +208,6 @@ def _other_remedy(linear: nn.Linear, recipe: Float8Recipe, request: Float8Reques
     others_fit = any(check_dims(*dims, other) is None for other in RECIPES.values())
     is_size = check_dims(*dims, recipe) is not None and others_fit
     return f", or give it another recipe in {request.prefix}recipe_by_fqn" if is_size else ""
-
-
-def _obstacle(linear: nn.Linear, recipe: Float8Recipe, n: int, k: int) -> str | None:
-    """Why this linear, of which a rank multiplies `[n, k]`, cannot be converted, or None."""
-    kind = type(linear)
-    if isinstance(linear, Float8Linear):
-        return f"it is converted to float8 already ({linear.config.recipe.name})"
-    if parametrize.is_parametrized(linear) or linear._parameters.get("weight") is None:
-        return "its weight is computed by a parametrization, which conversion would bypass"
-    if kind is not nn.Linear and not vars(kind).get("casts_weight_to_input_dtype", False):
-        return (
-            f"it is a {kind.__module__}.{kind.__qualname__}, a subclass of nn.Linear whose forward may differ; "
-            "declare the class attribute casts_weight_to_input_dtype = True on it if it does not, or"
-        ).removesuffix(", or")
-    if hasattr(linear.weight, "device_mesh"):
-        return "its weight is sharded already, and what shards it would go on with the module as it was; convert before"
-    if "forward" in vars(linear):
-        return "its forward was replaced on the instance, which conversion would not change; convert before wrapping it"
-    if linear.weight.dtype not in _WEIGHT_DTYPES:
-        return f"its weight is {linear.weight.dtype}, and float8 casts take float32, bfloat16 or float16"
-    return check_dims(k, n, recipe)
 
 
 def _divided_weights(model: nn.Module, choices: Mapping[str, Choice]) -> list[list[tuple[str, str]]]:
@@ -257,20 +235,6 @@ def _plan_weights(
     return _Weights.CACHED if request.cache_weights else _Weights.CAST
 
 
-def _replace(model: nn.Module, configs: Mapping[str, Float8Config]) -> None:
-    """Put a `Float8Linear` at each of the names; a module with two names stays one module."""
-    converted: dict[int, Float8Linear] = {}
-    for fqn, config in configs.items():
-        linear = model.get_submodule(fqn)
-        assert isinstance(linear, nn.Linear)
-        if isinstance(linear, Float8Linear):
-            continue  # one of several names of a parent, whose other name came first
-        if id(linear) not in converted:
-            converted[id(linear)] = Float8Linear.from_linear(linear, config)
-        parent, _, name = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), name, converted[id(linear)])
-
-
 def _prepare_weights(model: nn.Module, weights: _Weights, *, cache: bool) -> None:
     """Set up what casts the weights of a converted model."""
     linears = [module for module in model.modules() if isinstance(module, Float8Linear)]
@@ -278,25 +242,3 @@ def _prepare_weights(model: nn.Module, weights: _Weights, *, cache: bool) -> Non
         wrap_weights_for_fsdp(linears, cache=cache)
     elif weights is _Weights.CACHED:
         cache_weights(model, linears)
-
-
-def _rows(model: nn.Module, choices: Mapping[str, Choice], placement: Placement) -> list[ReportRow]:
-    shapes, local = {}, {}
-    for fqn in choices:
-        linear = model.get_submodule(fqn)
-        assert isinstance(linear, nn.Linear)
-        shapes[fqn] = linear.out_features, linear.in_features
-        local[fqn] = placement.local_dims(fqn, linear)
-    total = sum(n * k for n, k in shapes.values())
-    return [
-        ReportRow(
-            fqn,
-            (n, k),
-            local[fqn],
-            recipe=_label(choices[fqn].recipe) if choices[fqn].reason is None else None,
-            reason=choices[fqn].reason,
-            flop_share=n * k / max(total, 1),
-            assigned=_label(choices[fqn].recipe),
-        )
-        for fqn, (n, k) in shapes.items()
-    ]

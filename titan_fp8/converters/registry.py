@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from titan_fp8.converters.config import CONVERTERS, QuantizeSection
 from titan_fp8.converters.float8_grouped import Float8GroupedConverter
 from titan_fp8.converters.float8_linear import Float8LinearConverter
+from titan_fp8.converters.mx_linear import MXLinearConverter
 from titan_fp8.converters.protocol import ONE_PROCESS, ConversionError, Converter, Placement
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.suggest import did_you_mean
@@ -34,9 +35,10 @@ def build_converters(
             converters.append(Float8LinearConverter(quantize.linear.float8, device, placement))
         elif name == Float8GroupedConverter.name:
             converters.append(Float8GroupedConverter(quantize.grouped_mm.float8, device, placement))
+        elif name == MXLinearConverter.name:
+            converters.append(MXLinearConverter(quantize.linear.mx, device, placement))
         elif name in CONVERTERS:
-            supported = f"{Float8LinearConverter.name!r} or {Float8GroupedConverter.name!r}"
-            problems.append(f"{name!r}: not supported yet; use {supported}")
+            problems.append(f"{name!r}: not supported yet; use {Float8GroupedConverter.name!r}")
         else:
             problems.append(
                 f"{name!r}: no such converter{did_you_mean(name, CONVERTERS)}; known: {', '.join(CONVERTERS)}"

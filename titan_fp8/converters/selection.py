@@ -10,17 +10,17 @@ The reasons, in the order in which they count:
 Nothing is changed here: what is wrong is collected, and the caller raises it with all else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from torch import nn
 
 from titan_fp8.converters.blocks import kept_blocks
 from titan_fp8.converters.filters import AUTO_FILTER, check_patterns, check_recipe_patterns, first_match
 from titan_fp8.converters.protocol import ONE_PROCESS, Placement
-from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.size_rule import is_too_small
-from titan_fp8.quantization.recipes import Float8Recipe
+from titan_fp8.quantization.linear import Sizes
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.patterns import matches
 
@@ -28,8 +28,35 @@ ROUTER = "router.gate"
 """Where the routers of mixtures of experts stand in a model."""
 
 
+_Recipe = TypeVar("_Recipe", bound=Sizes)
+_Recipe_co = TypeVar("_Recipe_co", bound=Sizes, covariant=True)
+
+
+class Request(Protocol[_Recipe_co]):
+    """The settings that decide about linears, under the names of `Float8Request`."""
+
+    @property
+    def recipe_name(self) -> str | None: ...
+    @property
+    def filter_fqns(self) -> Sequence[str]: ...
+    @property
+    def recipe_by_fqn(self) -> Sequence[tuple[str, str]]: ...
+    @property
+    def keep_first_blocks_hp(self) -> int: ...
+    @property
+    def keep_last_blocks_hp(self) -> int: ...
+    @property
+    def filters_are_default(self) -> bool: ...
+    @property
+    def prefix(self) -> str: ...
+
+    def recipe(self, name: str | None) -> _Recipe_co:
+        """The recipe called `name`."""
+        ...
+
+
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[_Recipe]):
     """What becomes of one linear.
 
     Attributes:
@@ -37,13 +64,13 @@ class Choice:
         reason: why it stays in high precision, or None: it is converted.
     """
 
-    recipe: Float8Recipe
+    recipe: _Recipe
     reason: str | None
 
 
 def choose(
-    model: nn.Module, request: Float8Request, placement: Placement = ONE_PROCESS
-) -> tuple[dict[str, Choice], list[str]]:
+    model: nn.Module, request: Request[_Recipe], placement: Placement = ONE_PROCESS
+) -> tuple[dict[str, Choice[_Recipe]], list[str]]:
     """The choice for each linear of `model` by name, a module with two names twice; and what is wrong with the request
     or with the ranks that are to divide the linears.
 
@@ -75,8 +102,8 @@ def choose(
 
 
 def _choose(
-    fqn: str, linear: nn.Linear, request: Float8Request, kept: Mapping[str, str], placement: Placement
-) -> Choice:
+    fqn: str, linear: nn.Linear, request: Request[_Recipe], kept: Mapping[str, str], placement: Placement
+) -> Choice[_Recipe]:
     table = dict(request.recipe_by_fqn)
     entry = first_match(table, fqn)
     recipe = request.recipe(request.recipe_name if entry is None else table[entry])
@@ -95,7 +122,7 @@ def _choose(
     return Choice(recipe, reason)
 
 
-def _blocks_setting(request: Float8Request) -> str:
+def _blocks_setting(request: Request) -> str:
     counts = {name: getattr(request, name) for name in ("keep_first_blocks_hp", "keep_last_blocks_hp")}
     return " and ".join(f"{request.prefix}{name} = {count}" for name, count in counts.items() if count)
 

@@ -11,6 +11,8 @@ the device: 12.8 or later for compute capability 10.0 and 12.0.
 from collections.abc import Iterable
 
 from titan_fp8.kernels.float8 import has_triton
+from titan_fp8.kernels.mx import DIM1_KERNELS
+from titan_fp8.quantization.mx_recipes import MXRecipe
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
@@ -18,6 +20,7 @@ from titan_fp8.runtime.errors import UserError
 BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = (12, 9)
 GROUPED_CAPABILITY = (9, 0)
+MX_MAJOR = 10
 
 
 def why_not_native(recipe: Float8Recipe, device: DeviceCapabilities) -> str | None:
@@ -96,6 +99,55 @@ def resolve_grouped_emulation(emulate: object, device: DeviceCapabilities, *, se
     raise UserError(
         f'{setting} = false, but {reason}; set {setting} to true (emulate) or "auto" (emulate where needed)'
     )
+
+
+def resolve_mx_emulation(
+    emulate: object, recipe: MXRecipe, device: DeviceCapabilities, *, setting: str
+) -> tuple[bool, str]:
+    """Whether to emulate the products of `recipe` on `device`, and the words for it in a report.
+
+    Raises:
+        UserError: if `emulate` is false and the device has no products of blocks; or if it is neither a bool nor
+            "auto".
+    """
+    if not isinstance(emulate, bool) and emulate != "auto":
+        raise UserError(f'{setting} = {emulate!r}: expected true, false or "auto"')
+    if emulate is True or recipe.is_emulated:
+        return True, "emulated"
+    capability = device.compute_capability
+    if capability is not None and capability[0] == MX_MAJOR:
+        return False, "native"
+    of_it = "" if capability is None else f" of compute capability {capability[0]}.{capability[1]}"
+    reason = f"{device.name}{of_it} has no products of MX blocks, which compute capability 10.x (Blackwell) has"
+    if emulate == "auto":
+        return True, f"emulated: {reason}"
+    raise UserError(
+        f'{setting} = false, but {reason}; set {setting} to true (emulate) or "auto" (emulate where needed), or take '
+        'recipe_name = "mxfp8_emulated"'
+    )
+
+
+def resolve_dim1_kernel(choice: object, device: DeviceCapabilities, *, is_default: bool, setting: str) -> str:
+    """What casts MX operands on `device`, for a report. is_default: nobody asked for `choice`.
+
+    Raises:
+        UserError: if `choice` is no kernel, or cannot run on the device and was asked for.
+    """
+    if choice not in DIM1_KERNELS:
+        raise UserError(f"{setting} = {choice!r}: expected one of {', '.join(DIM1_KERNELS)}")
+    on_gpu = device.kind == "cuda"
+    if choice == "torch":
+        return "torch"
+    if not on_gpu:
+        if is_default:
+            return "torch"
+        raise UserError(
+            f'{setting} = "{choice}", but {device.name} is no CUDA device; leave it out, or set it to "torch", the '
+            "plain reference"
+        )
+    if choice == "triton" and not has_triton():
+        raise UserError(f'{setting} = "triton", but Triton is not installed (pip install triton); or set it to "torch"')
+    return str(choice)
 
 
 def resolve_kernels(kernels: object, device: DeviceCapabilities, *, setting: str) -> str:

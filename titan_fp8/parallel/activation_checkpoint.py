@@ -34,6 +34,7 @@ from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
 from titan_fp8.quantization.grouped_ops import grouped_mm_rows
+from titan_fp8.quantization.mx_ops import emulated_mm, scaled_mm_op
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.errors import UserError
@@ -186,10 +187,10 @@ def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:
     if op in _ATEN_GEMMS:
         k, n = args[-1].shape
         return k, n
-    if op is _aten._grouped_mm.default:  # of experts: [M, K] x [E, K, N]
+    if op in (_aten._grouped_mm.default, emulated_mm):  # [M, K] x [E, K, N] of experts; [M, K] x [K, N]
         k, n = args[1].shape[-2:]
         return k, n
-    if op in GEMM_OPS or op in _GROUPED_GEMMS:
+    if op in GEMM_OPS or op in _GROUPED_GEMMS or op is scaled_mm_op:
         n, k = args[1].shape[-2:]  # the second operand is passed as rows of K
         return k, n
     return None

@@ -44,6 +44,7 @@ from titan_fp8.models.initialization import Distribution
 from titan_fp8.models.linear import Linear
 from titan_fp8.parallel.pipeline_split import EMBEDDING, HEAD, NORM, PipelinePlan
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.mx_linear import MXFP8Linear
 from titan_fp8.runtime.deferred import DeferredWeights, Give, add_to_grad
 from titan_fp8.runtime.errors import UserError
 
@@ -104,8 +105,9 @@ def defer_weight_gradients(part: nn.Module) -> DeferredWeights:
     queue = DeferredWeights()
     compiled = [module for module in part.modules() if hasattr(module.forward, _COMPILED)]
     inside = {id(module) for block in compiled for module in block.modules()}
-    for module in part.modules():
-        if isinstance(module, Linear | Float8Linear) and id(module) not in inside and module.weight.requires_grad:
+    linears = [module for module in part.modules() if isinstance(module, Linear | Float8Linear | MXFP8Linear)]
+    for module in linears:
+        if id(module) not in inside and module.weight.requires_grad:
             module.weight_sink = queue.sink_of(module)
     return queue
 

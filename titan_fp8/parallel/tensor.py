@@ -49,8 +49,14 @@ from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import readers_of, way_of
 from titan_fp8.parallel.mesh import TP, ParallelMesh
 from titan_fp8.parallel.tensor_rules import check_tensor_parallel
-from titan_fp8.parallel.tensor_whole import SequenceParallelGate, SequenceParallelLinear, SequenceParallelRMSNorm
+from titan_fp8.parallel.tensor_whole import (
+    SequenceParallelGate,
+    SequenceParallelLinear,
+    SequenceParallelRMSNorm,
+    SumGradient,
+)
 from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
+from titan_fp8.quantization.mx_linear import MXFP8Linear, mx_linear
 from titan_fp8.quantization.tensor_parallel import (
     GatherTokens,
     ScatterSum,
@@ -143,8 +149,9 @@ def _make_parallel_linear(linear: nn.Linear, split: Split, axis: Axis) -> None:
         if linear.fsdp_weight_state is not None:
             linear.fsdp_weight_state.axis = linear.config.weight_axis
         return
-    assert type(linear) in (Linear, Gate), type(linear)
-    _become(linear, SequenceParallelGate if type(linear) is Gate else _KINDS[split], axis=axis)
+    assert type(linear) in (Linear, Gate, MXFP8Linear), type(linear)
+    kinds = _MX_KINDS if type(linear) is MXFP8Linear else _KINDS
+    _become(linear, SequenceParallelGate if type(linear) is Gate else kinds[split], axis=axis)
 
 
 class ColumnParallelLinear(Linear):
@@ -165,6 +172,39 @@ class RowParallelLinear(Linear):
         return ScatterSum.apply(linear(input, local_weight(self), None, self.weight_sink), self.axis)
 
 
+class ColumnParallelMXFP8Linear(MXFP8Linear):
+    """`ColumnParallelLinear` in MXFP8. A rank's part has the codes that it has of the whole: blocks lie along K, or
+    along its own rows, of which there are whole blocks."""
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        return mx_linear(input, local_weight(self), None, self.config, self.weight_sink)
+
+
+class RowParallelMXFP8Linear(MXFP8Linear):
+    """`RowParallelLinear` in MXFP8."""
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ScatterSum.apply(mx_linear(input, local_weight(self), None, self.config, self.weight_sink), self.axis)
+
+
+class SequenceParallelMXFP8Linear(MXFP8Linear):
+    """`SequenceParallelLinear` in MXFP8."""
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        return mx_linear(input, SumGradient.apply(local_weight(self), self.axis), None, self.config, None)
+
+
+_MX_KINDS: dict[Split, type[nn.Module]] = {
+    Split.COLUMN: ColumnParallelMXFP8Linear,
+    Split.ROW: RowParallelMXFP8Linear,
+    Split.WHOLE: SequenceParallelMXFP8Linear,
+}
 _KINDS: dict[Split, type[nn.Module]] = {
     Split.COLUMN: ColumnParallelLinear,
     Split.ROW: RowParallelLinear,

@@ -9,9 +9,10 @@ from titan_fp8.models.moe import Experts, Gate
 from titan_fp8.models.norm import RMSNorm
 from titan_fp8.models.splits import division_problem
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.mx_linear import MXFP8Linear
 from titan_fp8.runtime.errors import UserError
 
-_LINEARS = (Linear, Float8Linear)
+_LINEARS = (Linear, Float8Linear, MXFP8Linear)
 
 
 def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
@@ -40,7 +41,7 @@ def _problems(name: str, module: nn.Module, ranks: int) -> Iterator[str]:
     if not known and (parameters or isinstance(module, nn.Linear)):
         what = f"{name or 'the model'}: it is a {type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, nn.Linear):
-            names = " and ".join(kind.__qualname__ for kind in _LINEARS)
+            names = ", ".join(kind.__qualname__ for kind in _LINEARS)
             yield f"{what}, and of linears {degree} divides {names} alone, not their subclasses; use one, {otherwise}"
         else:
             yield (

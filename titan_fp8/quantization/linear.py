@@ -12,7 +12,7 @@ Where its weight's codes come from, in this order:
 """
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,33 @@ from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.deferred import WeightSink
 from titan_fp8.runtime.errors import UserError
 
+_Kind = TypeVar("_Kind", bound=nn.Linear)
 
-def check_dims(in_features: int, out_features: int, recipe: Float8Recipe) -> str | None:
+
+class Sizes(Protocol):
+    """What dimensions are checked against: a recipe, of whatever format."""
+
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+        ...
+
+    @property
+    def dim_multiple(self) -> int:
+        """What in_features and out_features must be multiples of."""
+        ...
+
+
+def with_state_of(linear: nn.Linear, kind: type[_Kind]) -> _Kind:
+    """A `kind` with the parameters, buffers, hooks and mode of `linear`: the same objects, in tables of its own."""
+    converted = kind.__new__(kind)
+    converted.__dict__.update(linear.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        converted.__dict__[table] = dict(linear.__dict__[table])
+    return converted
+
+
+def check_dims(in_features: int, out_features: int, recipe: Sizes) -> str | None:
     """What is wrong with a linear of these dimensions for a recipe, or None."""
     multiple = recipe.dim_multiple
     for name, size in (("in_features", in_features), ("out_features", out_features)):
@@ -77,10 +102,7 @@ class Float8Linear(nn.Linear):
         problem = check_dims(linear.in_features, linear.out_features, config.recipe)
         if problem:
             raise UserError(f"float8 linear: {problem}")
-        converted = cls.__new__(cls)
-        converted.__dict__.update(linear.__dict__)
-        for table in ("_parameters", "_buffers", "_modules"):
-            converted.__dict__[table] = dict(linear.__dict__[table])
+        converted = with_state_of(linear, cls)
         converted.config = config
         converted.weight_cache = None
         converted.fsdp_weight_state = None

@@ -1,0 +1,189 @@
+"""The converter `quantize.linear.mx`: every `nn.Linear` that nothing keeps becomes an `MXFP8Linear`.
+
+As that of float8, it looks at every linear first, raises all that cannot be done at once with the model unchanged, and
+only then replaces modules. Weights are quantized in each forward and backward pass from the parameters in high
+precision, which is also what FSDP gathers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from titan_fp8.converters.config import MXLinearSection
+from titan_fp8.converters.filters import AUTO_FILTER
+from titan_fp8.converters.linears import obstacle_of, replace_linears, report_rows
+from titan_fp8.converters.protocol import ConversionError, Placement
+from titan_fp8.converters.report import ConversionReport
+from titan_fp8.converters.selection import Choice, choose
+from titan_fp8.converters.support import resolve_dim1_kernel, resolve_mx_emulation
+from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
+from titan_fp8.quantization.mx_recipes import MXRecipe, get_mx_recipe
+from titan_fp8.runtime.device import DeviceCapabilities
+from titan_fp8.runtime.errors import UserError
+
+NAME = "quantize.linear.mx"
+WEIGHTS = "cast in each forward and each backward pass"
+
+
+@dataclass(frozen=True)
+class MXRequest:
+    """The settings of one conversion; those of `MXLinearSection` under its names.
+
+    Attributes:
+        filters_are_default: nobody wrote `filter_fqns`, so a pattern of it may match nothing.
+        kernel_is_default: nobody wrote `mxfp8_dim1_cast_kernel_choice`.
+        prefix: what stands before a setting's name in messages.
+    """
+
+    recipe_name: str | None = "mxfp8_cublas"
+    scaling_mode: str | None = None
+    filter_fqns: Sequence[str] = ()
+    emulate: bool | str = False
+    mxfp8_dim1_cast_kernel_choice: str = "triton"
+    grad_weight_in_high_precision: bool = False
+    filters_are_default: bool = False
+    kernel_is_default: bool = True
+    prefix: str = ""
+    recipe_by_fqn: Sequence[tuple[str, str]] = ()
+    keep_first_blocks_hp: int = 0
+    keep_last_blocks_hp: int = 0
+
+    @classmethod
+    def from_section(cls, section: MXLinearSection, *, prefix: str) -> "MXRequest":
+        """What a section asks for; it has been checked."""
+        settings: dict[str, Any] = {name: getattr(section, name) for name in MXLinearSection.model_fields}
+        given = section.model_fields_set
+        return cls(
+            **settings,
+            filters_are_default="filter_fqns" not in given,
+            kernel_is_default="mxfp8_dim1_cast_kernel_choice" not in given,
+            prefix=prefix,
+        )
+
+    def recipe(self, name: str | None) -> MXRecipe:
+        """The recipe called `name`, with the scales that were asked for.
+
+        Raises:
+            UserError: there is none of that name, or none with such scales.
+        """
+        return get_mx_recipe(name, self.scaling_mode)
+
+
+class MXLinearConverter:
+    """The converter of one `[quantize.linear.mx]` section for one device and mesh; see `protocol.Converter`."""
+
+    name = NAME
+
+    def __init__(self, section: MXLinearSection, device: DeviceCapabilities, placement: Placement) -> None:
+        self._device, self._placement = device, placement
+        self._request = MXRequest.from_section(section, prefix=f"{NAME}.")
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Convert in place; see `convert_mx_linears`."""
+        return convert_mx_linears(model, self._request, self._device, self._placement)
+
+    def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
+        """Nothing: the first forward pass quantizes the weights."""
+
+    def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
+        """Nothing: each forward pass quantizes the weights."""
+
+
+def convert_mx_linears(
+    model: nn.Module,
+    request: MXRequest,
+    device: DeviceCapabilities,
+    placement: Placement | None = None,
+    problems: Sequence[str] = (),
+) -> ConversionReport:
+    """Replace the linears of `model` in place by `MXFP8Linear`s as `request` says.
+
+    Args:
+        model: any model, on any device.
+        request: the settings.
+        device: what training runs on.
+        placement: where the parameters will lie; None if nobody knows.
+        problems: what is wrong already, to be raised with all else.
+
+    Raises:
+        ConversionError: with every violation; the model is then unchanged.
+    """
+    whole = Placement() if placement is None else placement
+    violations = list(problems)
+    try:
+        recipe = request.recipe(request.recipe_name)
+    except UserError as error:
+        raise ConversionError([*violations, f"{request.prefix}{error}"]) from error
+    choices, wrong = choose(model, request, whole)
+    violations += [*wrong, *_check_model(model, choices, request, whole)]
+    emulate, mode, kernel = False, "native", request.mxfp8_dim1_cast_kernel_choice
+    try:
+        emulate, mode = resolve_mx_emulation(request.emulate, recipe, device, setting=f"{request.prefix}emulate")
+    except UserError as error:
+        violations.append(str(error))
+    try:
+        setting = f"{request.prefix}mxfp8_dim1_cast_kernel_choice"
+        kernels = resolve_dim1_kernel(kernel, device, is_default=request.kernel_is_default, setting=setting)
+    except UserError as error:
+        violations.append(str(error))
+    if violations:
+        raise ConversionError(violations)
+    config = MXConfig(recipe, emulate, kernel, request.grad_weight_in_high_precision)
+    rows = report_rows(model, choices, whole, lambda recipe: recipe.name)
+    chosen = {fqn: config for fqn, choice in choices.items() if choice.reason is None}
+    replace_linears(model, chosen, MXFP8Linear.from_linear)
+    label = f"{recipe.name} ({recipe.mode} scales)" if request.scaling_mode else recipe.name
+    return ConversionReport(NAME, {label: mode}, kernels, WEIGHTS, rows=rows)
+
+
+def _check_model(
+    model: nn.Module, choices: Mapping[str, Choice[MXRecipe]], request: MXRequest, placement: Placement
+) -> list[str]:
+    """Why the chosen linears cannot be converted, one message each."""
+    setting = f"{request.prefix}filter_fqns"
+    problems: list[str] = []
+    if isinstance(model, nn.Linear):
+        problems.append(
+            f"the model itself is one {type(model).__name__}, which cannot be replaced in place; "
+            "convert a module that contains it, for example nn.Sequential(model)"
+        )
+    elif not choices:
+        problems.append("the model has no nn.Linear, so there is nothing to convert")
+    elif all(choice.reason for choice in choices.values()):
+        problems.append(f"{setting} leaves every linear of the model alone, so nothing would run in MXFP8")
+    for fqn, choice in choices.items():
+        linear = model.get_submodule(fqn)
+        assert isinstance(linear, nn.Linear)
+        if choice.reason is None and (
+            obstacle := obstacle_of(linear, choice.recipe, *placement.local_dims(fqn, linear))
+        ):
+            problems.append(f"{fqn}: {obstacle}; add it to {setting}")
+    return problems
+
+
+def mx_request_from_arguments(**arguments: Any) -> tuple[MXRequest, list[str]]:
+    """The request that arguments of the API make, and what is wrong with their types and values, one message each. What
+    is wrong has its default in the request, so that the model can be checked against the rest."""
+    problems: list[str] = []
+    settings = dict(arguments)
+
+    def reject(name: str, expected: str) -> None:
+        problems.append(f"{name} = {arguments[name]!r}: expected {expected}")
+        del settings[name]
+
+    filters = arguments["filter_fqns"]
+    if isinstance(filters, str) or not all(isinstance(name, str) for name in filters):
+        reject("filter_fqns", "a list of names")
+    elif AUTO_FILTER in filters:
+        reject("filter_fqns", f"names of linears; {AUTO_FILTER!r} is a rule of float8")
+    if not isinstance(arguments["grad_weight_in_high_precision"], bool):
+        reject("grad_weight_in_high_precision", "True or False")
+    try:
+        get_mx_recipe(arguments["recipe_name"], arguments["scaling_mode"])
+    except UserError as error:
+        problems.append(str(error))
+        del settings["recipe_name"], settings["scaling_mode"]
+    is_default = arguments["mxfp8_dim1_cast_kernel_choice"] == "triton"
+    return MXRequest(**settings, kernel_is_default=is_default), problems

@@ -1,0 +1,211 @@
+"""`MXFP8Linear`: an `nn.Linear` whose matrix products run in MXFP8, and the function that computes them.
+
+    product      left operand                          right operand
+    output       x           [T, K] by blocks of K     w           [N, K] by blocks of K
+    grad_input   grad_output [T, N] by blocks of N     w           [N, K] by blocks of N
+    grad_weight  grad_output [T, N] by blocks of T     x           [T, K] by blocks of T
+
+On tensor cores that multiply blocks, forward casts x in both orientations from one read and saves the codes that
+`grad_weight` needs, one byte a value in place of two. Where products are emulated it saves x, which whoever made it
+keeps as a rule, and quantizes it again in backward. The weight is quantized from the parameter, once in the forward
+pass and, along N, once in the backward pass; FSDP, which frees the weight in between, gathers it for both.
+
+Made from an existing linear, a converted one keeps that one's parameters, the very same objects.
+
+T tokens, K in features, N out features.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from titan_fp8.quantization import mx_ops, ops
+from titan_fp8.quantization.casts import as_matrix
+from titan_fp8.quantization.function import differentiable_once, later_or_now
+from titan_fp8.quantization.linear import check_dims, with_state_of
+from titan_fp8.quantization.mx_recipes import MXRecipe
+from titan_fp8.runtime.deferred import WeightSink
+from titan_fp8.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class MXConfig:
+    """How one linear computes.
+
+    Attributes:
+        recipe: how scales are rounded.
+        emulate: multiply what the codes stand for, on any device.
+        dim1_kernel: what casts along T, and the weight along N: "triton", "cuda" or "torch".
+        grad_weight_in_high_precision: multiply unquantized tensors for the weight's gradient.
+    """
+
+    recipe: MXRecipe
+    emulate: bool = False
+    dim1_kernel: str = mx_ops.TRITON
+    grad_weight_in_high_precision: bool = False
+
+
+class MXFP8Linear(nn.Linear):
+    """Linear layer in MXFP8. Weight `[N, K]` and bias `[N]` stay in high precision; the output has the input's dtype.
+
+    Under autocast the input is cast to autocast's dtype first. Make one with `from_linear`.
+
+    Attributes:
+        config: recipe, emulation and kernels.
+        weight_sink: where the product for the weight's gradient goes, if it is to be computed later.
+    """
+
+    config: MXConfig
+    weight_sink: WeightSink | None = None
+    reads_master_weights: ClassVar[bool] = True
+    """Codes are those of the weight in full, whatever lower precision FSDP could gather it in."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MXConfig) -> Self:
+        """An MX linear with the parameters, buffers, hooks and mode of `linear`.
+
+        Raises:
+            UserError: if in_features or out_features is not a multiple of 32.
+        """
+        problem = check_dims(linear.in_features, linear.out_features, config.recipe)
+        if problem:
+            raise UserError(f"MX linear: {problem}")
+        converted = with_state_of(linear, cls)
+        converted.config = config
+        return converted
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., N]`."""
+        return mx_linear(input, self.weight, self.bias, self.config, self.weight_sink)
+
+    def extra_repr(self) -> str:
+        """Dimensions, recipe and whether it is emulated."""
+        emulated = ", emulated" if self.config.emulate else ""
+        return f"{super().extra_repr()}, {self.config.recipe.name}{emulated}"
+
+
+def mx_linear(input: Tensor, weight: Tensor, bias: Tensor | None, config: MXConfig, sink: WeightSink | None) -> Tensor:
+    """`input [..., K] @ weight.T + bias` in input's dtype; weight `[N, K]`. With a sink the product for the weight's
+    gradient is computed later."""
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"MX linear with in_features={weight.shape[1]} got input {list(input.shape)}")
+    if torch.is_autocast_enabled(input.device.type):
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    grad = torch.is_grad_enabled()
+    needs = grad and input.requires_grad, grad and weight.requires_grad
+    return MXLinearFunction.apply(input, weight, bias, config, sink, *needs)
+
+
+class MXLinearFunction(torch.autograd.Function):
+    """`output = x @ weight.T + bias` with the matrix products in MXFP8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        config: MXConfig,
+        sink: WeightSink | None,
+        needs_grad_input: bool,
+        needs_grad_weight: bool,
+    ) -> Tensor:
+        """The output `[..., N]` in x's dtype, for x `[..., K]`, weight `[N, K]` and bias `[N]`; needs_...: what
+        backward will be asked for."""
+        output, saved = _output(as_matrix(x), weight, config, needs_grad_weight)
+        if bias is not None:
+            output.add_(bias)  # in fp32, rounded once
+        ctx.save_for_backward(weight if needs_grad_input else None, *saved)
+        ctx.config, ctx.sink, ctx.needs_grads = config, sink, (needs_grad_input, needs_grad_weight)
+        ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if x.dim() == 2:
+            return output
+        # Not a view for autograd: FSDP hooks the outputs of the modules it wraps.
+        return torch.ops.aten._unsafe_view.default(output, [*x.shape[:-1], output.shape[1]])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x `[..., K]`, weight `[N, K]` and bias `[N]` for that of the output `[..., N]`; None where not
+        asked for."""
+        weight, x, x_scale = ctx.saved_tensors
+        config: MXConfig = ctx.config
+        needs_grad_input, needs_grad_weight = ctx.needs_grads
+        quantizes = needs_grad_weight and not config.grad_weight_in_high_precision
+        grad_output = as_matrix(grad_output)
+        grad_input = grad_weight = grad_bias = None
+        by_rows, by_columns = _operands(grad_output, config, rows=needs_grad_input, columns=quantizes)
+        if by_rows is not None:
+            grad_input = _grad_input(by_rows, weight, config, ctx.input_dtype, grad_output).view(ctx.input_shape)
+        if needs_grad_weight:
+            product = partial(_grad_weight, by_columns, grad_output, x, x_scale, config)
+            grad_weight = later_or_now(ctx.sink, product, ctx.weight_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, *[None] * 4
+
+
+Operand = tuple[Tensor, Tensor | None]
+"""Codes and their swizzled scale; or, emulated, what they stand for, and None."""
+
+
+def _output(
+    x: Tensor, weight: Tensor, config: MXConfig, needs_grad_weight: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """`x [T, K] @ weight.T` in x's dtype, and what to save of x."""
+    mode, keeps_codes = config.recipe.mode, needs_grad_weight and not config.grad_weight_in_high_precision
+    if config.emulate:
+        left, right = mx_ops.row_values(x, mode), mx_ops.row_values(weight, mode)
+        return mx_ops.multiply_values(left, right.t(), x.dtype), (x if needs_grad_weight else None, None)
+    kept, kept_scale = (x if needs_grad_weight else None), None
+    if keeps_codes:
+        codes, scale, kept, kept_scale = mx_ops.both(x, mode, config.dim1_kernel)
+    else:
+        codes, scale = mx_ops.rows(x, mode)
+    w_codes, w_scale = mx_ops.rows(weight, mode)
+    return mx_ops.scaled_mm_op(codes, w_codes, scale, w_scale, x.dtype), (kept, kept_scale)
+
+
+def _operands(grad: Tensor, config: MXConfig, *, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:
+    """The gradient `[T, N]` by blocks of N, and by blocks of T, as far as they are asked for."""
+    mode, kernel = config.recipe.mode, config.dim1_kernel
+    if config.emulate:
+        if rows and columns:
+            by_rows, by_columns = mx_ops.values(grad, mode, kernel)
+            return (by_rows, None), (by_columns, None)
+        return (
+            (mx_ops.row_values(grad, mode), None) if rows else None,
+            (mx_ops.column_values(grad, mode, kernel), None) if columns else None,
+        )
+    if rows and columns:
+        codes, scale, codes_t, scale_t = mx_ops.both(grad, mode, kernel)
+        return (codes, scale), (codes_t, scale_t)
+    return mx_ops.rows(grad, mode) if rows else None, mx_ops.columns(grad, mode, kernel) if columns else None
+
+
+def _grad_input(grad: Operand, weight: Tensor, config: MXConfig, dtype: torch.dtype, after: Tensor) -> Tensor:
+    """`grad_output [T, N] @ weight [N, K]`. after: before this the compiler makes nothing of the weight."""
+    codes, scale = grad
+    mode, kernel = config.recipe.mode, config.dim1_kernel
+    if scale is None:
+        return mx_ops.multiply_values(codes, mx_ops.column_values(weight, mode, kernel, after), dtype)
+    w_codes_t, w_scale_t = mx_ops.columns(weight, mode, kernel, after)
+    return mx_ops.scaled_mm_op(codes, w_codes_t, scale, w_scale_t, dtype)
+
+
+def _grad_weight(
+    grad: Operand | None, grad_output: Tensor, x: Tensor, x_scale: Tensor | None, config: MXConfig
+) -> Tensor:
+    """`grad_output [T, N].T @ x [T, K]`, of the gradient's operand where there is one; x as it was saved."""
+    if grad is None:
+        return grad_output.t() @ as_matrix(x)
+    codes, scale = grad
+    if scale is None:
+        values = mx_ops.column_values(as_matrix(x), config.recipe.mode, config.dim1_kernel, grad_output)
+        return mx_ops.multiply_values(codes.t(), values, grad_output.dtype)
+    assert x_scale is not None
+    return mx_ops.scaled_mm_op(codes, x, scale, x_scale, grad_output.dtype)
