@@ -68,6 +68,7 @@ def test_rows_travel_as_in_the_reference(tokens: int, top_k: int, experts: int, 
         grad_y, of_scores = moe.unpermute_backward(x, y, position, source, scores)
         assert torch.equal(grad_y, rows)
         torch.testing.assert_close(of_scores, products, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(moe.row_products(x, y, position), products, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("load", LOADS)

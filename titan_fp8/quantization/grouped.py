@@ -10,7 +10,9 @@
 
 All are e4m3 with power-of-two scales, as in the recipe `rowwise` of a linear. Kept for backward are the columns of x, 8
 bits a value, gate and up; hidden is made again from these. Of the weights their row codes are kept, from which backward
-derives the columns.
+derives the columns. Where the rows are tokens' (`Rows`), tokens are cast as they are brought together, the output is
+brought back here, and its gradient is cast as it is brought together: as rows neither exists in high precision. With
+factors of the output, which get a gradient, the output's rows are kept too.
 
 Where the hidden features of each expert are divided over ranks, a rank computes all of this with its H. What is summed
 or scaled along K is that of one process; what has a scale along H (hidden and gradients of gate and up by rows, w2 by
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fp8.kernels.moe.functions import Rows, permute_backward, unpermute
+from titan_fp8.kernels.moe.functions import Rows, permute_backward, row_products, unpermute
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.function import differentiable_once
@@ -91,12 +93,12 @@ def grouped_feed_forward(
         config: how to compute.
 
     Returns:
-        `[M, K]` in x's dtype; rows behind the last group may be anything.
+        `[M, K]` in x's dtype; rows behind the last group may be anything. Of what makes rows: tokens again, `[T, K]`.
     """
     tensors = [tensor for each in codes for tensor in each]
     # Under no_grad autograd still says that a parameter needs a gradient.
     needs_columns = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights[:2])
-    rows = (x, None, None, None) if isinstance(x, Tensor) else x
+    rows = (x, None, None, None, None) if isinstance(x, Tensor) else x
     return _GroupedFeedForward.apply(*rows, *weights, ends, config, needs_columns, *tensors)
 
 
@@ -108,6 +110,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         scores: Tensor | None,
         position: Tensor | None,
         source: Tensor | None,
+        factors: Tensor | None,
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
@@ -123,22 +126,26 @@ class _GroupedFeedForward(torch.autograd.Function):
         hidden = ops.swiglu_group_rows(gate, up, E4M3)
         output = _by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
         needs = ctx.needs_input_grad
-        kept = codes if needs[0] or needs[1] or any(needs[4:7]) else [None] * 6
-        # The tokens themselves are needed for the gradient of their scores alone.
-        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, x if needs[1] else None, scores, position, *kept)
+        kept = codes if needs[0] or needs[1] or any(needs[5:8]) else [None] * 6
+        # The tokens themselves are needed for the gradient of their scores alone, and the output for its factors'.
+        of_rows = x if needs[1] else None, scores, position
+        of_output = output if needs[4] else None, factors, position, source
+        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, *of_rows, *of_output, *kept)
         ctx.config, ctx.dtypes = config, (x.dtype, w1.dtype, w3.dtype, w2.dtype)
-        return output
+        return output if position is None else unpermute(output, position, factors)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_codes_t, x_scale_t, gate, up, ends, *others = ctx.saved_tensors
-        of_rows, weights = others[:3], others[3:]
+        of_rows, of_output, weights = others[:3], others[3:7], others[7:]
         config: Float8GroupedConfig = ctx.config
         dtype, *weight_dtypes = ctx.dtypes
         fast = config.fast_accum_in_backward
-        needs_rows, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
-        *g_rows, g_codes_t, g_scale_t = ops.cast_group_both(grad.contiguous(), ends, E4M3)
+        needs_rows, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[5:8]
+        (*g_rows, g_codes_t, g_scale_t), of_factors = _of_output(grad, ends, *of_output)
+        if not needs_rows and not any(needs):
+            return *[None] * 4, of_factors, *[None] * 12
         w2_columns = ops.columns_of_experts(*weights[4:6], grad)
         grad_hidden = _by_rows(g_rows, w2_columns, ends, dtype, config, fast=fast)
         *made, hidden_t, hidden_scale_t = ops.swiglu_group_backward(grad_hidden, gate, up, ends, E4M3)
@@ -157,7 +164,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         if needs[2]:
             grads[2] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
         of_weights = [g if g is None else g.to(d) for g, d in zip(grads, weight_dtypes, strict=True)]
-        return *of_x, None, None, *of_weights, *[None] * 9
+        return *of_x, None, None, of_factors, *of_weights, *[None] * 9
 
 
 def _cast_rows(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Tensor | None]:
@@ -167,6 +174,22 @@ def _cast_rows(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Ten
     if isinstance(x, Tensor):
         return ops.cast_group_both(x, ends, E4M3)
     return ops.gather_group_both(x.x, x.source, x.scores, x.position.shape[1], ends, E4M3)
+
+
+def _of_output(
+    grad: Tensor,
+    ends: Tensor,
+    output: Tensor | None,
+    factors: Tensor | None,
+    position: Tensor | None,
+    source: Tensor | None,
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The gradient of the output's rows, as `cast_group_both` gives it, and that of the factors, for that of what was
+    brought back: the rows, if nothing has a position."""
+    if position is None or source is None:
+        return ops.cast_group_both(grad.contiguous(), ends, E4M3), None
+    cast = ops.gather_group_both(grad, source, factors, position.shape[1], ends, E4M3)
+    return cast, None if output is None else row_products(grad, output, position)
 
 
 def _of_tokens(
