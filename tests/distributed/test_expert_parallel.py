@@ -420,13 +420,13 @@ def _there_and_back(
 ) -> dict[str, Tensor]:
     """Each expert multiplies by a number of its own. Rows behind the last group become NaN."""
     x, scores = x.clone().requires_grad_(), scores.clone().requires_grad_()
-    groups = dispatcher.dispatch(x, experts, scores if before else None).wait()
+    groups = dispatcher.dispatch(x, experts, *((scores, None) if before else (None, scores))).wait()
     made = groups.rows.make()
     rows = torch.arange(made.shape[0], dtype=torch.int32)
     factors = torch.full((N_EXPERTS + 1,), torch.nan)
     factors[: len(groups.ends)] = 1.5 ** torch.arange(first, first + len(groups.ends))
     factors = factors[torch.bucketize(rows, groups.ends, right=True)]
-    output = dispatcher.combine(made * factors.unsqueeze(1), groups, None if before else scores).wait()
+    output = dispatcher.combine(groups.rows.bring_back(made * factors.unsqueeze(1)), groups).wait()
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(7)))
     assert not (groups.ends % dispatcher.alignment).any()
     in_groups = made[: groups.ends[-1]]

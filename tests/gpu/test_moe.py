@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.tolerances import EMULATED_VS_NATIVE_SQNR_DB, sqnr_db
+from tests.unit.converters.test_other_experts import RAGGED, Layer, converted, inputs
+from tests.unit.converters.test_other_experts import run as run_layer
 from tests.unit.kernels.grouped_cases import _apart
 from titan_fp8.converters.api import convert_to_float8_grouped_training
 from titan_fp8.kernels import grouped, moe
@@ -68,6 +70,7 @@ def test_rows_travel_as_in_the_reference(tokens: int, top_k: int, experts: int, 
         grad_y, of_scores = moe.unpermute_backward(x, y, position, source, scores)
         assert torch.equal(grad_y, rows)
         torch.testing.assert_close(of_scores, products, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(moe.row_products(x, y, position), products, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -185,3 +188,26 @@ def test_nothing_waits_for_the_device(float8: bool) -> None:
         layer(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_experts_of_other_models_are_near_emulated_ones_and_wait_for_nothing(aligned: bool, compiled: bool) -> None:
+    torch._dynamo.reset()
+    sizes = [32, 0, 1024, 48] if aligned else [30 * size for size in RAGGED]
+    case = [each.cuda() for each in inputs(sizes, torch.bfloat16)]
+    plain = run_layer(Layer().cuda(), *case)
+    emulated = run_layer(converted(aligned_groups=aligned).cuda(), *case)
+    layer = converted(emulate=False, aligned_groups=aligned).cuda()
+    model = torch.compile(layer, fullgraph=True) if compiled else layer
+    native = run_layer(model, *case, experts=layer.experts)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = run_layer(model, *case, experts=layer.experts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in emulated.items():
+        assert torch.equal(again[name], native[name]), name
+        assert sqnr_db(value, native[name]) > 25, name
+        assert sqnr_db(plain[name], native[name]) > 15, name

@@ -101,6 +101,47 @@ def test_gradient_checkpointing_of_transformers_changes_no_bit() -> None:
     assert runs[0] == runs[1]
 
 
+def hugging_face_experts(experts_implementation: str) -> nn.Module:
+    """A small Qwen3-MoE of the transformers library, whose groups of tokens end anywhere."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        experts_implementation=experts_implementation,
+        use_cache=False,
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def test_experts_of_hugging_face_learn_in_float8_as_in_high_precision() -> None:
+    model, reference = (hugging_face_experts("grouped_mm") for _ in range(2))
+    report = titan_fp8.convert_to_float8_grouped_training(model, emulate=True)
+    assert [row.fqn for row in report.converted] == [
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
+    ]
+    losses, expected = losses_of(model), losses_of(reference)
+    assert losses[-1] < 0.8 * losses[0]
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert losses != expected
+
+
+def test_experts_of_hugging_face_that_loop_are_refused() -> None:
+    model = hugging_face_experts("eager")
+    titan_fp8.convert_to_float8_grouped_training(model, emulate=True)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.experts: .* neither torch\._grouped_mm"):
+        model(input_ids=torch.arange(8).view(1, 8))
+
+
 def sequential() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 10))

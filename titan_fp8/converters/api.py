@@ -94,20 +94,31 @@ def convert_to_float8_grouped_training(
     fqns: Sequence[str] = ("experts",),
     emulate: bool | Literal["auto"] = False,
     fast_accum_in_backward: bool = False,
+    aligned_groups: bool = False,
     cache_weights: bool = False,
     enable_fsdp_float8_all_gather: bool = False,
 ) -> ConversionReport:
     """Let the experts of `model` multiply in float8, in place: rowwise scales, all three products, groups of 16 rows.
 
+    Experts are those of this package, `titan_fp8.models.moe.MoE`, and all modules that hold parameters `[E, ...]` of
+    three dimensions and multiply rows by them with `torch._grouped_mm` or `torch.nn.functional.grouped_mm` (rows
+    `[T, K]` sorted by expert, weights `[E, K, N]`, `offs` int32 `[E]`). Of the latter nothing is replaced but `forward`
+    on the instance: in it, and in nothing that was traced or bound before, these two functions compute in float8.
+    A forward pass that calls neither is a `titan_fp8.runtime.errors.UserError` (a ValueError), and so is a product that
+    cannot run in float8. Convert before `torch.compile`.
+
     Args:
-        model: has layers with experts, `titan_fp8.models.moe.MoE`, such as a `Decoder` of a family with experts; on any
-            device, the meta device included.
+        model: has experts; on any device, the meta device included.
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
         emulate: True multiplies the same codes in fp32 on any device, "auto" does so where this machine's accelerator
             has no such grouped product; False is an error there.
         fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too.
+        aligned_groups: of experts that are not this package's: all `offs`, and T, are multiples of 16. Without it rows
+            are moved to such groups as they are cast, and results moved back, on the device, in memory for
+            `T + 15 (E + 1)` rows. `offs` on a GPU that are not as promised give wrong gradients unnoticed, since nobody
+            waits for them; on the CPU they are a ValueError.
         cache_weights: keep the codes of a weight from one optimizer step to the next; the obligation that comes with it
-            is that of `convert_to_float8_training`.
+            is that of `convert_to_float8_training`. For this package's experts alone, as is the next.
         enable_fsdp_float8_all_gather: FSDP2 gathers the weights as codes, made once an optimizer step. The parameters
             become new ones: build the optimizer afterwards, and shard with `fully_shard`.
 
@@ -125,6 +136,7 @@ def convert_to_float8_grouped_training(
         detect_device(),
         emulate=emulate,
         fast_accum_in_backward=fast_accum_in_backward,
+        aligned_groups=aligned_groups,
         weights=ExpertWeights.GATHERED if enable_fsdp_float8_all_gather else kept,
     )
 

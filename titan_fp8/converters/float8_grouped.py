@@ -1,6 +1,7 @@
 """The converter `quantize.grouped_mm.float8`: experts of a mixture of experts multiply in float8, by rows.
 
-All problems are collected and raised at once, with the model unchanged. Experts that no pattern names stay in bf16.
+Ours are replaced (`grouped_experts.py`), other people's stay what they are (`other_experts.py`). All problems are
+collected and raised at once, with the model unchanged. Experts that no pattern names stay in bf16.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ from titan_fp8.converters.grouped_experts import (
     convert_experts,
     experts_of,
     gather_codes_of_experts,
+)
+from titan_fp8.converters.other_experts import (
+    convert_other_experts,
+    other_experts_of,
+    weight_problems,
+    weights_of,
 )
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import ConversionReport, ReportRow
@@ -87,24 +94,28 @@ def convert_grouped(
     fast_accum_in_backward: bool = False,
     weights: ExpertWeights = ExpertWeights.CAST,
     ranks: int = 1,
+    aligned_groups: bool = False,
     prefix: str = "",
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
 
     Args:
-        model: has layers with experts (`titan_fp8.models.moe.MoE`); on any device.
+        model: has layers with experts (`titan_fp8.models.moe.MoE`), or modules as in `other_experts.py`; on any device.
         fqns: patterns of names.
         device: what training runs on.
         emulate, fast_accum_in_backward: see `Float8GroupedSection`.
         weights: what becomes of their codes.
         ranks: over which the hidden features of each expert will be divided.
+        aligned_groups: groups of other people's experts are multiples of 16 rows.
         prefix: what stands before a setting's name in messages.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
-    experts = experts_of(model)
-    problems = _problems(model, experts, fqns, f"{prefix}fqns", ranks)
+    experts, others = experts_of(model), other_experts_of(model)
+    problems = _problems(model, experts, others, fqns, f"{prefix}fqns", ranks)
+    others = {fqn: module for fqn, module in others.items() if _is_named(fqns, fqn)}
+    problems += _problems_of_others(others, f"{prefix}fqns", weights, aligned=aligned_groups)
     emulated, mode = False, "native"
     try:
         emulated, mode = resolve_grouped_emulation(emulate, device, setting=f"{prefix}emulate")
@@ -112,11 +123,13 @@ def convert_grouped(
         problems.append(str(error))
     if problems:
         raise ConversionError(problems)
-    rows = [row for fqn, (_, each) in experts.items() for row in _rows(fqn, each, _is_named(fqns, fqn), experts, ranks)]
+    rows = _rows(experts, others, fqns, ranks)
     config = Float8GroupedConfig(emulated, fast_accum_in_backward)
     for fqn, (layer, _) in experts.items():
         if _is_named(fqns, fqn):
             convert_experts(layer, config, ALIGNMENT)
+    for fqn, module in others.items():
+        convert_other_experts(fqn, module, config, aligned=aligned_groups)
     if weights is ExpertWeights.CACHED:
         cache_experts(model)
     elif weights is ExpertWeights.GATHERED:
@@ -129,19 +142,23 @@ def _is_named(fqns: Sequence[str], fqn: str) -> bool:
 
 
 def _problems(
-    model: nn.Module, experts: dict[str, tuple[MoE, Experts]], fqns: Sequence[str], setting: str, ranks: int
+    model: nn.Module,
+    experts: dict[str, tuple[MoE, Experts]],
+    others: dict[str, nn.Module],
+    fqns: Sequence[str],
+    setting: str,
+    ranks: int,
 ) -> list[str]:
-    if not experts:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if not experts and not others and not any(_is_named(fqns, name) for name in modules):
         return ["the model has no experts, so there is nothing to convert; take the converter out of model.converters"]
     if not fqns:
         return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
-    names = [name for name, _ in model.named_modules() if name]
-    problems = check_patterns(fqns, names, setting=setting, may_match_nothing=False)
-    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in experts)]
+    problems = check_patterns(fqns, list(modules), setting=setting, may_match_nothing=False)
+    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in [*experts, *others])]
     if not problems and without:
-        problems.append(
-            f"{setting}: {', '.join(map(repr, without))} matches no experts of the model; set it to experts"
-        )
+        unfit = [module for name, module in modules.items() if _is_named(without, name)]
+        problems.append(f"{setting}: {', '.join(map(repr, without))} matches no {_what_is_missing(experts, unfit)}")
     for fqn, (_, each) in experts.items():
         if not _is_named(fqns, fqn):
             continue
@@ -160,6 +177,32 @@ def _problems(
     return problems
 
 
+def _what_is_missing(experts: dict[str, tuple[MoE, Experts]], unfit: Sequence[nn.Module]) -> str:
+    if experts:
+        return "experts of the model; set it to experts"
+    linears = any(isinstance(module, nn.Linear) for module in unfit)
+    return "module that has weights of experts itself, parameters of three dimensions [E, ...]; " + (
+        "linears are converted by convert_to_float8_training" if linears else "correct it or take it out"
+    )
+
+
+def _problems_of_others(
+    others: dict[str, nn.Module], setting: str, weights: ExpertWeights, *, aligned: bool
+) -> list[str]:
+    problems = [problem for fqn, module in others.items() for problem in weight_problems(fqn, module, setting)]
+    if others and weights is not ExpertWeights.CAST:
+        problems.append(
+            f"{', '.join(others)}: weights of experts that are not this package's are cast in each forward pass; turn "
+            "cache_weights and enable_fsdp_float8_all_gather off, or convert them by themselves"
+        )
+    if aligned and not others:
+        problems.append(
+            "aligned_groups = True has no effect: it is for experts that are not this package's, and none are named; "
+            "leave it out"
+        )
+    return problems
+
+
 def _local_shape(name: str, weight: Tensor, ranks: int) -> tuple[int, ...]:
     """The shape of a weight of experts of which each rank has some hidden features; how many experts it has is not
     known here."""
@@ -168,18 +211,24 @@ def _local_shape(name: str, weight: Tensor, ranks: int) -> tuple[int, ...]:
 
 
 def _rows(
-    fqn: str, experts: Experts, is_named: bool, everywhere: dict[str, tuple[MoE, Experts]], ranks: int
+    experts: dict[str, tuple[MoE, Experts]], others: dict[str, nn.Module], fqns: Sequence[str], ranks: int
 ) -> list[ReportRow]:
-    total = sum(weight.numel() for _, each in everywhere.values() for weight in each.parameters())
+    """A row for each weight of all experts of ours, and of others that are converted. What of the latter a grouped
+    product multiplies is known once they run; that runs in float8."""
+    weights = [
+        (fqn, name, weight, True) for fqn, (_, each) in experts.items() for name, weight in each.named_parameters()
+    ]
+    weights += [(fqn, *item, False) for fqn, module in others.items() for item in weights_of(module).items()]
+    total = sum(weight.numel() for _, _, weight, _ in weights)
     return [
         ReportRow(
             f"{fqn}.{name}",
             tuple(weight.shape),
-            _local_shape(name, weight, ranks),
-            recipe=RECIPE if is_named else None,
-            reason=None if is_named else "no pattern of fqns",
+            _local_shape(name, weight, ranks) if is_ours else tuple(weight.shape),
+            recipe=RECIPE if _is_named(fqns, fqn) else None,
+            reason=None if _is_named(fqns, fqn) else "no pattern of fqns",
             flop_share=weight.numel() / max(total, 1),
             assigned=RECIPE,
         )
-        for name, weight in experts.named_parameters()
+        for fqn, name, weight, is_ours in weights
     ]

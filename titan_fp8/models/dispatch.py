@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from titan_fp8.kernels.moe.functions import Rows, Unpermute, plan
+from titan_fp8.kernels.moe.functions import Rows, plan
 
 BF16_ALIGNMENT = 8
 """Rows that a group in bf16 is a multiple of: 16 bytes, where rows are the dimension that is summed over."""
@@ -23,7 +23,7 @@ class Groups:
     """Rows sorted by expert.
 
     Attributes:
-        rows: what makes them.
+        rows: what makes them, and brings back what experts make of them.
         ends: int32 `[E]`, the row behind each group.
         way_back: what else the dispatcher needs to bring rows back.
     """
@@ -64,13 +64,15 @@ class Dispatcher(Protocol):
     n_experts: int
     alignment: int
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
-        """Send tokens x `[T, D]` to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any."""
+    def dispatch(
+        self, x: Tensor, experts: Tensor, scores: Tensor | None, factors: Tensor | None = None
+    ) -> UnderWay[Groups]:
+        """Send tokens x `[T, D]` to the experts `[T, k]` each, times scores fp32 `[T, k]` if there are any; what they
+        make of them is to be multiplied by factors, of the same kind."""
         ...
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
-        """Send back what the experts made of the groups' rows, `[M, D]`, summed up for each token, times scores if
-        there are any: `[T, D]`."""
+    def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
+        """Send back what `groups.rows` brought back of the experts' results, summed up for each token: `[T, D]`."""
         ...
 
 
@@ -86,11 +88,13 @@ class LocalDispatcher:
         self.n_experts = n_experts
         self.alignment = alignment
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
+    def dispatch(
+        self, x: Tensor, experts: Tensor, scores: Tensor | None, factors: Tensor | None = None
+    ) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         _, ends, position, source = plan(experts, self.n_experts, self.alignment)
-        return UnderWay(x, lambda x: Groups(Rows(x, scores, position, source), ends))
+        return UnderWay(x, lambda x: Groups(Rows(x, scores, position, source, factors), ends))
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
+    def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
         """See `Dispatcher`."""
-        return UnderWay(y, lambda y: Unpermute.apply(y, scores, groups.rows.position, groups.rows.source))
+        return UnderWay(y, lambda y: y)

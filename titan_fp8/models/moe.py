@@ -161,11 +161,13 @@ class Experts(nn.Module):
         }
 
     def forward(self, x: Tensor | Rows, ends: Tensor) -> Tensor:
-        """Rows `[M, dim]` sorted by expert, or what makes them, and ends int32 `[E]`: `[M, dim]`, same dtype."""
+        """Rows `[M, dim]` sorted by expert and ends int32 `[E]`: `[M, dim]`, same dtype. Of what makes rows of tokens:
+        tokens again, `[T, dim]`."""
         w1, w3, w2 = self.weights()
-        x = x if isinstance(x, Tensor) else x.make()
-        hidden = F.silu(grouped_linear(x, w1, ends)) * grouped_linear(x, w3, ends)
-        return grouped_linear(hidden, w2, ends)
+        rows = x if isinstance(x, Tensor) else x.make()
+        hidden = F.silu(grouped_linear(rows, w1, ends)) * grouped_linear(rows, w3, ends)
+        y = grouped_linear(hidden, w2, ends)
+        return y if isinstance(x, Tensor) else x.bring_back(y)
 
     def in_turn(self, under_way: Sequence[Tensor], then: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
         """Several batches in one use of the weights, which FSDP gathers once for it.
@@ -188,13 +190,11 @@ class Sent:
     Attributes:
         rows: what travels.
         tokens: what the experts here work on, `[T, dim]`.
-        scores: factors of what the experts will give, fp32 `[T, k]`; None: they are in already.
         shape: of what the layer was given.
     """
 
     rows: UnderWay[Groups]
     tokens: Tensor
-    scores: Tensor | None
     shape: torch.Size
 
 
@@ -244,7 +244,7 @@ class MoE(nn.Module):
         sent = self.send(x)
         shared = self.share(sent)
         groups = sent.rows.wait()
-        returned = self.dispatcher.combine(self.experts(groups.rows, groups.ends), groups, sent.scores)
+        returned = self.dispatcher.combine(self.experts(groups.rows, groups.ends), groups)
         return self.join(sent, returned.wait(), shared)
 
     def send(self, x: Tensor) -> "Sent":
@@ -253,7 +253,7 @@ class MoE(nn.Module):
         routing = self.router(tokens, self.expert_bias)
         tokens, scores, experts = self.gather(tokens, self._watched(routing), routing.experts)
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
-        return Sent(self.dispatcher.dispatch(tokens, experts, before), tokens, after, x.shape)
+        return Sent(self.dispatcher.dispatch(tokens, experts, before, after), tokens, x.shape)
 
     def share(self, sent: "Sent") -> Tensor | None:
         """What the shared experts make of the same tokens, `[..., dim]`, if there are any."""

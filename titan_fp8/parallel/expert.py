@@ -76,11 +76,13 @@ class _WayBack:
 
     Attributes:
         position, source: of this rank's tokens, sorted by expert (`kernels.moe.plan`).
+        factors: of what comes back, fp32 `[T, k]`, or None.
         sent, came: rows for and from each rank.
     """
 
     position: Tensor
     source: Tensor
+    factors: Tensor | None
     sent: list[int]
     came: list[int]
 
@@ -101,7 +103,9 @@ class ExchangeDispatcher:
         self._axis = Axis.of(group)
         self._as_codes = as_codes
 
-    def dispatch(self, x: Tensor, experts: Tensor, scores: Tensor | None) -> UnderWay[Groups]:
+    def dispatch(
+        self, x: Tensor, experts: Tensor, scores: Tensor | None, factors: Tensor | None = None
+    ) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         counts, _, position, source = plan(experts, self.n_experts, 1)
         by_rank = counts.view(self._axis.size, -1)
@@ -114,20 +118,19 @@ class ExchangeDispatcher:
 
         def arrive(rows: Tensor) -> Groups:
             grouped = Rows(Arrive.apply(rows, exchange), None, place, origin)
-            return Groups(grouped, ends, _WayBack(position, source, sent, came))
+            return Groups(grouped, ends, _WayBack(position, source, factors, sent, came))
 
         return UnderWay(rows, arrive)
 
-    def combine(self, y: Tensor, groups: Groups, scores: Tensor | None) -> UnderWay[Tensor]:
-        """See `Dispatcher`."""
+    def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
+        """See `Dispatcher`; y `[R, D]`, in the order in which rows came."""
         way: _WayBack = groups.way_back
-        rows = Unpermute.apply(y, None, groups.rows.position, groups.rows.source)
         exchange = Exchange(way.came, way.sent, self._axis, codes_backward=self._as_codes)
 
         def arrive(returned: Tensor) -> Tensor:
-            return Unpermute.apply(Arrive.apply(returned, exchange), scores, way.position, way.source)
+            return Unpermute.apply(Arrive.apply(returned, exchange), way.factors, way.position, way.source)
 
-        return UnderWay(Send.apply(rows, exchange), arrive)
+        return UnderWay(Send.apply(y, exchange), arrive)
 
 
 def _experts_of(counts: Tensor, rows: int) -> Tensor:

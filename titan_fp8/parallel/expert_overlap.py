@@ -71,6 +71,6 @@ class _Returned:
         groups = self._sent.rows.arrive(rows)
         # Not the module: FSDP has gathered its weights for all parts.
         y = self._moe.experts.forward(groups.rows, groups.ends)
-        under_way = self._moe.dispatcher.combine(y, groups, self._sent.scores)
+        under_way = self._moe.dispatcher.combine(y, groups)
         self.wait = under_way.arrive
         return under_way.tensor

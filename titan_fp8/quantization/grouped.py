@@ -10,7 +10,9 @@
 
 All are e4m3 with power-of-two scales, as in the recipe `rowwise` of a linear. Kept for backward are the columns of x, 8
 bits a value, gate and up; hidden is made again from these. Of the weights their row codes are kept, from which backward
-derives the columns.
+derives the columns. Where the rows are tokens' (`Rows`), tokens are cast as they are brought together, the output is
+brought back here, and its gradient is cast as it is brought together: as rows neither exists in high precision. With
+factors of the output, which get a gradient, the output's rows are kept too.
 
 Where the hidden features of each expert are divided over ranks, a rank computes all of this with its H. What is summed
 or scaled along K is that of one process; what has a scale along H (hidden and gradients of gate and up by rows, w2 by
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_fp8.kernels.moe.functions import Rows, permute_backward, unpermute
+from titan_fp8.kernels.moe.functions import Rows, permute, permute_backward, row_products, unpermute
 from titan_fp8.quantization import grouped_ops as ops
 from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.function import differentiable_once
@@ -91,12 +93,12 @@ def grouped_feed_forward(
         config: how to compute.
 
     Returns:
-        `[M, K]` in x's dtype; rows behind the last group may be anything.
+        `[M, K]` in x's dtype; rows behind the last group may be anything. Of what makes rows: tokens again, `[T, K]`.
     """
     tensors = [tensor for each in codes for tensor in each]
     # Under no_grad autograd still says that a parameter needs a gradient.
     needs_columns = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights[:2])
-    rows = (x, None, None, None) if isinstance(x, Tensor) else x
+    rows = (x, None, None, None, None) if isinstance(x, Tensor) else x
     return _GroupedFeedForward.apply(*rows, *weights, ends, config, needs_columns, *tensors)
 
 
@@ -108,6 +110,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         scores: Tensor | None,
         position: Tensor | None,
         source: Tensor | None,
+        factors: Tensor | None,
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
@@ -117,56 +120,78 @@ class _GroupedFeedForward(torch.autograd.Function):
         *codes: Tensor,
     ) -> Tensor:
         made = x if position is None or source is None else Rows(x, scores, position, source)
-        *x_rows, x_codes_t, x_scale_t = _cast_rows(made, ends, columns=needs_columns)
+        *x_rows, x_codes_t, x_scale_t = cast_sorted(made, ends, columns=needs_columns)
         weights = [codes[0:2], codes[2:4], codes[4:6]]
-        gate, up = (_by_rows(x_rows, w, ends, x.dtype, config, fast=True) for w in weights[:2])
+        gate, up = (by_rows(x_rows, w, ends, x.dtype, config, fast=True) for w in weights[:2])
         hidden = ops.swiglu_group_rows(gate, up, E4M3)
-        output = _by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
+        output = by_rows(hidden, weights[2], ends, x.dtype, config, fast=True)
         needs = ctx.needs_input_grad
-        kept = codes if needs[0] or needs[1] or any(needs[4:7]) else [None] * 6
-        # The tokens themselves are needed for the gradient of their scores alone.
-        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, x if needs[1] else None, scores, position, *kept)
+        kept = codes if needs[0] or needs[1] or any(needs[5:8]) else [None] * 6
+        # The tokens themselves are needed for the gradient of their scores alone, and the output for its factors'.
+        of_rows = x if needs[1] else None, scores, position
+        of_output = output if needs[4] else None, factors, position, source
+        ctx.save_for_backward(x_codes_t, x_scale_t, gate, up, ends, *of_rows, *of_output, *kept)
         ctx.config, ctx.dtypes = config, (x.dtype, w1.dtype, w3.dtype, w2.dtype)
-        return output
+        return output if position is None else unpermute(output, position, factors)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_codes_t, x_scale_t, gate, up, ends, *others = ctx.saved_tensors
-        of_rows, weights = others[:3], others[3:]
+        of_rows, of_output, weights = others[:3], others[3:7], others[7:]
         config: Float8GroupedConfig = ctx.config
         dtype, *weight_dtypes = ctx.dtypes
         fast = config.fast_accum_in_backward
-        needs_rows, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[4:7]
-        *g_rows, g_codes_t, g_scale_t = ops.cast_group_both(grad.contiguous(), ends, E4M3)
+        needs_rows, needs = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[5:8]
+        (*g_rows, g_codes_t, g_scale_t), of_factors = _of_output(grad, ends, *of_output)
+        if not needs_rows and not any(needs):
+            return *[None] * 4, of_factors, *[None] * 12
         w2_columns = ops.columns_of_experts(*weights[4:6], grad)
-        grad_hidden = _by_rows(g_rows, w2_columns, ends, dtype, config, fast=fast)
+        grad_hidden = by_rows(g_rows, w2_columns, ends, dtype, config, fast=fast)
         *made, hidden_t, hidden_scale_t = ops.swiglu_group_backward(grad_hidden, gate, up, ends, E4M3)
         of_gate, of_up = made[:4], made[4:]
         grads: list[Tensor | None] = [None] * 3
         of_x: tuple[Tensor | None, Tensor | None] = None, None
         if needs_rows:
             parts = (
-                _by_rows(each[:2], ops.columns_of_experts(*w, grad), ends, dtype, config, fast=fast)
+                by_rows(each[:2], ops.columns_of_experts(*w, grad), ends, dtype, config, fast=fast)
                 for each, w in ((of_gate, weights[:2]), (of_up, weights[2:4]))
             )
             of_x = _of_tokens(next(parts).add_(next(parts)), *of_rows)
         for number, each in ((0, of_gate), (1, of_up)):
             if needs[number]:
-                grads[number] = _by_columns(each[2:], (x_codes_t, x_scale_t), ends, config)
+                grads[number] = by_columns(each[2:], (x_codes_t, x_scale_t), ends, config)
         if needs[2]:
-            grads[2] = _by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
+            grads[2] = by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
         of_weights = [g if g is None else g.to(d) for g, d in zip(grads, weight_dtypes, strict=True)]
-        return *of_x, None, None, *of_weights, *[None] * 9
+        return *of_x, None, None, of_factors, *of_weights, *[None] * 9
 
 
-def _cast_rows(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Tensor | None]:
-    """Codes and scale by rows, and by columns of groups, or None twice."""
+def cast_sorted(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Tensor | None]:
+    """Rows `[M, K]` sorted by expert, or what makes them: codes `[M, K]` and scale `[M, 1]`; and by columns of groups
+    codes `[K, M]` and scale `[E, K]`, or None twice."""
     if not columns:
-        return *cast_rows(x if isinstance(x, Tensor) else x.make(), E4M3), None, None
+        made = x if isinstance(x, Tensor) else permute(x.x, x.source, x.scores, x.position.shape[1])
+        return *cast_rows(made, E4M3), None, None
     if isinstance(x, Tensor):
         return ops.cast_group_both(x, ends, E4M3)
     return ops.gather_group_both(x.x, x.source, x.scores, x.position.shape[1], ends, E4M3)
+
+
+def _of_output(
+    grad: Tensor,
+    ends: Tensor,
+    output: Tensor | None,
+    factors: Tensor | None,
+    position: Tensor | None,
+    source: Tensor | None,
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The gradient of the output's rows, as `cast_group_both` gives it, and that of the factors, for that of what was
+    brought back: the rows, if nothing has a position."""
+    if position is None or source is None:
+        return ops.cast_group_both(grad.contiguous(), ends, E4M3), None
+    cast = ops.gather_group_both(grad, source, factors, position.shape[1], ends, E4M3)
+    return cast, None if output is None else row_products(grad, output, position)
 
 
 def _of_tokens(
@@ -182,12 +207,12 @@ def _of_tokens(
     return permute_backward(grad, x, position, scores)
 
 
-def _by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:
+def by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig, *, fast: bool) -> Tensor:
     """The product of (codes, scale) `[M, K]` with those of `[E, N, K]`: `[M, N]`."""
     return ops.grouped_mm_rows(a[0], w[0], a[1], w[1], ends, dtype, fast, config.emulate)
 
 
-def _by_columns(a: Any, b: Any, ends: Tensor, config: Float8GroupedConfig) -> Tensor:
+def by_columns(a: Any, b: Any, ends: Tensor, config: Float8GroupedConfig) -> Tensor:
     """The product of (codes, scale) `[N, M]` with those of `[K, M]` in each group: `[E, N, K]` in bf16, as the tensor
     cores give it."""
     return ops.grouped_mm_columns(a[0], b[0], a[1], b[1], ends, torch.bfloat16, config.emulate)

@@ -63,6 +63,7 @@ def both_ways(inputs: Inputs, scores: Tensor | None) -> str:
         out, made = kernel.to_tokens(y, position, scores, other)
         found.append(differ("tokens", out, tokens))
         found.append("" if made is None else differ("products of tokens", made, products, exact=False))
+    found.append(differ("products alone", kernel.row_products(x, y, position), products, exact=False))
     return "; ".join(filter(None, found))
 
 

@@ -39,9 +39,12 @@ def test_the_kernels_compile_with_wide_loads_and_stores(features: int, products:
     flags = {"SCALED": True, "PRODUCTS": products}
     pointers = ["*bf16", "*i32", "*fp32", "*bf16", "*bf16", "*fp32"]
     to_groups = compile_ptx(kernel._to_groups_kernel, [*pointers, *["i32+"] * 3, "i32"], **sizes, **flags)
-    to_tokens = compile_ptx(kernel._to_tokens_kernel, [*pointers, *["i32+"] * 3], TOP_K=2, STEPS=1, **sizes, **flags)
-    for ptx in (to_groups, to_tokens):
-        assert "st.global.v4.b32" in ptx
+    flags |= {"TOP_K": 2, "STEPS": 1}
+    arguments = [*pointers, *["i32+"] * 3]
+    to_tokens = compile_ptx(kernel._to_tokens_kernel, arguments, SUMS=True, **sizes, **flags)
+    alone = compile_ptx(kernel._to_tokens_kernel, arguments, SUMS=False, **sizes, **flags | {"PRODUCTS": True})
+    for ptx in (to_groups, to_tokens, alone):
+        assert ("st.global.v4.b32" in ptx) == (ptx is not alone)
         assert "ld.global.v4.b32" in ptx
         assert not re.findall(r"ld\.global\.b16", ptx)
         assert "fma.rn.f32" not in ptx, "the reference rounds products"

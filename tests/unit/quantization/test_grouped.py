@@ -15,7 +15,7 @@ from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.kernels import float8
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.float8.reference import NAN_CODE
-from titan_fp8.kernels.moe.functions import Rows, plan
+from titan_fp8.kernels.moe.functions import Rows, permute, plan, row_products, unpermute_backward
 from titan_fp8.kernels.producers import reference as producers
 from titan_fp8.quantization import grouped_gemm
 from titan_fp8.quantization import grouped_ops as ops
@@ -485,31 +485,69 @@ def test_strides_of_rows_and_gradient_do_not_matter() -> None:
     assert_same(run(x, weights, ends, wide_grad, call=transposed), expected, ends)
 
 
-def _of_tokens(scores: Tensor | None, dtype: torch.dtype, *, as_rows: bool, frozen: bool) -> list[Tensor | None]:
-    """The output of tokens with two choices of four experts each, and the gradients of tokens, scores and weights."""
+def _of_tokens(
+    dtype: torch.dtype, *, as_rows: bool, frozen: tuple[str, ...], scores: Tensor | None, factors: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The output of tokens with two choices of four experts each, and all gradients by name."""
     choices = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).topk(2).indices
     _, ends, position, source = plan(choices, 4, 16)
-    tokens = random(40, K, seed=1, dtype=dtype).requires_grad_(not frozen)
-    factors = None if scores is None else scores.clone().requires_grad_()
-    weights = [weight.requires_grad_() for weight in weights_of(4).values()]
-    rows = Rows(tokens, factors, position, source)
+    of_choices = {"scores": scores, "factors": factors}
+    leaves = {"x": random(40, K, seed=1, dtype=dtype), **weights_of(4)}
+    leaves |= {name: each for name, each in of_choices.items() if each is not None}
+    leaves = {name: leaf.clone().requires_grad_(name not in frozen) for name, leaf in leaves.items()}
+    rows = Rows(leaves["x"], leaves.get("scores"), position, source, leaves.get("factors"))
+    weights = [leaves[name] for name in ("w1", "w3", "w2")]
     codes = [cast_experts(weight) for weight in weights]
     output = grouped_feed_forward(rows if as_rows else rows.make(), weights, codes, ends, EMULATED)
-    output = output[: ends[-1]]
+    output = output if as_rows else rows.bring_back(output)
     output.backward(random(*output.shape, seed=3, dtype=dtype))
-    leaves = [tokens, *weights, *([] if factors is None else [factors])]
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
+    return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen tokens"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scores"])
+FROZEN = {
+    "nothing": (), "tokens": ("x",), "tokens and factors": ("x", "factors"), "w1 and w3": ("w1", "w3"),
+    "all but scores and factors": ("x", "w1", "w2", "w3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("scaled", [(), ("scores",), ("factors",), ("scores", "factors")], ids="+".join)
 @DTYPES
-def test_tokens_cast_on_their_way_give_what_their_rows_do(dtype: torch.dtype, scaled: bool, frozen: bool) -> None:
-    scores = random(40, 2, seed=4).abs() if scaled else None
-    made, fused = (_of_tokens(scores, dtype, as_rows=as_rows, frozen=frozen) for as_rows in (False, True))
-    for mine, theirs in zip(fused, made, strict=True):
-        assert (mine is None) == (theirs is None)
-        assert mine is None or torch.equal(mine, theirs)
+def test_tokens_and_gradients_cast_on_their_way_give_what_their_rows_do(
+    dtype: torch.dtype, scaled: tuple[str, ...], frozen: str
+) -> None:
+    each: dict[str, Any] = {"scores": None, "factors": None}
+    each |= {name: random(40, 2, seed=seed).abs() for seed, name in enumerate(scaled, 4)}
+    if not scaled and frozen == "all but scores and factors":
+        return
+    made, fused = (_of_tokens(dtype, as_rows=as_rows, frozen=FROZEN[frozen], **each) for as_rows in (False, True))
+    assert made.keys() == fused.keys()
+    for name, theirs in made.items():
+        mine = fused[name]
+        assert (mine is None) == (theirs is None) == (name in FROZEN[frozen]), name
+        assert mine is None or torch.equal(mine, theirs), name
+
+
+def test_rows_of_tokens_exist_in_high_precision_neither_forward_nor_backward() -> None:
+    each = {"scores": None, "factors": random(40, 2, seed=4)}
+    for as_rows in (True, False):
+        with CountCalls() as counter:
+            _of_tokens(torch.bfloat16, as_rows=as_rows, frozen=(), **each)
+        calls = counter.calls
+        assert (calls[permute], calls[unpermute_backward]) == ((0, 0) if as_rows else (1, 1))
+        assert (calls[ops.gather_group_both], calls[row_products]) == ((2, 1) if as_rows else (0, 0))
+        assert calls[ops.cast_group_both] == (0 if as_rows else 2)
+
+
+def test_the_output_of_tokens_is_saved_for_the_gradient_of_factors_alone() -> None:
+    def wide(frozen: tuple[str, ...]) -> list[int]:
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            _of_tokens(torch.bfloat16, as_rows=True, frozen=frozen, scores=None, factors=random(40, 2, seed=4))
+        return [t.shape[1] for t in saved if t.dtype == torch.bfloat16]
+
+    assert wide(("factors",)) == [H, H], "gate and up"
+    assert wide(()) == [H, H, K]
 
 
 @DTYPES

@@ -110,7 +110,9 @@ def unpermute_backward(
 
 def row_products(x: Tensor, y: Tensor, position: Tensor) -> Tensor:
     """Inner products of tokens with their rows: fp32 `[T, k]`, of x `[T, D]` with y `[M, D]` at position `[T, k]`."""
-    return reference.row_products(x, y, position)
+    if not _uses_kernel(x, position):
+        return reference.row_products(x, y, position)
+    return _kernel().row_products(_dense(x), _dense(y), position)
 
 
 def _uses_kernel(x: Tensor, places: Tensor) -> bool:

@@ -14,23 +14,30 @@ from titan_fp8.runtime.operators import register_operator
 
 
 class Rows(NamedTuple):
-    """Rows sorted by expert that are not made yet: experts may cast them as they are brought together.
+    """Rows sorted by expert that are not made yet: experts may cast them as they are brought together, and the
+    gradients of what they make of them too.
 
     Attributes:
         x: `[T, D]`, where they come from.
         scores: fp32 `[T, k]`, factors, or None.
         position: int32 `[T, k]`, the row of each choice.
         source: int32 `[M]`, the choice that each row holds, or -1 (`titan_fp8.kernels.moe.plan`).
+        factors: fp32 `[T, k]`, of what becomes of the rows, or None.
     """
 
     x: Tensor
     scores: Tensor | None
     position: Tensor
     source: Tensor
+    factors: Tensor | None = None
 
     def make(self) -> Tensor:
         """The rows, `[M, D]`; zero where no token is."""
-        return Permute.apply(*self)
+        return Permute.apply(self.x, self.scores, self.position, self.source)
+
+    def bring_back(self, y: Tensor) -> Tensor:
+        """What became of the rows, `[M, D]`, summed for each token and times the factors: `[T, D]`."""
+        return Unpermute.apply(y, self.factors, self.position, self.source)
 
 
 class Permute(torch.autograd.Function):
@@ -110,3 +117,10 @@ unpermute_backward = register_operator(
     lambda grad, y, position, source, scores: (y.new_empty(y.shape), scores.new_empty(scores.shape)),
 )
 """See `kernels.moe.unpermute_backward`."""
+
+row_products = register_operator(
+    "moe_row_products(Tensor x, Tensor y, Tensor position) -> Tensor",
+    moe.row_products,
+    lambda x, y, position: x.new_empty(position.shape, dtype=torch.float32),
+)
+"""See `kernels.moe.row_products`."""

@@ -2,7 +2,7 @@
 
 A program takes one row, of the groups or of the tokens, whole: rows are long (2048 features and more) and lie together,
 so that wherever a row comes from it is read at full width. Gradients of scores are inner products of rows that the
-gradient of the rows reads anyway, so both come from one kernel.
+gradient of the rows reads anyway, so both come from one kernel; they come alone where that gradient is cast on its way.
 
 Products and sums are not contracted to fused multiply-adds, and a token's rows are summed in the order of its choices,
 so that rows have the bits of the reference. Inner products are summed in another order than there.
@@ -61,9 +61,10 @@ def _to_groups_kernel(
 @triton.jit
 def _to_tokens_kernel(
     y_ptr, position_ptr, scores_ptr, x_ptr, out_ptr, products_ptr, features, stride_y, stride_x,
-    SCALED: tl.constexpr, PRODUCTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    SCALED: tl.constexpr, SUMS: tl.constexpr, PRODUCTS: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Token t: the sum of its choices' rows of y, times their scores; PRODUCTS: besides, the inner product of each of
+    """Token t, SUMS: the sum of its choices' rows of y, times their scores; PRODUCTS: the inner product of each of
     these rows with x of the token."""
     token = tl.program_id(0).to(tl.int64)
     for step in tl.static_range(STEPS):
@@ -85,7 +86,8 @@ def _to_tokens_kernel(
                 y = y * tl.load(scores_ptr + token * TOP_K + choice)
             # Not zero plus the first: that would turn a negative zero into a positive one.
             total = y if choice == 0 else total + y
-        tl.store(out_ptr + token * features + d, total.to(out_ptr.dtype.element_ty), mask=mask)
+        if SUMS:
+            tl.store(out_ptr + token * features + d, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _blocks(features: int, max_block: int, values_per_warp: int) -> dict[str, int]:
@@ -119,12 +121,12 @@ def _launch_to_tokens(
     top_k: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     scaled: bool,
-    products: bool,
+    made: tuple[bool, bool],
     blocks: tuple[int, int],
 ) -> Plan:
-    """dtypes: of y and of x."""
+    """dtypes: of y and of x. made: whether sums are, and whether products are."""
     sizes = _blocks(features, *blocks)
-    constants: dict[str, Any] = {"SCALED": scaled, "PRODUCTS": products, "TOP_K": top_k}
+    constants: dict[str, Any] = {"SCALED": scaled, "SUMS": made[0], "PRODUCTS": made[1], "TOP_K": top_k}
     constants["STEPS"] = cdiv(features, sizes["BLOCK"])
     return Plan(tokens, (features, *strides), constants | sizes | LAUNCH)
 
@@ -153,6 +155,16 @@ def to_tokens(y: Tensor, position: Tensor, scores: Tensor | None, x: Tensor | No
     products = None if x is None else torch.empty(tokens, top_k, dtype=torch.float32, device=y.device)
     other, strides = (y if x is None else x), (y.stride(0), 0 if x is None else x.stride(0))
     tensors = y, position, out if scores is None else scores, other, out, out if products is None else products
-    dtypes, blocks = (y.dtype, other.dtype), (MAX_BLOCK, VALUES_PER_WARP)
-    _launch_to_tokens(tensors, tokens, features, strides, top_k, dtypes, scores is not None, x is not None, blocks)
+    dtypes, blocks, made = (y.dtype, other.dtype), (MAX_BLOCK, VALUES_PER_WARP), (True, x is not None)
+    _launch_to_tokens(tensors, tokens, features, strides, top_k, dtypes, scores is not None, made, blocks)
     return out, products
+
+
+def row_products(x: Tensor, y: Tensor, position: Tensor) -> Tensor:
+    """See `titan_fp8.kernels.moe.row_products`. Features are contiguous."""
+    (tokens, top_k), features = position.shape, y.shape[1]
+    products = torch.empty(tokens, top_k, dtype=torch.float32, device=y.device)
+    tensors = y, position, products, x, products, products
+    dtypes, blocks, made = (y.dtype, x.dtype), (MAX_BLOCK, VALUES_PER_WARP), (False, True)
+    _launch_to_tokens(tensors, tokens, features, (y.stride(0), x.stride(0)), top_k, dtypes, False, made, blocks)
+    return products
