@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         convert_to_float8_grouped_training,
         convert_to_float8_nocompile_training,
         convert_to_float8_training,
+        convert_to_mxfp8_grouped_training,
         convert_to_mxfp8_training,
     )
     from titan_fp8.converters.protocol import ConversionError
@@ -35,6 +36,7 @@ __all__ = [
     "convert_to_float8_grouped_training",
     "convert_to_float8_nocompile_training",
     "convert_to_float8_training",
+    "convert_to_mxfp8_grouped_training",
     "convert_to_mxfp8_training",
     "mark_stale",
     "precompute_float8_dynamic_scale_for_fsdp",
@@ -48,6 +50,7 @@ _HOME = {
     "convert_to_float8_grouped_training": "titan_fp8.converters.api",
     "convert_to_float8_nocompile_training": "titan_fp8.converters.api",
     "convert_to_float8_training": "titan_fp8.converters.api",
+    "convert_to_mxfp8_grouped_training": "titan_fp8.converters.api",
     "convert_to_mxfp8_training": "titan_fp8.converters.api",
     "mark_stale": "titan_fp8.quantization.weights",
     "precompute_float8_dynamic_scale_for_fsdp": "titan_fp8.quantization.fsdp_weight",

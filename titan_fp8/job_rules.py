@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_fp8.config.section import Problem
-from titan_fp8.converters.config import CONVERTERS, UNSUPPORTED_CONVERTERS
+from titan_fp8.converters.config import CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.family_rules import (
     batches_are_parted,
@@ -122,9 +122,7 @@ def converters_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             yield Problem(key, f"{name} is named twice; take one out")
-        if name in UNSUPPORTED_CONVERTERS:
-            yield Problem(key, f"{name} is not supported yet; leave it out")
-        elif name not in CONVERTERS:
+        if name not in CONVERTERS:
             yield Problem(key, f"{name} is not one of {', '.join(CONVERTERS)}{did_you_mean(name, CONVERTERS)}")
     if job.model.print_after_conversion and not names:
         yield Problem("model.print_after_conversion", "has no effect without a converter in model.converters")

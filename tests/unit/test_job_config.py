@@ -24,7 +24,6 @@ KEYS = all_keys(JobConfig)
 NOT_SUPPORTED_YET = re.compile(
     # What may answer "not supported yet": a part of expert parallelism, and whole features.
     r"parallelism\.pipeline_parallel_expert.*"
-    r"|quantize\.grouped_mm\.mx\..*"
     r"|checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
     r"|fault_tolerance\..*|memory_estimation\..*|experimental\..*|comm\.mode"
 )
@@ -230,11 +229,6 @@ def test_sequences_fit_into_the_model():
 def test_a_converter_is_named_once():
     assert "is named twice" in error(f"--model.converters={FLOAT8},{FLOAT8}")
     assert "is named twice" in error("--model.converters=float8", f"--model.converters={FLOAT8}")
-
-
-@pytest.mark.parametrize("name", ["quantize.grouped_mm.mx"])
-def test_converters_without_their_feature_are_refused(name):
-    assert error(f"--model.converters={name}").endswith(f"{name} is not supported yet; leave it out")
 
 
 def test_printing_after_a_conversion_needs_one():

@@ -8,6 +8,7 @@ from torch import nn
 
 from titan_fp8.converters.float8_grouped import ExpertWeights, convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
+from titan_fp8.converters.mx_grouped import convert_mx_grouped
 from titan_fp8.converters.mx_linear import convert_mx_linears, mx_request_from_arguments
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import request_from_arguments
@@ -224,3 +225,28 @@ def convert_to_mxfp8_training(
         grad_weight_in_high_precision=grad_weight_in_high_precision,
     )
     return convert_mx_linears(model, request, detect_device(), problems=problems)
+
+
+def convert_to_mxfp8_grouped_training(
+    model: nn.Module,
+    *,
+    fqns: Sequence[str] = ("experts",),
+    emulate: bool | Literal["auto"] = False,
+) -> ConversionReport:
+    """Let the experts of `model` multiply in MXFP8, in place: all three products, groups of 32 rows.
+
+    Args:
+        model: has layers with experts, `titan_fp8.models.moe.MoE`, such as a `Decoder` of a family with experts; on any
+            device, the meta device included. Its parameters stay the same objects.
+        fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
+        emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
+            has no products of blocks; False is an error there.
+
+    Returns:
+        A report with a row for each weight of experts; `print(report)` shows the table.
+
+    Raises:
+        ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
+            unchanged.
+    """
+    return convert_mx_grouped(model, [fqns] if isinstance(fqns, str) else list(fqns), detect_device(), emulate=emulate)

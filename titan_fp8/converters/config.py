@@ -11,7 +11,7 @@ filter_fqns = ["output"]
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from titan_fp8.config.section import Problem, Section, key, not_supported_yet
+from titan_fp8.config.section import Problem, Section, key
 from titan_fp8.converters.filters import AUTO_FILTER, malformed, parse_recipe_table
 
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"]
@@ -27,9 +27,6 @@ CONVERTERS = (
     "quantize.grouped_mm.mx",
 )
 """All converter names, which are also the paths of their sections."""
-
-UNSUPPORTED_CONVERTERS = ("quantize.grouped_mm.mx",)
-"""Converters whose feature does not exist yet."""
 
 
 class Float8LinearSection(Section):
@@ -187,11 +184,24 @@ class Float8GroupedSection(Section):
 class MXGroupedSection(Section):
     """Experts of a mixture-of-experts layer with MXFP8 grouped matrix products."""
 
-    recipe_name: Literal["mxfp8"] = not_supported_yet("mxfp8")
-    """Recipe of the conversion."""
+    recipe_name: Literal["mxfp8"] = "mxfp8"
+    """Recipe of the conversion: scales are rounded up, so that no value saturates."""
 
-    fqns: list[str] | str = not_supported_yet([])
-    """Modules whose experts are converted."""
+    fqns: list[str] | str = key([])
+    """Which experts are converted, as in `quantize.grouped_mm.float8`."""
+
+    emulate: bool | Literal["auto"] = False
+    """Multiply what the codes stand for in ordinary grouped products, on any device. `"auto"` emulates where the device
+    has no products of blocks; false is an error there."""
+
+    def patterns(self) -> list[str]:
+        """`fqns` as a list."""
+        return [part.strip() for part in self.fqns.split(",")] if isinstance(self.fqns, str) else self.fqns
+
+    def problems(self) -> Iterator[Problem]:
+        """Names that no model has."""
+        for problem in malformed(self.patterns()):
+            yield Problem("fqns", problem)
 
 
 class QuantizeLinearSection(Section):

@@ -7,7 +7,7 @@ collected and raised at once, with the model unchanged. Experts that no pattern 
 from collections.abc import Sequence
 from enum import Enum
 
-from torch import Tensor, nn
+from torch import nn
 
 from titan_fp8.converters.config import Float8GroupedSection
 from titan_fp8.converters.filters import check_patterns, first_match
@@ -17,6 +17,7 @@ from titan_fp8.converters.grouped_experts import (
     convert_experts,
     experts_of,
     gather_codes_of_experts,
+    local_shape,
 )
 from titan_fp8.converters.other_experts import (
     convert_other_experts,
@@ -167,7 +168,7 @@ def _problems(
         elif type(each) is not Experts:
             problems.append(f"{fqn}: it is a {type(each).__qualname__}, which computes otherwise; leave it out")
         for name, weight in each.named_parameters():
-            _, *dims = _local_shape(name, weight, ranks)
+            _, *dims = local_shape(name, weight, ranks)
             if any(size % ALIGNMENT for size in dims):
                 whose = "an expert" if ranks == 1 else f"the part of an expert on one of {ranks} ranks"
                 problems.append(
@@ -203,13 +204,6 @@ def _problems_of_others(
     return problems
 
 
-def _local_shape(name: str, weight: Tensor, ranks: int) -> tuple[int, ...]:
-    """The shape of a weight of experts of which each rank has some hidden features; how many experts it has is not
-    known here."""
-    experts, n, k = weight.shape
-    return (experts, n, k // ranks) if name == "w2" else (experts, n // ranks, k)
-
-
 def _rows(
     experts: dict[str, tuple[MoE, Experts]], others: dict[str, nn.Module], fqns: Sequence[str], ranks: int
 ) -> list[ReportRow]:
@@ -224,7 +218,7 @@ def _rows(
         ReportRow(
             f"{fqn}.{name}",
             tuple(weight.shape),
-            _local_shape(name, weight, ranks) if is_ours else tuple(weight.shape),
+            local_shape(name, weight, ranks) if is_ours else tuple(weight.shape),
             recipe=RECIPE if _is_named(fqns, fqn) else None,
             reason=None if _is_named(fqns, fqn) else "no pattern of fqns",
             flop_share=weight.numel() / max(total, 1),

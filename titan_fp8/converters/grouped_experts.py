@@ -11,6 +11,7 @@ from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.fsdp_weight import check_gathered, wrap_experts_for_fsdp
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.grouped import ExpertCache, Float8GroupedConfig, cast_experts, grouped_feed_forward
+from titan_fp8.quantization.linear import with_state_of
 from titan_fp8.quantization.sharded_weight import local_weight
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import StepWatch, refresh_before_forward, watch_module
@@ -78,10 +79,7 @@ def convert_experts(layer: MoE, config: Float8GroupedConfig, alignment: int) -> 
 
 
 def _converted(experts: Experts, config: Float8GroupedConfig) -> Float8Experts:
-    converted = Float8Experts.__new__(Float8Experts)
-    converted.__dict__.update(experts.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        converted.__dict__[table] = dict(experts.__dict__[table])
+    converted = with_state_of(experts, Float8Experts)
     converted.config = config
     return converted
 
@@ -108,3 +106,10 @@ def experts_of(model: nn.Module) -> dict[str, tuple[MoE, Experts]]:
         if isinstance(module, MoE):
             found[f"{fqn}.experts" if fqn else "experts"] = (module, module.experts)
     return found
+
+
+def local_shape(name: str, weight: Tensor, ranks: int) -> tuple[int, ...]:
+    """The shape of a weight of experts of which each rank has some hidden features; how many experts it has is not
+    known here."""
+    experts, n, k = weight.shape
+    return (experts, n, k // ranks) if name == "w2" else (experts, n // ranks, k)

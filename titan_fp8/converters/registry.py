@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from titan_fp8.converters.config import CONVERTERS, QuantizeSection
 from titan_fp8.converters.float8_grouped import Float8GroupedConverter
 from titan_fp8.converters.float8_linear import Float8LinearConverter
+from titan_fp8.converters.mx_grouped import MXGroupedConverter
 from titan_fp8.converters.mx_linear import MXLinearConverter
 from titan_fp8.converters.protocol import ONE_PROCESS, ConversionError, Converter, Placement
 from titan_fp8.runtime.device import DeviceCapabilities
@@ -26,7 +27,7 @@ def build_converters(
         placement: where the parameters will lie, which decides how often weights are cast; one process by default.
 
     Raises:
-        ConversionError: for names that are unknown, not supported, or given twice; all of them at once.
+        ConversionError: for names that are unknown or given twice; all of them at once.
     """
     problems = [f"{name!r} is named twice; take one out" for name in dict.fromkeys(names) if names.count(name) > 1]
     converters: list[Converter] = []
@@ -37,8 +38,8 @@ def build_converters(
             converters.append(Float8GroupedConverter(quantize.grouped_mm.float8, device, placement))
         elif name == MXLinearConverter.name:
             converters.append(MXLinearConverter(quantize.linear.mx, device, placement))
-        elif name in CONVERTERS:
-            problems.append(f"{name!r}: not supported yet; use {Float8GroupedConverter.name!r}")
+        elif name == MXGroupedConverter.name:
+            converters.append(MXGroupedConverter(quantize.grouped_mm.mx, device, placement))
         else:
             problems.append(
                 f"{name!r}: no such converter{did_you_mean(name, CONVERTERS)}; known: {', '.join(CONVERTERS)}"

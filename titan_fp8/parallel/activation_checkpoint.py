@@ -34,6 +34,8 @@ from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
 from titan_fp8.quantization.grouped_ops import grouped_mm_rows
+from titan_fp8.quantization.mx_grouped_ops import multiply_rows as mx_multiply_rows
+from titan_fp8.quantization.mx_grouped_ops import scaled_mm_rows as mx_scaled_mm_rows
 from titan_fp8.quantization.mx_ops import emulated_mm, scaled_mm_op
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.quantization.tensor_parallel import local_tensor
@@ -187,10 +189,10 @@ def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:
     if op in _ATEN_GEMMS:
         k, n = args[-1].shape
         return k, n
-    if op in (_aten._grouped_mm.default, emulated_mm):  # [M, K] x [E, K, N] of experts; [M, K] x [K, N]
+    if op in (_aten._grouped_mm.default, emulated_mm, mx_multiply_rows):  # by [E, K, N] of experts, or [K, N]
         k, n = args[1].shape[-2:]
         return k, n
-    if op in GEMM_OPS or op in _GROUPED_GEMMS or op is scaled_mm_op:
+    if op in GEMM_OPS or op in _GROUPED_GEMMS or op in (scaled_mm_op, mx_scaled_mm_rows):
         n, k = args[1].shape[-2:]  # the second operand is passed as rows of K
         return k, n
     return None

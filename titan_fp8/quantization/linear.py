@@ -31,7 +31,7 @@ from titan_fp8.quantization.weights import WeightCache
 from titan_fp8.runtime.deferred import WeightSink
 from titan_fp8.runtime.errors import UserError
 
-_Kind = TypeVar("_Kind", bound=nn.Linear)
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class Sizes(Protocol):
@@ -48,12 +48,12 @@ class Sizes(Protocol):
         ...
 
 
-def with_state_of(linear: nn.Linear, kind: type[_Kind]) -> _Kind:
-    """A `kind` with the parameters, buffers, hooks and mode of `linear`: the same objects, in tables of its own."""
+def with_state_of(module: nn.Module, kind: type[_Kind]) -> _Kind:
+    """A `kind` with the parameters, buffers, hooks and mode of `module`: the same objects, in tables of its own."""
     converted = kind.__new__(kind)
-    converted.__dict__.update(linear.__dict__)
+    converted.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers", "_modules"):
-        converted.__dict__[table] = dict(linear.__dict__[table])
+        converted.__dict__[table] = dict(module.__dict__[table])
     return converted
 
 

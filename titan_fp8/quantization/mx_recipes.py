@@ -49,6 +49,9 @@ MX_RECIPES: dict[str, MXRecipe] = {
     )
 }
 
+GROUPED_RECIPE = MXRecipe("mxfp8", "rceil")
+"""That of experts."""
+
 
 def get_mx_recipe(name: object, scaling_mode: object = None) -> MXRecipe:
     """The recipe called `name`.

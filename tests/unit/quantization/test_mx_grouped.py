@@ -1,0 +1,226 @@
+"""Experts in MXFP8: each computes, in every product, what blocks of its own rows and weights stand for."""
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.tolerances import sqnr_db
+from titan_fp8.kernels import mx
+from titan_fp8.quantization import mx_grouped_ops as ops
+from titan_fp8.quantization.mx_grouped import MXGroupedConfig, mx_grouped_feed_forward
+from titan_fp8.quantization.mx_recipes import GROUPED_RECIPE
+
+K, H, BEHIND = 64, 96, 64
+MODE = GROUPED_RECIPE.mode
+EMULATED = MXGroupedConfig(MODE, emulate=True)
+SIZES = {
+    "even": [32, 32, 32],
+    "one has all": [0, 96, 0],
+    "empty first, between and last": [0, 32, 0, 64, 0],
+    "one expert": [64],
+    "none": [0, 0],
+}
+"""Rows of each expert; in the tests there are 64 more behind them."""
+LAYOUTS = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """x and weights of other magnitudes for each expert, ends, and the gradient of the output."""
+    experts, rows = len(sizes), sum(sizes) + BEHIND
+    leaves = {"x": random(rows, K, seed=1, dtype=dtype)}
+    for seed, (name, shape) in enumerate({"w1": (H, K), "w3": (H, K), "w2": (K, H)}.items(), 3):
+        leaves[name] = random(experts, *shape, seed=seed) * random(experts, 1, 1, seed=9).exp() / 8
+    ends = torch.tensor(list(accumulate(sizes)), dtype=torch.int32)
+    return leaves, ends, random(rows, K, seed=2, dtype=dtype)
+
+
+def run(leaves: dict[str, Tensor], ends: Tensor, grad: Tensor, frozen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The output and every gradient by name, None of what is frozen."""
+    leaves = {name: t.detach().clone().requires_grad_(name not in frozen) for name, t in leaves.items()}
+    x, *weights = leaves.values()
+    output = mx_grouped_feed_forward(x, weights, ends, EMULATED)
+    output.backward(grad)
+    return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
+        yield expert, slice(begin, end)
+
+
+def values(t: Tensor, dim: int) -> Tensor:
+    """What t is in MXFP8 by blocks along a dimension, in fp32."""
+    return mx.from_mx(*mx.to_mx(t.contiguous(), scaling_mode=MODE, dim=dim), torch.float32)
+
+
+def one_expert(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """The seven products of one expert, each of its operands in blocks along what it sums over."""
+    dtype = x.dtype
+    gate, up = ((values(x, 1) @ values(w, 1).t()).to(dtype) for w in (w1, w3))
+    hidden = (F.silu(gate.float()) * up.float()).to(dtype)
+    of_hidden = (values(grad, 1) @ values(w2, 0)).to(dtype)
+    of_gate = torch.ops.aten.silu_backward(of_hidden.float() * up.float(), gate.float()).to(dtype)
+    of_up = (of_hidden.float() * F.silu(gate.float())).to(dtype)
+    parts = [(values(g, 1) @ values(w, 0)).to(dtype) for g, w in ((of_gate, w1), (of_up, w3))]
+    return {
+        "output": (values(hidden, 1) @ values(w2, 1).t()).to(dtype),
+        "x": parts[0] + parts[1],
+        "w1": values(of_gate, 0).t() @ values(x, 0),
+        "w3": values(of_up, 0).t() @ values(x, 0),
+        "w2": values(grad, 0).t() @ values(hidden, 0),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@LAYOUTS
+def test_each_expert_computes_as_if_it_were_alone(sizes: list[int], dtype: torch.dtype) -> None:
+    leaves, ends, grad = inputs(sizes, dtype)
+    result = run(leaves, ends, grad)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    for expert, rows in groups(ends):
+        if rows.start == rows.stop:
+            assert not any(result[name][expert].any() for name in ("w1", "w3", "w2"))
+            continue
+        weights = [leaves[name][expert] for name in ("w1", "w3", "w2")]
+        for name, expected in one_expert(leaves["x"][rows], *weights, grad[rows]).items():
+            actual = result[name][rows] if name in ("output", "x") else result[name][expert]
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(
+                actual.float(), expected.float(), rtol=2 * rounding, atol=2 * rounding * scale, msg=f"{name} {expert}"
+            )
+
+
+def test_experts_are_near_those_in_fp64() -> None:
+    leaves, ends, grad = inputs([64, 32, 0, 128])
+    result = run(leaves, ends, grad)
+    exact = {name: t.double().requires_grad_() for name, t in leaves.items()}
+    for expert, rows in groups(ends):
+        x, (w1, w3, w2) = exact["x"][rows], (exact[name][expert] for name in ("w1", "w3", "w2"))
+        output = (F.silu(x @ w1.t()) * (x @ w3.t())) @ w2.t()
+        output.backward(grad[rows].double())
+    here = int(ends[-1])
+    assert sqnr_db(exact["x"].grad[:here], result["x"][:here]) > 18  # pyright: ignore[reportOptionalSubscript]
+    for name in ("w1", "w3", "w2"):
+        assert sqnr_db(exact[name].grad, result[name]) > 18, name  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
+def test_what_is_behind_the_last_group_reaches_nothing(garbage: float) -> None:
+    leaves, ends, grad = inputs([32, 0, 64])
+    expected, here = run(leaves, ends, grad), int(ends[-1])
+    leaves["x"][here:], grad[here:] = garbage, garbage
+    result = run(leaves, ends, grad)
+    for name, value in expected.items():
+        rows = slice(here) if name in ("output", "x") else slice(None)
+        assert torch.equal(result[name][rows], value[rows]), name
+
+
+def test_a_bad_row_spoils_its_own_expert_alone() -> None:
+    leaves, ends, grad = inputs([32, 32, 64])
+    leaves["x"][40, 3] = torch.nan
+    result = run(leaves, ends, grad)
+    bad = result["output"].isnan().any(1)[: int(ends[-1])].nonzero().flatten()
+    assert bad.tolist() == [40]
+    for name in ("w1", "w3", "w2"):
+        assert result[name].isnan().flatten(1).any(1).tolist() == [False, True, False], name
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("w1",), ("w1", "w3", "w2"), ("w2", "x")], ids=" ".join)
+def test_only_what_autograd_asks_for_is_computed(frozen: tuple[str, ...]) -> None:
+    leaves, ends, grad = inputs([32, 64])
+    expected, result = run(leaves, ends, grad), run(leaves, ends, grad, frozen)
+    for name, value in result.items():
+        if name in frozen:
+            assert value is None
+        else:
+            here = slice(int(ends[-1])) if name in ("output", "x") else slice(None)
+            assert torch.equal(value[here], expected[name][here]), name
+
+
+def test_compiled_experts_compute_the_same() -> None:
+    torch._dynamo.reset()
+    leaves, ends, grad = inputs([32, 0, 96], torch.bfloat16)
+    expected = run(leaves, ends, grad)
+    mine = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+
+    @torch.compile(fullgraph=True)
+    def call(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ends: Tensor) -> Tensor:
+        return mx_grouped_feed_forward(x, (w1, w3, w2), ends, EMULATED)
+
+    output = call(*mine.values(), ends)
+    output.backward(grad)
+    # But for exponentials, in the last bit of fp32.
+    here = int(ends[-1])
+    assert sqnr_db(expected["output"][:here], output[:here].detach()) > 50
+    for name in ("w1", "w3", "w2"):
+        assert sqnr_db(expected[name], mine[name].grad) > 50, name  # pyright: ignore[reportArgumentType]
+
+
+def up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def checked_product(a: Tensor, b: Tensor, scale_a: Tensor, *recipe_and_scale: Any, **options: Any) -> Tensor:
+    """What PyTorch's `_scaled_grouped_mm_v2` checks on a Blackwell GPU (`_check_scales_blocked`, GroupedBlas.cpp)."""
+    recipe_a, scale_b, recipe_b = recipe_and_scale
+    assert recipe_a == recipe_b == torch.nn.functional.ScalingType.BlockWise1x32
+    assert options["swizzle_a"] == options["swizzle_b"] == torch.nn.functional.SwizzleType.SWIZZLE_32_4_4
+    assert options["offs"].dtype == torch.int32
+    assert options["output_dtype"] == torch.bfloat16
+    assert a.dtype == b.dtype == torch.float8_e4m3fn
+    assert scale_a.dtype == scale_b.dtype == torch.float8_e8m0fnu
+    assert scale_a.is_contiguous()
+    assert scale_b.is_contiguous()
+    assert a.stride(-1) == 1, "the left operand has rows one after the other"
+    assert b.stride(-2) == 1, "the right operand has columns one after the other"
+    experts = options["offs"].shape[0]
+    if b.dim() == 3:
+        assert scale_a.dim() == 2
+        assert scale_a.shape[1] == up_to(a.shape[1] // 32, 4)
+        assert scale_b.shape == (experts, up_to(b.shape[2], 128) * up_to(b.shape[1] // 32, 4))
+        return a.new_empty((a.shape[0], b.shape[2]), dtype=torch.bfloat16)
+    assert (scale_a.shape[0], scale_b.shape[0]) == (up_to(a.shape[0], 128), up_to(b.shape[1], 128))
+    assert scale_a.shape[1] == scale_b.shape[1] >= a.shape[1] // 32
+    return a.new_empty((experts, a.shape[0], b.shape[1]), dtype=torch.bfloat16)
+
+
+def test_the_native_products_are_called_as_their_operator_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(ops, "scaled_grouped_mm", lambda *a, **k: called.append(1) or checked_product(*a, **k))
+    leaves, ends, grad = inputs([32, 0, 64], torch.bfloat16)
+    x, *weights = (tensor.requires_grad_() for tensor in leaves.values())
+    output = mx_grouped_feed_forward(x, weights, ends, MXGroupedConfig(MODE))
+    assert (output.shape, output.dtype, len(called)) == (x.shape, x.dtype, 3)
+    output.backward(grad)
+    assert len(called) == 9
+    assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in leaves.values())
+
+
+@LAYOUTS
+def test_operators_give_what_the_compiler_is_told_that_they_do(sizes: list[int]) -> None:
+    leaves, ends, _ = inputs(sizes)
+    x, w = leaves["x"], leaves["w1"]
+    gate = random(x.shape[0], H, seed=5)
+    for op, arguments in (
+        (ops.values, (x, ends, MODE)),
+        (ops.row_values, (x, ends, MODE)),
+        (ops.column_values, (x, ends, MODE)),
+        (ops.weight_values, (w, MODE, True)),
+        (ops.weight_values, (w, MODE, False)),
+        (ops.multiply_rows, (x, w.transpose(1, 2), ends, torch.bfloat16)),
+        (ops.multiply_columns, (gate, x, ends, torch.float32)),
+        (ops.group_rows, (x, ends, MODE)),
+        (ops.group_columns, (x, ends, MODE)),
+        (ops.group_both, (x, ends, MODE)),
+        (ops.experts, (w, MODE)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
