@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from titan_fp8.converters.protocol import ConversionError
     from titan_fp8.converters.report import ConversionReport
+    from titan_fp8.kernels.mx import from_mx, to_mx
     from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
     from titan_fp8.quantization.linear import Float8Linear
     from titan_fp8.quantization.mx_linear import MXFP8Linear
@@ -38,8 +39,10 @@ __all__ = [
     "convert_to_float8_training",
     "convert_to_mxfp8_grouped_training",
     "convert_to_mxfp8_training",
+    "from_mx",
     "mark_stale",
     "precompute_float8_dynamic_scale_for_fsdp",
+    "to_mx",
 ]
 
 _HOME = {
@@ -52,8 +55,10 @@ _HOME = {
     "convert_to_float8_training": "titan_fp8.converters.api",
     "convert_to_mxfp8_grouped_training": "titan_fp8.converters.api",
     "convert_to_mxfp8_training": "titan_fp8.converters.api",
+    "from_mx": "titan_fp8.kernels.mx",
     "mark_stale": "titan_fp8.quantization.weights",
     "precompute_float8_dynamic_scale_for_fsdp": "titan_fp8.quantization.fsdp_weight",
+    "to_mx": "titan_fp8.kernels.mx",
 }
 
 
