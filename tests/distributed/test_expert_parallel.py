@@ -69,6 +69,19 @@ ALL_IN_FLOAT8 = {
     f"{FLOAT8}.filter_fqns": "output",
     f"{FLOAT8}.emulate": "true",
 }
+MX, MX_GROUPED = "quantize.linear.mx", "quantize.grouped_mm.mx"
+EXPERTS_IN_MX = {
+    "model.converters": MX_GROUPED,
+    f"{MX_GROUPED}.fqns": "experts",
+    f"{MX_GROUPED}.emulate": "true",
+    **NO_AUX_LOSS,
+}
+ALL_IN_MX = {
+    **EXPERTS_IN_MX,
+    "model.converters": f"{MX},{MX_GROUPED}",
+    f"{MX}.recipe_name": "mxfp8_cublas_rceil",
+    f"{MX}.emulate": "true",
+}
 GATHERED_CODES = {f"{FLOAT8}.enable_fsdp_float8_all_gather": "true"}
 FULL = {"activation_checkpoint.mode": "full"}
 PER_OP = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
@@ -218,6 +231,19 @@ SLOW_FLOAT8_CASES = {
 @pytest.mark.parametrize("name", FLOAT8_CASES)
 def test_training_in_float8_equals_one_process(name: str, tmp_path: Path) -> None:
     same_as_alone(FLOAT8_CASES[name], tmp_path)
+
+
+MX_CASES = {
+    "ep2": Case("fsdp2 ep2", EXPERTS_IN_MX, batch=2, batch_alone=4),
+    "two_shards_of_experts_full_ac_compiled": Case("fsdp4 ep2", EXPERTS_IN_MX | FULL | COMPILED, batch_alone=2),
+    # Blocks of a linear's tokens are those of one sequence, of as many tokens as a block has.
+    "ep2_linears": Case("fsdp2 ep2", ALL_IN_MX, FLOAT8_CODES),
+}
+
+
+@pytest.mark.parametrize("name", MX_CASES)
+def test_training_in_mxfp8_equals_one_process(name: str, tmp_path: Path) -> None:
+    same_as_alone(MX_CASES[name], tmp_path)
 
 
 @pytest.mark.slow

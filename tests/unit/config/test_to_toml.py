@@ -75,9 +75,10 @@ def test_the_resolved_toml_starts_the_same_job_again(options, tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[3].glob("train_configs/*.toml")), ids=lambda p: p.stem)
 def test_every_recipe_is_accepted_and_resolves_to_itself(recipe, read):
-    job = read("--job.config_file", str(recipe)).accepted
+    ranks = 256 if recipe.stem == "mxfp8_llama4_17bx16e" else 1  # for as many it is written
+    job = read("--job.config_file", str(recipe), world_size=ranks).accepted
     Path("resolved.toml").write_text(to_toml(job), encoding="utf-8")
-    again = read("--job.config_file", "resolved.toml").accepted
+    again = read("--job.config_file", "resolved.toml", world_size=ranks).accepted
     assert again.model_copy(update={"job": job.job}) == job
 
 
