@@ -21,7 +21,15 @@ def load(monkeypatch):
     """A script as a module; scripts import each other from their own folder."""
     monkeypatch.syspath_prepend(SCRIPTS)
     yield importlib.import_module
-    for name in ("bench_common", "bench_filter", "bench_linear", "bench_meshes", "bench_runs", "loss_parity"):
+    for name in (
+        "bench_common",
+        "bench_filter",
+        "bench_linear",
+        "bench_meshes",
+        "bench_runs",
+        "loss_parity",
+        "mx_roofline",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -306,3 +314,21 @@ def test_figures_are_medians_over_the_steps_after_the_warm_up(load):
     found = load("bench_runs").figures(lines, 1)
     assert (found["tps"], found["tflops"], found["tps_spread"]) == (110.0, None, 50 / 110)
     assert (found["memory_gib"], found["first_loss"], found["last_loss"]) == (10.0, 4.0, 1.0)
+
+
+def test_the_roofline_counts_what_the_models_multiply_and_finds_products_to_gain_and_casts_to_cost(load):
+    script = load("mx_roofline")
+    for name, job in script.JOBS.items():
+        kernels = {kernel.name: kernel for kernel in script.kernels_of(job)}
+        dims = script.resolve_dims(job.family, job.flavor, {})
+        linears = sum(kernel.flops for key, kernel in kernels.items() if key.startswith("products"))
+        # Of all parameters but both tables, a token uses those of its experts: 6 FLOPs each.
+        tables = 2 * dims.vocab_size * dims.dim
+        if dims.n_experts is None:
+            assert linears == pytest.approx(6 * job.tokens * (script.count_parameters(dims) - tables), rel=1e-3)
+        device = script.DEVICES["B200"]
+        assert kernels["products of linears"].seconds(device, mx=True) < kernels["products of linears"].seconds(
+            device, mx=False
+        )
+        assert kernels["casts of gradients"].seconds(device, mx=True) > 0
+        assert "Predicted 1." in script.table(job, device), name
