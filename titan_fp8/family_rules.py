@@ -11,6 +11,9 @@ from titan_fp8.config.section import Problem
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.parallel.degrees import MeshDegrees
 
+MX_BLOCK = 32
+"""Values that share a scale in MXFP8."""
+
 if TYPE_CHECKING:
     from titan_fp8.job_config import JobConfig
 
@@ -37,6 +40,12 @@ def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegree
         yield Problem(key, f"{job.model.name} has no experts to deal out; set it to 1")
     elif dims.n_experts % ranks:
         yield Problem(key, f"{ranks} ranks do not divide the {dims.n_experts} experts; choose a divisor")
+    if job.parallelism.expert_parallel_payload == "mxfp8" and dims.dim % MX_BLOCK:
+        yield Problem(
+            "parallelism.expert_parallel_payload",
+            f"cuts a token's {dims.dim} values into blocks of {MX_BLOCK}; change model.overrides.dim, or set it to "
+            '"float8"',
+        )
 
 
 def _nothing_is_exchanged(job: "JobConfig") -> Iterator[Problem]:

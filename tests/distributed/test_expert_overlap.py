@@ -22,6 +22,7 @@ from tests.distributed.test_expert_parallel import (
     BF16_SUMS,
     COMPILED,
     EXPERTS_IN_FLOAT8,
+    EXPERTS_IN_MX,
     FULL,
     NO_AUX_LOSS,
     Case,
@@ -29,7 +30,7 @@ from tests.distributed.test_expert_parallel import (
     same_as_alone,
 )
 from tests.distributed.test_mesh_matrix import FLOAT8_CODES, LOCAL_SCALES
-from titan_fp8 import convert_to_float8_grouped_training
+from titan_fp8 import convert_to_float8_grouped_training, from_mx, to_mx
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
@@ -80,16 +81,18 @@ def test_wider_training_equals_one_process(name: str, tmp_path: Path) -> None:
 
 def test_what_float8_experts_multiply_is_the_same_if_it_travels_as_codes(tmp_path: Path) -> None:
     """So the first loss, before any gradient, has the same bits. Experts in high precision get other numbers."""
-    for options, is_same in ((EXPERTS_IN_FLOAT8, True), (NO_AUX_LOSS, False)):
-        whole = on("fsdp2 ep2", {**options, BATCH: "1"}, tmp_path / f"whole{is_same}", steps=1)
-        as_codes = on("fsdp2 ep2", {**options, **CODES, BATCH: "1"}, tmp_path / f"codes{is_same}", steps=1)
+    payload = "parallelism.expert_parallel_payload"
+    cases = ((EXPERTS_IN_FLOAT8, "float8", True), (EXPERTS_IN_MX, "mxfp8", True), (NO_AUX_LOSS, "float8", False))
+    for number, (options, travels, is_same) in enumerate(cases):
+        whole = on("fsdp2 ep2", {**options, BATCH: "1"}, tmp_path / f"whole{number}", steps=1)
+        as_codes = on("fsdp2 ep2", {**options, payload: travels, BATCH: "1"}, tmp_path / f"codes{number}", steps=1)
         assert (whole.losses == as_codes.losses) == is_same
         assert as_codes.losses == pytest.approx(whole.losses, rel=2e-3)
 
 
 # ---- the order of things
 
-DIM, SEQ = 16, 6
+DIM, SEQ = 32, 6
 SIZES: dict[str, Any] = {
     "dim": DIM, "n_layers": 1, "n_heads": 2, "vocab_size": 32, "max_seq_len": 16, "ffn_dim": 16, "n_experts": 4,
     "top_k": 2, "moe_ffn_dim": 16, "n_shared_experts": 1, "first_dense_layers": 0, "aux_loss_weight": 0.0,
@@ -251,37 +254,44 @@ def test_by_operation_no_exchange_and_every_second_product_is_repeated(in_float8
 # ---- codes
 
 
-def _as_codes(rank: int, ranks: int, dtype: torch.dtype) -> None:
+def _as_codes(rank: int, ranks: int, payload: str, dtype: torch.dtype) -> None:
     group = dist.group.WORLD
     assert group is not None
     sent, came = [[2, 0], [3, 1]][rank], [[2, 3], [0, 1]][rank]
     x = torch.randn(sum(sent), DIM, generator=torch.Generator().manual_seed(rank)).to(dtype) * 100
     x[0, 0] = torch.nan
-    exchange = Exchange(sent, came, Axis.of(group), codes_forward=True)
+    exchange = Exchange(sent, came, Axis.of(group), forward=payload)
     exchange.start(x, back=False)
     rows = exchange.finish()
     whole = Exchange(sent, came, Axis.of(group))
     whole.start(x, back=False)
     expected = whole.finish()
     assert rows.dtype == dtype
-    codes, scale = cast_rows(expected, torch.float8_e4m3fn)
-    assert torch.equal(rows.isnan(), expected.isnan() | (codes.float() * scale).isnan())
-    values = (codes.float() * scale).to(dtype)
-    assert torch.equal(rows.nan_to_num(), values.nan_to_num())
-    again, scale_again = cast_rows(rows, torch.float8_e4m3fn)
-    assert torch.equal((again.float() * scale_again).nan_to_num(), values.float().nan_to_num()), "no number changes"
+    values = _numbers(expected, payload)
+    assert torch.equal(rows.isnan(), expected.isnan() | values.isnan())
+    assert torch.equal(rows.nan_to_num(), values.to(dtype).nan_to_num())
+    assert torch.equal(_numbers(rows, payload).nan_to_num(), values.nan_to_num()), "no number changes"
 
 
+def _numbers(x: Tensor, payload: str) -> Tensor:
+    """What x `[T, D]` is in the codes of a payload, fp32."""
+    if payload == "mxfp8":
+        return from_mx(*to_mx(x, scaling_mode="rceil"), torch.float32)
+    codes, scale = cast_rows(x, torch.float8_e4m3fn)
+    return codes.float() * scale
+
+
+@pytest.mark.parametrize("payload", ["float8", "mxfp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_rows_that_travel_as_codes_are_what_their_codes_stand_for(dtype: torch.dtype) -> None:
-    run_distributed(_as_codes, 2, dtype)
+def test_rows_that_travel_as_codes_are_what_their_codes_stand_for(dtype: torch.dtype, payload: str) -> None:
+    run_distributed(_as_codes, 2, payload, dtype)
 
 
-def _what_travels(rank: int, ranks: int, as_codes: bool) -> tuple[list[torch.dtype], list[torch.dtype], Any]:
+def _what_travels(rank: int, ranks: int, payload: str) -> tuple[list[torch.dtype], list[torch.dtype], Any]:
     """Dtypes of what goes forward and backward, and the gradient of the experts here."""
     model = Decoder(ModelDims(**{**SIZES, "n_shared_experts": 0}))
     initialize(model, seed=0)
-    apply_expert_parallel(model, mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu"), as_codes=as_codes)
+    apply_expert_parallel(model, mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu"), payload=payload)
     sent: list[torch.dtype] = []
 
     def send(x: Tensor, *others: Any) -> Tensor:
@@ -302,9 +312,12 @@ def _what_travels(rank: int, ranks: int, as_codes: bool) -> tuple[list[torch.dty
 _EXCHANGE = expert.exchange_rows
 
 
-def test_tokens_and_gradients_of_outputs_travel_as_codes_and_nothing_else_does() -> None:
-    codes, full = [torch.uint8, torch.float32], [torch.float32]
-    plain, as_codes = (run_distributed(_what_travels, 2, flag) for flag in (False, True))
+@pytest.mark.parametrize(("payload", "scale"), [("float8", torch.float32), ("mxfp8", torch.uint8)])
+def test_tokens_and_gradients_of_outputs_travel_as_codes_and_nothing_else_does(
+    payload: str, scale: torch.dtype
+) -> None:
+    codes, full = [torch.uint8, scale], [torch.float32]
+    plain, as_codes = (run_distributed(_what_travels, 2, each) for each in ("activations", payload))
     for before, after in zip(plain, as_codes, strict=True):
         assert (before[0], before[1]) == (full * 2, full * 2)
         assert (after[0], after[1]) == (codes + full, codes + full)

@@ -64,7 +64,7 @@ def parallelize(
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
     """
-    apply_expert_parallel(model, mesh, as_codes=parallelism.expert_parallel_payload == "float8")
+    apply_expert_parallel(model, mesh, payload=parallelism.expert_parallel_payload)
     apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
     apply_expert_tensor_parallel(model, mesh)
     around_experts = mesh.degrees.expert > 1 or mesh.degrees.tensor > 1

@@ -94,9 +94,10 @@ class ParallelismSection(Section):
     `pipeline_parallel_microbatch_size`; a batch of validation that it does not divide is taken whole. 1: only shared
     experts are computed meanwhile."""
 
-    expert_parallel_payload: Literal["activations", "float8"] = "activations"
-    """As what tokens travel to their experts, and the gradients of the experts' outputs: as they are, or as `float8`
-    codes with a scale for each token, which are half the bytes. What comes back from experts travels as it is."""
+    expert_parallel_payload: Literal["activations", "float8", "mxfp8"] = "activations"
+    """As what tokens travel to their experts, and the gradients of the experts' outputs: as they are, or in half the
+    bytes, as `float8` codes with a scale for each token, or as `mxfp8` codes with one for 32 of its values. What comes
+    back from experts travels as it is."""
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Implementation of the exchange of tokens between experts: `standard` is all-to-all by the process group.

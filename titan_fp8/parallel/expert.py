@@ -16,9 +16,10 @@ these axes, `expert_shards`, shards the experts further. Source: arXiv 2006.1666
 T tokens of a rank, k choices of each, E experts, D features, R rows that have come to a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,21 +32,44 @@ from titan_fp8.models.dispatch import Groups, UnderWay
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.parallel.expert_tensor import divide_experts
 from titan_fp8.parallel.mesh import EP, ParallelMesh
-from titan_fp8.quantization.casts import Codes
+from titan_fp8.quantization import mx_ops
 from titan_fp8.quantization.fsdp_weight import states_of
+from titan_fp8.quantization.mx_recipes import GROUPED_RECIPE
 from titan_fp8.quantization.ops import cast_rows
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.collectives import Axis, exchange_equally, exchange_rows, wait_for
 
+ACTIVATIONS = "activations"
 
-def apply_expert_parallel(model: Decoder, mesh: ParallelMesh, *, as_codes: bool = False) -> None:
+
+class _Codes(NamedTuple):
+    """A format in which rows travel: how they are cast, and what numbers their codes and scales are in a dtype."""
+
+    cast: Callable[[Tensor], tuple[Tensor, Tensor]]
+    values: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+def _row_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype).copy_(codes).mul_(scale)
+
+
+_CODES = {
+    "float8": _Codes(lambda x: cast_rows(x, torch.float8_e4m3fn), _row_values),
+    "mxfp8": _Codes(
+        lambda x: mx_ops.plain_rows(x, GROUPED_RECIPE.mode),
+        lambda codes, scale, dtype: mx_ops.values_of_plain(codes, scale.view(torch.float8_e8m0fnu), dtype),
+    ),
+}
+
+
+def apply_expert_parallel(model: Decoder, mesh: ParallelMesh, *, payload: str = ACTIVATIONS) -> None:
     """Deal the experts of `model` out over the `ep` axis of `mesh`, in place, and divide each over `tp` where they
     are to be divided (`expert_tensor.py`); nothing happens where each rank has all of them whole.
 
     Args:
         model: converted, not yet compiled or sharded; its number of experts divides (`family_rules.py`).
         mesh: from `build_mesh`.
-        as_codes: what goes to experts travels as float8 codes (`ExchangeDispatcher`).
+        payload: as what tokens travel to experts (`ExchangeDispatcher`).
     """
     if mesh.degrees.expert == mesh.degrees.expert_tensor == 1:
         return
@@ -62,7 +86,7 @@ def apply_expert_parallel(model: Decoder, mesh: ParallelMesh, *, as_codes: bool 
                 module.dispatcher.n_experts,
                 mesh.expert_mesh.get_group(EP),
                 module.dispatcher.alignment,
-                as_codes=as_codes,
+                payload=payload,
             )
 
 
@@ -94,14 +118,15 @@ class ExchangeDispatcher:
         n_experts: E, a multiple of the group's size.
         group: its ranks have the experts in order.
         alignment: rows that each group is a multiple of.
-        as_codes: what goes to experts, rows forward and their gradients backward, travels as float8 codes.
+        payload: as what goes to experts travels, rows forward and their gradients backward: `ACTIVATIONS`, as it is,
+            or one of `CODES`.
     """
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int, *, as_codes: bool = False):
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int, *, payload: str = ACTIVATIONS):
         self.n_experts = n_experts
         self.alignment = alignment
         self._axis = Axis.of(group)
-        self._as_codes = as_codes
+        self._payload = payload
 
     def dispatch(
         self, x: Tensor, experts: Tensor, scores: Tensor | None, factors: Tensor | None = None
@@ -112,7 +137,7 @@ class ExchangeDispatcher:
         from_ranks = exchange_equally(by_rank, self._axis)
         # The one thing that the CPU has to know.
         sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
-        exchange = Exchange(sent, came, self._axis, codes_forward=self._as_codes)
+        exchange = Exchange(sent, came, self._axis, forward=self._payload)
         rows = Send.apply(Permute.apply(x, scores, position, source), exchange)
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
 
@@ -125,7 +150,7 @@ class ExchangeDispatcher:
     def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
         """See `Dispatcher`; y `[R, D]`, in the order in which rows came."""
         way: _WayBack = groups.way_back
-        exchange = Exchange(way.came, way.sent, self._axis, codes_backward=self._as_codes)
+        exchange = Exchange(way.came, way.sent, self._axis, backward=self._payload)
 
         def arrive(returned: Tensor) -> Tensor:
             return Unpermute.apply(Arrive.apply(returned, exchange), way.factors, way.position, way.source)
@@ -142,15 +167,16 @@ def _experts_of(counts: Tensor, rows: int) -> Tensor:
 class Exchange:
     """Rows on their way between all ranks, and their gradients on their way back.
 
-    As codes, a row travels as one byte a value and a scale: e4m3 with a power of two for each row, as experts in float8
-    cast it. The numbers that these stand for are exact in bf16 and fp32, and to cast them by rows again changes none.
+    As codes, a row travels as one byte a value and scales: e4m3 with a power of two for each row, as experts in float8
+    cast it, or for each 32 of its values, as those in MXFP8 do. The numbers that these stand for are exact in bf16 and
+    fp32, and to cast them by rows again changes none.
 
     What was begun has to be finished: until then the process group keeps its memory.
 
     Args:
         sent, came: rows for and from each rank.
         axis: the ranks.
-        codes_forward, codes_backward: in which direction rows travel as codes.
+        forward, backward: the payload in each direction.
     """
 
     def __init__(
@@ -159,35 +185,37 @@ class Exchange:
         came: list[int],
         axis: Axis,
         *,
-        codes_forward: bool = False,
-        codes_backward: bool = False,
+        forward: str = ACTIVATIONS,
+        backward: str = ACTIVATIONS,
     ):
         self._counts, self._axis = (sent, came), axis
-        self._as_codes = {False: codes_forward, True: codes_backward}
-        self._pending: tuple[Tensor, Codes | None] | None = None
+        self._payload = {False: forward, True: backward}
+        self._pending: tuple[Tensor, tuple[Tensor, Tensor] | None, str] | None = None
 
     def start(self, x: Tensor, *, back: bool) -> Tensor:
         """Send rows x `[sum(sent), D]`, in the order of the ranks that they go to: memory for those that come,
         `[sum(came), D]`, in the order of the ranks that they are from. back: the other way round."""
         sent, came = self._counts[::-1] if back else self._counts
-        if not self._as_codes[back]:
+        payload = self._payload[back]
+        if payload == ACTIVATIONS:
             result = exchange_rows(x, sent, came, self._axis)
-            self._pending = result, None
+            self._pending = result, None, payload
             return result
-        codes, scale = cast_rows(x, torch.float8_e4m3fn)
-        parts = Codes(*(exchange_rows(each, sent, came, self._axis) for each in (codes.view(torch.uint8), scale)))
+        codes, scale = _CODES[payload].cast(x)
+        scale = scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
+        parts = (exchange_rows(each, sent, came, self._axis) for each in (codes.view(torch.uint8), scale))
         stand_in = x.new_empty(()).expand(sum(came), *x.shape[1:])  # for autograd; it takes no memory
-        self._pending = stand_in, parts
+        self._pending = stand_in, (next(parts), next(parts)), payload
         return stand_in
 
     def finish(self) -> Tensor:
         """What was started last: it has come, for whatever this stream does next."""
         assert self._pending is not None
-        (result, parts), self._pending = self._pending, None
+        (result, parts, payload), self._pending = self._pending, None
         if parts is None:
             return wait_for(result)
         codes, scale = (wait_for(each) for each in parts)
-        return torch.empty_like(codes, dtype=result.dtype).copy_(codes.view(torch.float8_e4m3fn)).mul_(scale)
+        return _CODES[payload].values(codes.view(torch.float8_e4m3fn), scale, result.dtype)
 
 
 class Send(torch.autograd.Function):

@@ -169,3 +169,20 @@ scaled_mm_op = register_operator(
     lambda a, b, scale_a, scale_b, out_dtype: a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype),
 )
 """`mx_scaled_mm(a [M, K], b [N, K], scale_a, scale_b, out_dtype)` -> [M, N]; see `scaled_mm`."""
+
+plain_rows = register_operator(
+    "mx_plain_rows(Tensor x, str mode) -> (Tensor, Tensor)",
+    mx.cast_rows,
+    lambda x, mode: (
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty((x.shape[0], x.shape[1] // mx.BLOCK), dtype=mx.E8M0),
+    ),
+)
+"""`mx_plain_rows(x [T, K], mode)` -> codes [T, K], scale [T, K/32], not swizzled."""
+
+values_of_plain = register_operator(
+    "mx_values_of_plain(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
+    lambda codes, scale, dtype: mx.from_mx(scale, codes, dtype),
+    lambda codes, scale, dtype: codes.new_empty(codes.shape, dtype=dtype),
+)
+"""`mx_values_of_plain(codes [T, K], scale [T, K/32], dtype)` -> [T, K], what they stand for."""
