@@ -38,12 +38,15 @@ from bench_runs import REPO, lanes_of, run_command, side_by_side, visible_gpus
 
 SEEDS = ("bf16", "bf16-seed1", "bf16-seed2")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
+MX = "quantize.linear.mx"
+MX_ROWS = ("mxfp8_cublas", "mxfp8_cublas_rceil")
+"""Emulated where the device has no products of blocks."""
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
 PAYLOAD = "experts-payload"
 EXPERTS = {"experts": None, "experts-rowwise": "rowwise", PAYLOAD: None}
 """Experts in float8 and the recipe of the linears; `experts-payload`: tokens travel to their experts as codes too."""
-ROWS = (*SEEDS, *RECIPES, HEAD, *EXPERTS)
+ROWS = (*SEEDS, *RECIPES, HEAD, *MX_ROWS, *EXPERTS)
 FLOAT8 = "quantize.linear.float8"
 GROUPED = "quantize.grouped_mm.float8"
 MODELS = {
@@ -130,7 +133,7 @@ def settle(args: argparse.Namespace) -> None:
 def rows_of(size: str, worlds: Sequence[int]) -> list[str]:
     """The rows that a model of this size has on these numbers of GPUs; on one GPU no token travels."""
     if size != MOE:
-        return [*SEEDS, *RECIPES, HEAD]
+        return [*SEEDS, *RECIPES, HEAD, *MX_ROWS]
     return [row for row in (*SEEDS, *EXPERTS) if row != PAYLOAD or min(worlds) > 1]
 
 
@@ -169,7 +172,10 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
     if row == HEAD:
         recipe, filtered = "tensorwise", ""
     options["model.converters"] = ",".join([FLOAT8] * bool(recipe) + [GROUPED] * (row in EXPERTS))
-    if recipe:
+    if row in MX_ROWS:
+        options |= {"model.converters": MX, f"{MX}.recipe_name": recipe, f"{MX}.filter_fqns": filtered}
+        options[f"{MX}.emulate"] = "auto"
+    elif recipe:
         options |= {f"{FLOAT8}.recipe_name": recipe, f"{FLOAT8}.filter_fqns": filtered}
         if gpus > 1 and not args.no_all_gather:
             flags.append(f"{FLOAT8}.enable_fsdp_float8_all_gather")

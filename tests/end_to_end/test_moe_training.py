@@ -331,6 +331,17 @@ REFUSALS = {
         {"model.name": "llama4", "parallelism.expert_parallel_payload": "float8"},
         'exchanges no tokens; set it to "activations"',
     ),
+    "values of a token that are no whole blocks": (
+        2,
+        {
+            "model.name": "llama4",
+            **DEALT_OUT,
+            "parallelism.expert_parallel_payload": "mxfp8",
+            "model.overrides.dim": "272",
+            "model.overrides.head_dim": "32",
+        },
+        "cuts a token's 272 values into blocks of 32",
+    ),
     "parts that do not divide the batch": (
         2,
         TURNS | DEALT_OUT | {"training.local_batch_size": "3"},

@@ -84,7 +84,7 @@ def test_validation_losses_are_compared_with_bf16_in_per_cent(load):
                                             ["rowwise", "1", "1.9900"], ["rowwise", "2", "2.2500"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ["bf16-seed2", "tensorwise", "tensorwise-head"])
+@pytest.mark.parametrize("row", ["bf16-seed2", "tensorwise", "tensorwise-head", "mxfp8_cublas_rceil"])
 def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, row):
     script = load("loss_parity")
     words = ["--out", str(tmp_path), "--size", "375m", "--steps", "1500", "--log-every", "10", "--validate"]
@@ -96,6 +96,10 @@ def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, r
     assert (job.validation.enable, job.validation.freq, job.validation.steps) == (True, 150, 2)
     assert job.model.overrides.n_layers == 24
     assert bool(job.model.converters) == (row != "bf16-seed2")
+    if row.startswith("mxfp8"):
+        assert job.model.converters == ["quantize.linear.mx"]
+        assert (job.quantize.linear.mx.recipe_name, job.quantize.linear.mx.emulate) == (row, "auto")
+        return
     assert job.quantize.linear.float8.filter_fqns == (
         [] if row == "tensorwise-head" else ["output"] * (row != "bf16-seed2")
     )
