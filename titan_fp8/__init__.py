@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from titan_fp8.converters.protocol import ConversionError
     from titan_fp8.converters.report import ConversionReport
+    from titan_fp8.kernels.mx import from_mx, to_mx
     from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
     from titan_fp8.quantization.linear import Float8Linear
     from titan_fp8.quantization.weights import mark_stale
@@ -32,8 +33,10 @@ __all__ = [
     "convert_to_float8_grouped_training",
     "convert_to_float8_nocompile_training",
     "convert_to_float8_training",
+    "from_mx",
     "mark_stale",
     "precompute_float8_dynamic_scale_for_fsdp",
+    "to_mx",
 ]
 
 _HOME = {
@@ -43,8 +46,10 @@ _HOME = {
     "convert_to_float8_grouped_training": "titan_fp8.converters.api",
     "convert_to_float8_nocompile_training": "titan_fp8.converters.api",
     "convert_to_float8_training": "titan_fp8.converters.api",
+    "from_mx": "titan_fp8.kernels.mx",
     "mark_stale": "titan_fp8.quantization.weights",
     "precompute_float8_dynamic_scale_for_fsdp": "titan_fp8.quantization.fsdp_weight",
+    "to_mx": "titan_fp8.kernels.mx",
 }
 
 
