@@ -1,0 +1,173 @@
+"""Compares the MXFP8 kernels with the reference bit for bit in Triton's interpreter; run by test_mx_interpreter.py, as
+`interpreter_cases.py` is by its own.
+
+    TRITON_INTERPRET=1 python -m tests.unit.kernels.mx_cases OUT.json
+"""
+
+import torch
+from torch import Tensor
+
+from tests.unit.kernels import interpreter
+from tests.unit.kernels.interpreter_cases import difference, poisoned_codes
+from tests.unit.kernels.test_mx_reference import values
+from titan_fp8.kernels import mx
+from titan_fp8.kernels.float8 import bits
+from titan_fp8.kernels.mx import kernel, reference
+
+ENDS = {
+    "uneven, and rows behind": [32, 160, 160, 224],
+    "to the end": [96, 256],
+    "empty first": [0, 0, 64, 256],
+    "none": [0, 0, 0],
+    "one group": [192],
+    "five groups": [32, 64, 96, 128, 256],
+}
+ROWS = 256
+LAYOUTS = (True, False), (False, True), (True, True)
+"""By rows, by columns, both."""
+
+
+def shrink_blocks() -> None:
+    """Tiles so small that an operand takes several, and poisoned outputs."""
+    kernel.ROWS_TILE = kernel.COLUMNS_TILE = bits.Tile(64, 32, 4, 2)
+    kernel.BOTH_TILE = kernel.QUANTIZE_DEQUANTIZE_TILE = bits.Tile(64, 64, 4, 2)
+    bits.new_codes = poisoned_codes
+    # Other new memory is filled with NaN.
+    torch.use_deterministic_algorithms(True)
+
+
+def as_integers(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """bf16 as the upper halves of int32, which `difference` compares."""
+    return tuple(t if t is None or t.element_size() == 1 else t.view(torch.int16).int() for t in tensors)
+
+
+def named(texts: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in texts.items() if text)
+
+
+def compare(x: Tensor, mode: str = "rceil") -> str:
+    """Every cast of x `[T, K]`."""
+    texts, of = {}, kernel.dense(x)
+    for swizzled in (False, True):
+        expected = mx.cast_both(x, mode, swizzled=swizzled)
+        for rows, columns in LAYOUTS if swizzled else LAYOUTS[-1:]:
+            results = kernel.cast(x, of, None, mode, rows=rows, columns=columns, swizzled=swizzled)
+            wanted = expected[0 if rows else 2 : 4 if columns else 2]
+            texts[f"swizzled={swizzled} rows={rows} columns={columns}"] = difference(results, wanted)
+    both = reference.quantize_dequantize(x, mode)
+    for rows, columns in LAYOUTS:
+        results = kernel.quantize_dequantize(x, of, None, mode, rows=rows, columns=columns)
+        wanted = both[0 if rows else 1 : 2 if columns else 1]
+        name = f"quantize_dequantize rows={rows} columns={columns}"
+        texts[name] = difference(as_integers(results), as_integers(wanted))
+    return named(texts)
+
+
+def compare_groups(x: Tensor, ends: list[int], mode: str = "rceil", single: bool = False) -> str:
+    """Casts of x `[M, K]` in groups; with `single` those that write one layout too."""
+    limits, texts = torch.tensor(ends, dtype=torch.int32), {}
+    of = kernel.Rows(kernel.GROUPS, x.shape[0], len(ends))
+    for swizzled in (False, True):
+        expected = mx.cast_group_both(x, limits, mode, swizzled=swizzled)
+        for rows, columns in LAYOUTS if single else LAYOUTS[-1:]:
+            results = kernel.cast(x, of, limits, mode, rows=rows, columns=columns, swizzled=swizzled)
+            wanted = expected[0 if rows else 2 : 4 if columns else 2]
+            texts[f"swizzled={swizzled} rows={rows} columns={columns}"] = difference(results, wanted)
+    results = kernel.quantize_dequantize(x, of, limits, mode, rows=True, columns=True)
+    wanted = mx.quantize_dequantize_groups(x, limits, mode)
+    texts["quantize_dequantize"] = difference(as_integers(results), as_integers(wanted))
+    return named(texts)
+
+
+def compare_experts(weight: Tensor, mode: str = "rceil") -> str:
+    """Every cast of weights `[E, N, K]`."""
+    texts, (_, n, k) = {}, weight.shape
+    of = kernel.Rows(kernel.EXPERTS, n)
+    for swizzled in (False, True):
+        codes, scale, codes_t, scale_t = mx.cast_experts(weight, mode, swizzled=swizzled)
+        expected = codes.view(-1, k), scale if swizzled else scale.view(-1, k // 32), codes_t, scale_t
+        results = kernel.cast(weight.reshape(-1, k), of, None, mode, rows=True, columns=True, swizzled=swizzled)
+        texts[f"swizzled={swizzled}"] = difference(results, expected)
+    return named(texts)
+
+
+def case_modes() -> str:
+    return named({mode: compare(values(70, 96), mode) for mode in mx.MODES})
+
+
+def case_bfloat16_of_more_than_a_tile_of_scales() -> str:
+    return compare(values(150, 160).bfloat16())
+
+
+def case_float16() -> str:
+    return compare(values(64, 32).half(), "even")
+
+
+def case_few_tokens() -> str:
+    return named({str(tokens): compare(values(tokens, 64), "floor") for tokens in (1, 2, 31, 33)})
+
+
+def case_strides() -> str:
+    base = values(96, 140)
+    inputs = base[:, :64].t(), base[::2, 3:131:2], base[:1, :64].expand(40, 64)
+    return named({str(x.stride()): compare(x) for x in inputs})
+
+
+def case_every_scale_there_is() -> str:
+    """Each exponent with the largest mantissas and with those where modes step; codes of all sizes below."""
+    exponents = torch.arange(255, dtype=torch.int32) << 23
+    mantissas = torch.tensor([0, 1, 0x600000, 0x600001, 0x6FFFFF, 0x700000, 0x77FFFF, 0x780000, 0x7FFFFF])
+    amax = (exponents.unsqueeze(1) + mantissas.int()).flatten()
+    rows = amax[: len(amax) // 32 * 32].view(-1, 32)
+    blocks = amax.view(torch.float32).unsqueeze(1) * 2.0 ** -torch.arange(32)
+    blocks[:, 1::2] *= -1  # each lower exponent, in codes
+    texts = {mode: compare(torch.cat([rows.view(torch.float32), blocks])[::7], mode) for mode in ("rceil", "ceil")}
+    return named(texts)
+
+
+def case_nan_and_inf() -> str:
+    x = values(70, 96).bfloat16()
+    x[3, 40], x[69, 7], x[20, 95] = -torch.nan, torch.inf, -torch.inf
+    x.view(torch.int16)[45, 70] = 0x7F81
+    y = values(33, 32)
+    y[32, 0] = torch.nan  # in a block that is padding but for it
+    return compare(x) + compare(x, "floor") + compare(y, "ceil")
+
+
+def case_zeros_and_extreme_magnitudes() -> str:
+    x = values(70, 64)
+    x[0], x[1], x[:, 9] = 0.0, x[1] * 1e-38, 0.0
+    x[2] = torch.finfo(torch.float32).max
+    x[3:40] *= 1e-44
+    return compare(x, "floor") + compare(x)
+
+
+def case_groups() -> str:
+    return named({name: compare_groups(values(ROWS, 64), ends) for name, ends in ENDS.items()})
+
+
+def case_groups_with_garbage_behind_the_last() -> str:
+    x = values(ROWS, 160).bfloat16()
+    x[224:] = torch.nan
+    return compare_groups(x, ENDS["uneven, and rows behind"], "floor")
+
+
+def case_groups_with_nan_and_inf() -> str:
+    x = values(ROWS, 96)
+    x[31, 3], x[160, 40] = torch.nan, -torch.inf
+    return compare_groups(x, ENDS["five groups"], single=True)
+
+
+def case_experts() -> str:
+    shapes = (3, 64, 96), (1, 32, 32), (2, 128, 160)
+    return named({str(shape): compare_experts(values(*shape)) for shape in shapes})
+
+
+def case_experts_with_nan() -> str:
+    weight = values(2, 96, 64)
+    weight[1, 0, 63] = torch.nan
+    return compare_experts(weight, "even")
+
+
+if __name__ == "__main__":
+    interpreter.main(interpreter.cases_of(dict(globals())), shrink_blocks)

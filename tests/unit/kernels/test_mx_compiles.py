@@ -1,0 +1,125 @@
+"""The MXFP8 kernels compile for Hopper and Blackwell on a machine without a GPU, with wide loads and stores, and find
+exponents without logarithms or divisions; `columns.cu` compiles too where nvcc is."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.unit.kernels.test_float8_compiles import compile_ptx
+from titan_fp8.kernels.float8.bits import Tile
+from titan_fp8.kernels.mx import columns_cuda, kernel, layout
+from titan_fp8.kernels.mx.reference import CARRY, MODES
+
+CAPABILITIES = pytest.mark.parametrize("capability", [90, 100])
+NARROW = r"st\.global\.(?:v\d\.)?b8"
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_cast(
+    x: str, tile: Tile, capability: int, *, rows: bool, columns: bool, swizzled: bool = True, kind: str = kernel.DENSE,
+    groups: int = 1, mode: str = "rceil", exact_bits: bool = False,
+) -> str:  # fmt: skip
+    arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", "1", "i32"]
+    return compile_ptx(
+        kernel._cast_tiles_kernel, arguments, capability, tile.warps, ROWS=rows, COLUMNS=columns, SWIZZLED=swizzled,
+        KIND=kind, CARRY=CARRY[mode], EXACT_BITS=exact_bits, PADDED_T=layout.TILE_ROWS if swizzled else 32,
+        PADDED_K=layout.TILE_ROWS if swizzled else 32, GROUPS=groups, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
+        BAND=tile.band,
+    )  # fmt: skip
+
+
+def assert_by_bits(ptx: str) -> None:
+    """Wide loads, the hardware's conversion, and exponents by integers."""
+    assert "ld.global.v4.b32" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert "shr.s32" in ptx or "shr.u32" in ptx
+    assert not re.search(r"lg2|ex2|rcp|div\.(?:full|approx|rn)", ptx)
+
+
+@CAPABILITIES
+@pytest.mark.parametrize(
+    ("x", "rows", "columns", "tile"),
+    [
+        ("*bf16", True, False, kernel.ROWS_TILE),
+        ("*fp32", False, True, kernel.COLUMNS_TILE),
+        ("*bf16", True, True, kernel.BOTH_TILE),
+    ],
+)
+@pytest.mark.parametrize("swizzled", [False, True], ids=["plain", "swizzled"])
+def test_casts_compile(x: str, rows: bool, columns: bool, tile: Tile, swizzled: bool, capability: int) -> None:
+    ptx = compile_cast(x, tile, capability, rows=rows, columns=columns, swizzled=swizzled)
+    assert_by_bits(ptx)
+    # Codes leave in words; only scales, a thirty-second of them, are bytes. Four rows of a quad, and columns.
+    assert len(re.findall(NARROW, ptx)) <= 4 * rows + 2 * columns
+    # The conversion takes two numbers: each of a thread's, once in each layout.
+    per_thread = tile.tokens * tile.features // (32 * tile.warps)
+    assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) == per_thread // 2 * (rows + columns)
+
+
+@pytest.mark.parametrize("kind", [kernel.EXPERTS, kernel.GROUPS])
+@pytest.mark.parametrize("groups", [8, 128])
+def test_casts_of_experts_and_groups_compile(kind: str, groups: int) -> None:
+    assert_by_bits(compile_cast("*bf16", kernel.BOTH_TILE, 90, rows=True, columns=True, kind=kind, groups=groups))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_is_a_number_that_is_added(mode: str) -> None:
+    ptx = compile_cast("*bf16", kernel.COLUMNS_TILE, 90, rows=False, columns=True, mode=mode)
+    assert_by_bits(ptx)
+    if CARRY[mode]:
+        assert re.search(rf"add\.s32 \s*%r\d+, %r\d+, {CARRY[mode]};", ptx)
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("columns", [False, True])
+def test_quantize_dequantize_compiles(columns: bool, capability: int) -> None:
+    tile = kernel.QUANTIZE_DEQUANTIZE_TILE
+    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", "1", "i32"]
+    ptx = compile_ptx(
+        kernel._quantize_dequantize_kernel, arguments, capability, tile.warps, ROWS=True, COLUMNS=columns,
+        KIND=kernel.DENSE, CARRY=CARRY["floor"], EXACT_BITS=False, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
+        BAND=tile.band,
+    )  # fmt: skip
+    assert_by_bits(ptx)
+    assert "st.global.v4.b32" in ptx
+    assert not re.search(NARROW, ptx)
+    assert re.search(r"cvt\.rn\.f16x2\.e4m3x2", ptx), "back from codes by hardware"
+
+
+def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:
+    ptx = compile_cast("*bf16", kernel.BOTH_TILE, 80, rows=True, columns=True, exact_bits=True)
+    assert "e4m3x2" not in ptx
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_the_cuda_kernel_compiles(arch: str, tmp_path: Path) -> None:
+    out = tmp_path / "columns.ptx"
+    command = [
+        str(NVCC),
+        "-ptx",
+        "-O3",
+        f"-arch={arch}",
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(out),
+        columns_cuda.SOURCE,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+    ptx = out.read_text()
+    assert len(re.findall(r"\.entry", ptx)) == len(columns_cuda.FORMATS)
+    # 32 values a thread in fp32, 64 in the two formats of 16 bits; branches may have copies of what follows them.
+    assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) >= (32 + 64 + 64) // 2
+    assert "st.global.v4.u32" in ptx or "st.global.v4.b32" in ptx
+    assert not re.search(r"\.local|lg2|div\.rn", ptx)

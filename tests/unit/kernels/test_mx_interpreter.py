@@ -1,0 +1,27 @@
+"""The MXFP8 kernels equal their reference bit for bit, shown in Triton's interpreter on the CPU."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.unit.kernels.interpreter import results_of
+
+CASES = [
+    "modes", "bfloat16_of_more_than_a_tile_of_scales", "float16", "few_tokens", "strides", "every_scale_there_is",
+    "nan_and_inf", "zeros_and_extreme_magnitudes", "groups", "groups_with_garbage_behind_the_last",
+    "groups_with_nan_and_inf", "experts", "experts_with_nan",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return results_of("mx_cases", tmp_path_factory.mktemp("interpreter"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_reference_bit_for_bit(results: dict[str, str], case: str) -> None:
+    assert results[case] == ""
+
+
+def test_no_case_is_left_out(results: dict[str, str]) -> None:
+    assert set(results) == set(CASES)
