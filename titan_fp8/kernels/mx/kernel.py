@@ -221,21 +221,21 @@ def _dequantized(x, inverse, scale, EXACT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_dequantized_rows(
-    x, t, k, tokens, features, target_ptr,
-    CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    byte = _row_bytes(x, CARRY, ROWS, BLOCK_K)
-    inverse, scale = _of_row_blocks(_inverse(byte), ROWS, BLOCK_K), _of_row_blocks(_value(byte), ROWS, BLOCK_K)
+def _store_dequantized(x, inverse, scale, t, k, tokens, features, target_ptr, EXACT_BITS: tl.constexpr):
+    """`_dequantized` of the rows t and the features k."""
     mask = (t < tokens)[:, None] & (k < features)[None, :]
     tl.store(target_ptr + t[:, None] * features + k[None, :], _dequantized(x, inverse, scale, EXACT_BITS), mask=mask)
 
 
 @triton.jit
-def _store_dequantized_columns(x, t, k, inverse, scale, tokens, features, target_ptr, EXACT_BITS: tl.constexpr):
-    values = _dequantized(x, inverse, scale, EXACT_BITS)
-    mask = (t < tokens)[:, None] & (k < features)[None, :]
-    tl.store(target_ptr + t[:, None] * features + k[None, :], values, mask=mask)
+def _store_dequantized_rows(
+    x, t, k, tokens, features, target_ptr,
+    CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_store_dequantized` with the scales along K of x."""
+    byte = _row_bytes(x, CARRY, ROWS, BLOCK_K)
+    inverse, scale = _of_row_blocks(_inverse(byte), ROWS, BLOCK_K), _of_row_blocks(_value(byte), ROWS, BLOCK_K)
+    _store_dequantized(x, inverse, scale, t, k, tokens, features, target_ptr, EXACT_BITS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -261,10 +261,10 @@ def _quantize_dequantize_kernel(
         byte = _column_bytes(a, b, c, d, CARRY, BLOCK_T, BLOCK_K)
         inverse = _of_column_blocks(_inverse(byte), BLOCK_T, BLOCK_K)
         scale = _of_column_blocks(_value(byte), BLOCK_T, BLOCK_K)
-        _store_dequantized_columns(a, t, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(b, t + 1, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(c, t + 2, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(d, t + 3, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(a, inverse, scale, t, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(b, inverse, scale, t + 1, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(c, inverse, scale, t + 2, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(d, inverse, scale, t + 3, k, tokens, features, columns_ptr, EXACT_BITS)
 
 
 # How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.
