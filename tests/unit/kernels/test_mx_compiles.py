@@ -38,6 +38,15 @@ def compile_cast(
     )  # fmt: skip
 
 
+def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool) -> str:
+    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", "1", "i32"]
+    return compile_ptx(
+        kernel._quantize_dequantize_kernel, arguments, capability, tile.warps, ROWS=True, COLUMNS=columns,
+        KIND=kernel.DENSE, CARRY=CARRY["floor"], EXACT_BITS=False, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
+        BAND=tile.band,
+    )  # fmt: skip
+
+
 def assert_by_bits(ptx: str) -> None:
     """Wide loads, the hardware's conversion, and exponents by integers."""
     assert "ld.global.v4.b32" in ptx
@@ -59,7 +68,9 @@ def assert_by_bits(ptx: str) -> None:
 def test_casts_compile(x: str, rows: bool, columns: bool, tile: Tile, swizzled: bool, capability: int) -> None:
     ptx = compile_cast(x, tile, capability, rows=rows, columns=columns, swizzled=swizzled)
     assert_by_bits(ptx)
-    # Codes leave in words; only scales, a thirty-second of them, are bytes. Four rows of a quad, and columns.
+    # Codes leave 16 bytes at a time; only scales, a thirty-second of them, are bytes: four rows of a quad, and columns.
+    assert "st.global.v4.b32" in ptx
+    assert "st.global.b32" not in ptx
     assert len(re.findall(NARROW, ptx)) <= 4 * rows + 2 * columns
     # The conversion takes two numbers: each of a thread's, once in each layout.
     per_thread = tile.tokens * tile.features // (32 * tile.warps)
@@ -69,7 +80,9 @@ def test_casts_compile(x: str, rows: bool, columns: bool, tile: Tile, swizzled: 
 @pytest.mark.parametrize("kind", [kernel.EXPERTS, kernel.GROUPS])
 @pytest.mark.parametrize("groups", [8, 128])
 def test_casts_of_experts_and_groups_compile(kind: str, groups: int) -> None:
-    assert_by_bits(compile_cast("*bf16", kernel.BOTH_TILE, 90, rows=True, columns=True, kind=kind, groups=groups))
+    ptx = compile_cast("*bf16", kernel.BOTH_TILE, 90, rows=True, columns=True, kind=kind, groups=groups)
+    assert_by_bits(ptx)
+    assert "st.global.b32" not in ptx
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -83,17 +96,32 @@ def test_a_mode_is_a_number_that_is_added(mode: str) -> None:
 @CAPABILITIES
 @pytest.mark.parametrize("columns", [False, True])
 def test_quantize_dequantize_compiles(columns: bool, capability: int) -> None:
-    tile = kernel.QUANTIZE_DEQUANTIZE_TILE
-    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", "1", "i32"]
-    ptx = compile_ptx(
-        kernel._quantize_dequantize_kernel, arguments, capability, tile.warps, ROWS=True, COLUMNS=columns,
-        KIND=kernel.DENSE, CARRY=CARRY["floor"], EXACT_BITS=False, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
-        BAND=tile.band,
-    )  # fmt: skip
+    ptx = compile_quantize_dequantize(kernel.QUANTIZE_DEQUANTIZE_TILE, capability, columns=columns)
     assert_by_bits(ptx)
     assert "st.global.v4.b32" in ptx
     assert not re.search(NARROW, ptx)
     assert re.search(r"cvt\.rn\.f16x2\.e4m3x2", ptx), "back from codes by hardware"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [("rows", True, False), ("columns", False, True), ("both", True, True), ("quantize-dequantize", True, True)],
+)
+def test_every_tile_of_the_sweep_compiles(
+    name: str, rows: bool, columns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run of `bench_mx.py --sweep` on a GPU is not lost to one that does not."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "scripts")
+    from scripts.bench_mx import configurations
+
+    for values in configurations()[name]:
+        ((constant, tile),) = values.items()
+        assert hasattr(kernel, constant)
+        if name == "quantize-dequantize":
+            assert_by_bits(compile_quantize_dequantize(tile, 90, columns=columns))
+        else:
+            assert_by_bits(compile_cast("*bf16", tile, 90, rows=rows, columns=columns))
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:

@@ -236,8 +236,8 @@ def quantize_dequantize(
     """What x `[T, K]` is once it is cast, from one read: `(by 1x32 blocks along K, by 32x1 blocks along T)`, each bf16
     `[T, K]`, or None if not asked for.
 
-    A product of such numbers in bf16 is one of the codes with their scales: they are exact for exponents of -124 and
-    more, and rounded to nearest below.
+    A product of such numbers in bf16 is one of the codes with their scales: they are exact for exponents from -124
+    to 119, and below rounded to nearest.
     """
     _check(x, mode)
     return _quantize_dequantize(x, None, mode, rows, columns)
@@ -260,6 +260,7 @@ def _quantize_dequantize(
     if float8.uses_kernel(x):
         kernel = _kernel()
         of = kernel.dense(x) if ends is None else kernel.Rows(kernel.GROUPS, x.shape[0], ends.shape[0])
+        ends = None if ends is None else ends.contiguous()
         found = kernel.quantize_dequantize(x, of, ends, mode, rows=rows, columns=columns)
         return found[0] if rows else None, found[-1] if columns else None
     by_rows, by_columns = reference.quantize_dequantize(x if ends is None else reference.without_tail(x, ends), mode)

@@ -118,20 +118,22 @@ def _store_row_codes(
 
 @triton.jit
 def _store_column_codes(
-    a, b, c, d, byte, quad, k, present, all_tokens, features, span, columns_ptr,
+    a, b, c, d, byte, quad, k, present, all_quads, features, span, columns_ptr,
     ONE_SPAN: tl.constexpr, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Transposed codes along T of a tile, of `all_tokens` with padding, of which a transposed row has `span`."""
+    """Transposed codes along T of a tile, of `all_quads` with padding; a transposed row has `span` tokens."""
     factor = _of_column_blocks(_inverse(byte), BLOCK_T, BLOCK_K)
     word = _pack(a * factor, b * factor, c * factor, d * factor, False, EXACT_BITS)
     # Codes of padding are zero, also in a block whose scale is NaN.
     left = tl.minimum(tl.maximum(present - 4 * quad, 0), 4).to(tl.int32)
     word = word & tl.where(left == 4, -1, (1 << (8 * left)) - 1)[:, None]
-    shift = tl.zeros_like(quad)
+    place = quad
     if not ONE_SPAN:
-        shift = 4 * quad // span * ((features - 1) * (span // 4))
-    at = columns_ptr.to(tl.pointer_type(tl.int32)) + k[:, None] * (span // 4) + (quad + shift)[None, :]
-    tl.store(at, tl.trans(word), mask=(k < features)[:, None] & (4 * quad < all_tokens)[None, :])
+        # Spans are whole blocks of 8 quads, which the compiler cannot know and which makes stores wide.
+        place = quad + 4 * quad // span * ((features - 1) * (span // 4))
+        place = tl.max_contiguous(tl.multiple_of(place, 8), 8)
+    at = columns_ptr.to(tl.pointer_type(tl.int32)) + k[:, None] * (span // 4) + place[None, :]
+    tl.store(at, tl.trans(word), mask=(k < features)[:, None] & (quad < all_quads)[None, :])
 
 
 @triton.jit
@@ -199,9 +201,9 @@ def _cast_tiles_kernel(
         place = _column_places(block_t, k, ends_ptr, features, span, groups, SWIZZLED, KIND, GROUPS)
         inside = (block_t * _BLOCK < written)[:, None] & (k < all_features)[None, :]
         tl.store(column_scale_ptr + place, byte.to(tl.uint8), mask=inside)
-        transposed = tl.cdiv(tokens, _BLOCK) * _BLOCK
+        all_quads = tl.cdiv(tokens, _BLOCK) * (_BLOCK // 4)
         _store_column_codes(
-            a, b, c, d, byte, quad, k, present, transposed, features, span, columns_ptr,
+            a, b, c, d, byte, quad, k, present, all_quads, features, span, columns_ptr,
             KIND != "experts", EXACT_BITS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
 
@@ -219,21 +221,21 @@ def _dequantized(x, inverse, scale, EXACT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_dequantized_rows(
-    x, t, k, tokens, features, target_ptr,
-    CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    byte = _row_bytes(x, CARRY, ROWS, BLOCK_K)
-    inverse, scale = _of_row_blocks(_inverse(byte), ROWS, BLOCK_K), _of_row_blocks(_value(byte), ROWS, BLOCK_K)
+def _store_dequantized(x, inverse, scale, t, k, tokens, features, target_ptr, EXACT_BITS: tl.constexpr):
+    """`_dequantized` of the rows t and the features k."""
     mask = (t < tokens)[:, None] & (k < features)[None, :]
     tl.store(target_ptr + t[:, None] * features + k[None, :], _dequantized(x, inverse, scale, EXACT_BITS), mask=mask)
 
 
 @triton.jit
-def _store_dequantized_columns(x, t, k, inverse, scale, tokens, features, target_ptr, EXACT_BITS: tl.constexpr):
-    values = _dequantized(x, inverse, scale, EXACT_BITS)
-    mask = (t < tokens)[:, None] & (k < features)[None, :]
-    tl.store(target_ptr + t[:, None] * features + k[None, :], values, mask=mask)
+def _store_dequantized_rows(
+    x, t, k, tokens, features, target_ptr,
+    CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_store_dequantized` with the scales along K of x."""
+    byte = _row_bytes(x, CARRY, ROWS, BLOCK_K)
+    inverse, scale = _of_row_blocks(_inverse(byte), ROWS, BLOCK_K), _of_row_blocks(_value(byte), ROWS, BLOCK_K)
+    _store_dequantized(x, inverse, scale, t, k, tokens, features, target_ptr, EXACT_BITS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -259,10 +261,10 @@ def _quantize_dequantize_kernel(
         byte = _column_bytes(a, b, c, d, CARRY, BLOCK_T, BLOCK_K)
         inverse = _of_column_blocks(_inverse(byte), BLOCK_T, BLOCK_K)
         scale = _of_column_blocks(_value(byte), BLOCK_T, BLOCK_K)
-        _store_dequantized_columns(a, t, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(b, t + 1, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(c, t + 2, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
-        _store_dequantized_columns(d, t + 3, k, inverse, scale, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(a, inverse, scale, t, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(b, inverse, scale, t + 1, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(c, inverse, scale, t + 2, k, tokens, features, columns_ptr, EXACT_BITS)
+        _store_dequantized(d, inverse, scale, t + 3, k, tokens, features, columns_ptr, EXACT_BITS)
 
 
 # How each kernel is launched. All of a plan's arguments tell launches apart, also those that it does not use.
