@@ -18,7 +18,8 @@ a linear of N x K, b = 1 + 1/32 bytes of a code and its share of a scale:
     cast of a weight              4 N K read, b N K written, in the forward and in the backward pass
 
 In bf16 a weight of fp32 is cast too: 4 N K read, 2 N K written, once. Attention, norms, SwiGLU, the loss and the
-optimizer are the same in both. Communication is taken to be hidden.
+optimizer are the same in both. What comes out is a bound: communication is taken to be hidden, no kernel to wait for
+another, nothing to be recomputed, and linears that read one tensor to share its codes.
 """
 
 import argparse

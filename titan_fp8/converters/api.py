@@ -10,8 +10,9 @@ from titan_fp8.converters.float8_grouped import ExpertWeights, convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
 from titan_fp8.converters.mx_grouped import convert_mx_grouped
 from titan_fp8.converters.mx_linear import convert_mx_linears, mx_request_from_arguments
+from titan_fp8.converters.protocol import ConversionError
 from titan_fp8.converters.report import ConversionReport
-from titan_fp8.converters.request import request_from_arguments
+from titan_fp8.converters.request import is_list_of_names, request_from_arguments
 from titan_fp8.runtime.device import detect_device
 
 
@@ -193,7 +194,7 @@ def convert_to_mxfp8_training(
     filter_fqns: Sequence[str] = (),
     emulate: bool | Literal["auto"] = False,
     scaling_mode: str | None = None,
-    mxfp8_dim1_cast_kernel_choice: str = "triton",
+    mxfp8_dim1_cast_kernel_choice: str | None = None,
     grad_weight_in_high_precision: bool = False,
 ) -> ConversionReport:
     """Replace the linears of `model` by `MXFP8Linear`s, in place: products of e4m3 codes with a scale for 32 values.
@@ -207,6 +208,7 @@ def convert_to_mxfp8_training(
             has no products of blocks (compute capability 10.x has); False is an error there.
         scaling_mode: of "mxfp8_emulated": "floor" (None), "ceil", "even" or "rceil".
         mxfp8_dim1_cast_kernel_choice: "triton", "cuda" or "torch": what casts along tokens, and along a weight's rows.
+            None: "triton" on a GPU, and "torch" elsewhere.
         grad_weight_in_high_precision: multiply unquantized tensors for the weights' gradients.
 
     Returns:
@@ -249,4 +251,7 @@ def convert_to_mxfp8_grouped_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
-    return convert_mx_grouped(model, [fqns] if isinstance(fqns, str) else list(fqns), detect_device(), emulate=emulate)
+    patterns = [fqns] if isinstance(fqns, str) else fqns
+    if not is_list_of_names(patterns):
+        raise ConversionError([f"fqns = {fqns!r}: expected a list of names"])
+    return convert_mx_grouped(model, list(patterns), detect_device(), emulate=emulate)

@@ -14,6 +14,7 @@ from titan_fp8.converters.grouped_experts import experts_of, local_shape
 from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import ConversionReport, ReportRow
 from titan_fp8.converters.support import resolve_mx_emulation
+from titan_fp8.kernels.float8 import has_triton
 from titan_fp8.kernels.moe.functions import Rows
 from titan_fp8.kernels.mx import BLOCK
 from titan_fp8.models.moe import Experts, MoE
@@ -108,7 +109,7 @@ def convert_mx_grouped(
         if _is_named(fqns, fqn):
             layer.experts = _converted(each, config)
             layer.dispatcher.alignment = BLOCK
-    kernels = "triton" if device.kind == "cuda" else "torch"
+    kernels = "triton" if device.kind == "cuda" and has_triton() else "torch"
     return ConversionReport(NAME, {GROUPED_RECIPE.name: mode}, kernels, WEIGHTS, rows=rows, what="weights of experts")
 
 

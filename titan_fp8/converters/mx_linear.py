@@ -16,10 +16,11 @@ from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.linears import obstacle_of, replace_linears, report_rows
 from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import ConversionReport
+from titan_fp8.converters.request import is_list_of_names
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.support import resolve_dim1_kernel, resolve_mx_emulation
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
-from titan_fp8.quantization.mx_recipes import MXRecipe, get_mx_recipe
+from titan_fp8.quantization.mx_recipes import MX_RECIPES, MXRecipe, get_mx_recipe
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
@@ -131,11 +132,17 @@ def convert_mx_linears(
     if violations:
         raise ConversionError(violations)
     config = MXConfig(recipe, emulate, kernel, request.grad_weight_in_high_precision)
-    rows = report_rows(model, choices, whole, lambda recipe: recipe.name)
+    label = _label(recipe, request)
+    rows = report_rows(model, choices, whole, lambda _: label)
     chosen = {fqn: config for fqn, choice in choices.items() if choice.reason is None}
     replace_linears(model, chosen, MXFP8Linear.from_linear)
-    label = f"{recipe.name} ({recipe.mode} scales)" if request.scaling_mode else recipe.name
     return ConversionReport(NAME, {label: mode}, kernels, WEIGHTS, rows=rows)
+
+
+def _label(recipe: MXRecipe, request: MXRequest) -> str:
+    """The recipe's name in a report, with what its numerics differ in from those that the name stands for."""
+    scales = f" with scales by {recipe.mode}" if recipe.mode != MX_RECIPES[recipe.name].mode else ""
+    return recipe.name + scales + (" and high-precision grad_weight" if request.grad_weight_in_high_precision else "")
 
 
 def _check_model(
@@ -174,7 +181,7 @@ def mx_request_from_arguments(**arguments: Any) -> tuple[MXRequest, list[str]]:
         del settings[name]
 
     filters = arguments["filter_fqns"]
-    if isinstance(filters, str) or not all(isinstance(name, str) for name in filters):
+    if not is_list_of_names(filters):
         reject("filter_fqns", "a list of names")
     elif AUTO_FILTER in filters:
         reject("filter_fqns", f"names of linears; {AUTO_FILTER!r} is a rule of float8")
@@ -185,5 +192,7 @@ def mx_request_from_arguments(**arguments: Any) -> tuple[MXRequest, list[str]]:
     except UserError as error:
         problems.append(str(error))
         del settings["recipe_name"], settings["scaling_mode"]
-    is_default = arguments["mxfp8_dim1_cast_kernel_choice"] == "triton"
+    is_default = arguments["mxfp8_dim1_cast_kernel_choice"] is None
+    if is_default:
+        del settings["mxfp8_dim1_cast_kernel_choice"]
     return MXRequest(**settings, kernel_is_default=is_default), problems

@@ -125,3 +125,8 @@ def _recipe_entries(value: Any) -> Sequence[str] | None:
         are_names = _is_list([*value.keys(), *value.values()], str)
         return [f"{pattern}={recipe}" for pattern, recipe in value.items()] if are_names else None
     return value if _is_list(value, str) else None
+
+
+def is_list_of_names(value: Any) -> bool:
+    """Whether a value is a list of strings."""
+    return _is_list(value, str)

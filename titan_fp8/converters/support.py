@@ -12,7 +12,9 @@ from collections.abc import Iterable
 
 from titan_fp8.kernels.float8 import has_triton
 from titan_fp8.kernels.mx import DIM1_KERNELS
-from titan_fp8.quantization.mx_recipes import MXRecipe
+from titan_fp8.kernels.mx.columns_cuda import cuda_kernel_problem
+from titan_fp8.quantization.mx_grouped_ops import missing_grouped_product
+from titan_fp8.quantization.mx_recipes import GROUPED_RECIPE, MX_RECIPES, MXRecipe
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
@@ -20,7 +22,7 @@ from titan_fp8.runtime.errors import UserError
 BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = (12, 9)
 GROUPED_CAPABILITY = (9, 0)
-MX_MAJOR = 10
+MX_MAJOR, MX_CUDA = 10, (12, 8)
 
 
 def why_not_native(recipe: Float8Recipe, device: DeviceCapabilities) -> str | None:
@@ -101,6 +103,20 @@ def resolve_grouped_emulation(emulate: object, device: DeviceCapabilities, *, se
     )
 
 
+def _why_no_blocks(recipe: MXRecipe, device: DeviceCapabilities) -> str | None:
+    """Why the products of `recipe` cannot run on the tensor cores of `device`, or None if they can."""
+    capability = device.compute_capability
+    if capability is None or capability[0] != MX_MAJOR:
+        of_it = "" if capability is None else f" of compute capability {capability[0]}.{capability[1]}"
+        return f"{device.name}{of_it} has no products of MX blocks, which compute capability 10.x (Blackwell) has"
+    if device.cuda_version is None or device.cuda_version < MX_CUDA:
+        built = ".".join(map(str, device.cuda_version)) if device.cuda_version else "unknown"
+        return f"products of MX blocks need CUDA 12.8 or later, and PyTorch is built for CUDA {built}"
+    if recipe is GROUPED_RECIPE and (missing := missing_grouped_product()):
+        return f"PyTorch as it is built here has no grouped products of MX blocks ({missing})"
+    return None
+
+
 def resolve_mx_emulation(
     emulate: object, recipe: MXRecipe, device: DeviceCapabilities, *, setting: str
 ) -> tuple[bool, str]:
@@ -114,16 +130,14 @@ def resolve_mx_emulation(
         raise UserError(f'{setting} = {emulate!r}: expected true, false or "auto"')
     if emulate is True or recipe.is_emulated:
         return True, "emulated"
-    capability = device.compute_capability
-    if capability is not None and capability[0] == MX_MAJOR:
+    reason = _why_no_blocks(recipe, device)
+    if reason is None:
         return False, "native"
-    of_it = "" if capability is None else f" of compute capability {capability[0]}.{capability[1]}"
-    reason = f"{device.name}{of_it} has no products of MX blocks, which compute capability 10.x (Blackwell) has"
     if emulate == "auto":
         return True, f"emulated: {reason}"
+    or_else = ', or take recipe_name = "mxfp8_emulated"' if recipe.name in MX_RECIPES else ""
     raise UserError(
-        f'{setting} = false, but {reason}; set {setting} to true (emulate) or "auto" (emulate where needed), or take '
-        'recipe_name = "mxfp8_emulated"'
+        f'{setting} = false, but {reason}; set {setting} to true (emulate) or "auto" (emulate where needed){or_else}'
     )
 
 
@@ -145,6 +159,8 @@ def resolve_dim1_kernel(choice: object, device: DeviceCapabilities, *, is_defaul
             f'{setting} = "{choice}", but {device.name} is no CUDA device; leave it out, or set it to "torch", the '
             "plain reference"
         )
+    if choice == "cuda" and (problem := cuda_kernel_problem()):
+        raise UserError(f'{setting} = "cuda": {problem}')
     if choice == "triton" and not has_triton():
         raise UserError(f'{setting} = "triton", but Triton is not installed (pip install triton); or set it to "torch"')
     return str(choice)

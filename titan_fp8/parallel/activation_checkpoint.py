@@ -48,6 +48,7 @@ Shape = tuple[int, int]
 _aten = torch.ops.aten
 # Matrix products: of their results every second one is kept.
 _ATEN_GEMMS = (_aten.mm.default, _aten.addmm.default)
+_MM_INTO = _aten.mm.dtype  # with the dtype of its result as a third argument
 _GROUPED_GEMMS = (grouped_mm_rows, multiply_rows)
 _ALWAYS_KEPT = frozenset(
     {
@@ -189,7 +190,7 @@ def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:
     if op in _ATEN_GEMMS:
         k, n = args[-1].shape
         return k, n
-    if op in (_aten._grouped_mm.default, emulated_mm, mx_multiply_rows):  # by [E, K, N] of experts, or [K, N]
+    if op in (_MM_INTO, _aten._grouped_mm.default, emulated_mm, mx_multiply_rows):  # by [E, K, N] of experts, or [K, N]
         k, n = args[1].shape[-2:]
         return k, n
     if op in GEMM_OPS or op in _GROUPED_GEMMS or op in (scaled_mm_op, mx_scaled_mm_rows):

@@ -88,22 +88,25 @@ class _GroupedFeedForward(torch.autograd.Function):
         x, x_scale, gate, up, ends, w1, w3, w2 = ctx.saved_tensors
         config: MXGroupedConfig = ctx.config
         needs_x, *needs = ctx.needs_input_grad[:4]
-        dtype = gate.dtype
-        g_rows, g_columns = _both(grad.contiguous(), ends, config)
-        grad_hidden = _by_rows(g_rows, _weight(w2, config, along_rows=False, after=grad), ends, dtype)
-        of_gate, of_up = _gradients(grad_hidden, gate, up)
+        dtype, grad = gate.dtype, grad.contiguous()
+        g_rows, g_columns = _either(grad, ends, config, rows=needs_x or needs[0] or needs[1], columns=needs[2])
         grads: list[Tensor | None] = [None] * 3
         of_x: Tensor | None = None
+        if needs[2]:
+            hidden = _columns(_hidden(gate, up), ends, config, grad)
+            grads[2] = _by_columns(g_columns, hidden, ends, dtype)
+        if not g_rows:
+            return None, *[g if g is None else g.to(w2.dtype) for g in grads], None, None, None
+        grad_hidden = _by_rows(g_rows, _weight(w2, config, along_rows=False, after=grad), ends, dtype)
+        of_gate, of_up = _gradients(grad_hidden, gate, up)
         for number, (each, w) in enumerate(((of_gate, w1), (of_up, w3))):
-            each_rows, each_columns = _both(each, ends, config)
+            each_rows, each_columns = _either(each, ends, config, rows=needs_x, columns=needs[number])
             if needs_x:
                 part = _by_rows(each_rows, _weight(w, config, along_rows=False, after=grad), ends, dtype)
                 of_x = part if of_x is None else of_x + part
             if needs[number]:
                 kept = _columns(x, ends, config, grad) if x_scale is None else (x, x_scale)
                 grads[number] = _by_columns(each_columns, kept, ends, dtype)
-        if needs[2]:
-            grads[2] = _by_columns(g_columns, _columns(_hidden(gate, up), ends, config, grad), ends, dtype)
         of_weights = [g if g is None else g.to(w.dtype) for g, w in zip(grads, (w1, w3, w2), strict=True)]
         return of_x, *of_weights, None, None, None
 
@@ -144,8 +147,14 @@ def _columns(x: Tensor, ends: Tensor, config: MXGroupedConfig, after: Tensor) ->
     return ops.group_columns(x, ends, config.mode, after)
 
 
-def _both(x: Tensor, ends: Tensor, config: MXGroupedConfig) -> tuple[_Operand, _Operand]:
-    """x by blocks along K, and along M, from one read."""
+def _either(
+    x: Tensor, ends: Tensor, config: MXGroupedConfig, *, rows: bool, columns: bool
+) -> tuple[_Operand, _Operand]:
+    """x by blocks along K, and along M, as far as they are asked for, from one read; nothing for the other."""
+    if not columns:
+        return _rows(x, ends, config) if rows else (), ()
+    if not rows:
+        return (), _columns(x, ends, config, x)
     if config.emulate:
         by_rows, by_columns = ops.values(x, ends, config.mode)
         return (by_rows,), (by_columns,)

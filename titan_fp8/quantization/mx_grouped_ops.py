@@ -1,12 +1,14 @@
 """The custom operators of experts in MXFP8, opaque to the compiler as those of `ops.py`; two sets as in `mx_ops.py`.
 
 On tensor cores that multiply blocks, codes and swizzled scales of groups (`kernels/mx/layout.py`); elsewhere what these
-stand for, bf16 on a GPU, where PyTorch's grouped product multiplies it, and fp32 on a CPU.
+stand for, bf16 on a GPU, where PyTorch's grouped product multiplies it, and fp32 on a CPU. On a GPU results leave their
+products in bf16, whatever they are then cast to.
 
 M rows sorted by expert, groups multiples of 32; K in features, N out features, E experts. `ends` int32 [E]: the row
 behind each expert's rows.
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -122,9 +124,12 @@ def scaled_rows(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Te
 def scaled_columns(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
-    """MX codes a `[N, M]` by b `[K, M]` over the rows of each expert, likewise: `[E, N, K]`. Scales are swizzled, of
-    column groups."""
-    return _scaled(a, b.t(), scale_a, scale_b, ends).to(out_dtype)
+    """MX codes a `[N, M]` by b `[K, M]` over the rows of each expert, likewise: `[E, N, K]`, of an expert without rows
+    zero. Scales are swizzled, of column groups."""
+    result = _scaled(a, b.t(), scale_a, scale_b, ends)
+    # The product writes nothing where nothing is summed.
+    has_rows = ends.diff(prepend=ends.new_zeros(1)) > 0
+    return result.masked_fill_(~has_rows.view(-1, 1, 1), 0.0).to(out_dtype)
 
 
 def _scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor) -> Tensor:
@@ -140,6 +145,24 @@ def _scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor
         offs=ends,
         output_dtype=torch.bfloat16,
     )
+
+
+@functools.cache
+def missing_grouped_product() -> str | None:
+    """What PyTorch says that it lacks for grouped products of blocks on the device at hand, or None: found out by a
+    small one. Without a device nothing is found out."""
+    if not torch.cuda.is_available():
+        return None
+    rows, experts, features = 128, 2, 128
+    ends = torch.tensor([rows // 2, rows], dtype=torch.int32, device="cuda")
+    x, w = torch.zeros(rows, features, device="cuda"), torch.zeros(experts, features, features, device="cuda")
+    codes, scale = mx.cast_group_rows(x, ends, "rceil", swizzled=True)
+    w_codes, w_scale, _, _ = mx.cast_experts(w, "rceil", swizzled=True)
+    try:
+        scaled_rows(codes, w_codes, scale, w_scale, ends, torch.bfloat16)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 values = register_operator(

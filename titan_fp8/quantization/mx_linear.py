@@ -6,8 +6,9 @@
     grad_weight  grad_output [T, N] by blocks of T     x           [T, K] by blocks of T
 
 On tensor cores that multiply blocks, forward casts x in both orientations from one read and saves the codes that
-`grad_weight` needs, one byte a value in place of two. Where products are emulated it saves x, which whoever made it
-keeps as a rule, and quantizes it again in backward. The weight is quantized from the parameter, once in the forward
+`grad_weight` needs, one byte a value in place of two; linears that read one tensor share them. Where products are
+emulated each saves x, which whoever made it keeps as a rule, and quantizes it again in backward; compilers merge what
+they do alike. The weight is quantized from the parameter, once in the forward
 pass and, along N, once in the backward pass; FSDP, which frees the weight in between, gathers it for both.
 
 Made from an existing linear, a converted one keeps that one's parameters, the very same objects.
@@ -92,11 +93,52 @@ def mx_linear(input: Tensor, weight: Tensor, bias: Tensor | None, config: MXConf
     gradient is computed later."""
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"MX linear with in_features={weight.shape[1]} got input {list(input.shape)}")
+    owner = input
     if torch.is_autocast_enabled(input.device.type):
         input = input.to(torch.get_autocast_dtype(input.device.type))
+    if not config.emulate and not runs_natively_on(input.device):
+        raise RuntimeError(
+            f"an MX linear converted with emulate=False got tensors on {input.device.type}, which has no products of "
+            'blocks; move the model to a GPU that has (Blackwell), or convert with emulate=True or emulate="auto"'
+        )
     grad = torch.is_grad_enabled()
     needs = grad and input.requires_grad, grad and weight.requires_grad
-    return MXLinearFunction.apply(input, weight, bias, config, sink, *needs)
+    columns = needs[1] and not config.grad_weight_in_high_precision
+    made = (None, None, None, None) if config.emulate else _shared_codes(as_matrix(input), owner, config, columns)
+    return MXLinearFunction.apply(input, weight, bias, *made, config, sink, *needs)
+
+
+def runs_natively_on(device: torch.device) -> bool:
+    """Whether tensors there may be multiplied without emulation; which GPUs can was found out at conversion."""
+    return device.type == "cuda"
+
+
+_ATTRIBUTE = "_titan_fp8_mx_codes"
+"""Where a tensor carries its codes."""
+
+Codes = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""By blocks along K, and along T if they are needed; each before its swizzled scale."""
+
+
+def _shared_codes(x: Tensor, owner: Tensor, config: MXConfig, columns: bool) -> Codes:
+    """The codes of x `[T, K]`, cast only if no other linear that reads `owner` has."""
+    # A leaf belongs to somebody outside, who may write to it behind autograd's back; compilers merge equal casts.
+    if torch.compiler.is_compiling() or owner.is_leaf or owner.is_inference():
+        return _cast(x, config, columns)
+    key = config.recipe.mode, config.dim1_kernel, x.dtype, owner._version
+    kept: tuple[Any, Codes] | None = getattr(owner, _ATTRIBUTE, None)
+    if kept is None or kept[0] != key or (columns and kept[1][2] is None):
+        kept = key, _cast(x, config, columns)
+        setattr(owner, _ATTRIBUTE, kept)
+    codes = kept[1]
+    return codes if columns else (*codes[:2], None, None)
+
+
+def _cast(x: Tensor, config: MXConfig, columns: bool) -> Codes:
+    x = x.detach()
+    if columns:
+        return mx_ops.both(x, config.recipe.mode, config.dim1_kernel)
+    return *mx_ops.rows(x, config.recipe.mode), None, None
 
 
 class MXLinearFunction(torch.autograd.Function):
@@ -108,16 +150,27 @@ class MXLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        x_codes: Tensor | None,
+        x_scale: Tensor | None,
+        x_codes_t: Tensor | None,
+        x_scale_t: Tensor | None,
         config: MXConfig,
         sink: WeightSink | None,
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensor:
-        """The output `[..., N]` in x's dtype, for x `[..., K]`, weight `[N, K]` and bias `[N]`; needs_...: what
-        backward will be asked for."""
-        output, saved = _output(as_matrix(x), weight, config, needs_grad_weight)
+        """The output `[..., N]` in x's dtype, for x `[..., K]`, weight `[N, K]` and bias `[N]`; x_...: the codes of x,
+        None where products are emulated; needs_...: what backward will be asked for."""
+        mode = config.recipe.mode
+        if x_codes is None or x_scale is None:
+            values, right = mx_ops.row_values(as_matrix(x), mode), mx_ops.row_values(weight, mode)
+            output = mx_ops.multiply_values(values, right.t(), x.dtype)
+        else:
+            w_codes, w_scale = mx_ops.rows(weight, mode)
+            output = mx_ops.scaled_mm_op(x_codes, w_codes, x_scale, w_scale, x.dtype)
+        saved = (None, None) if not needs_grad_weight else (x, None) if x_codes_t is None else (x_codes_t, x_scale_t)
         if bias is not None:
-            output.add_(bias)  # in fp32, rounded once
+            output.add_(bias)  # the sum in fp32
         ctx.save_for_backward(weight if needs_grad_input else None, *saved)
         ctx.config, ctx.sink, ctx.needs_grads = config, sink, (needs_grad_input, needs_grad_weight)
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
@@ -146,28 +199,11 @@ class MXLinearFunction(torch.autograd.Function):
             grad_weight = later_or_now(ctx.sink, product, ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *[None] * 4
+        return grad_input, grad_weight, grad_bias, *[None] * 8
 
 
 Operand = tuple[Tensor, Tensor | None]
 """Codes and their swizzled scale; or, emulated, what they stand for, and None."""
-
-
-def _output(
-    x: Tensor, weight: Tensor, config: MXConfig, needs_grad_weight: bool
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """`x [T, K] @ weight.T` in x's dtype, and what to save of x."""
-    mode, keeps_codes = config.recipe.mode, needs_grad_weight and not config.grad_weight_in_high_precision
-    if config.emulate:
-        left, right = mx_ops.row_values(x, mode), mx_ops.row_values(weight, mode)
-        return mx_ops.multiply_values(left, right.t(), x.dtype), (x if needs_grad_weight else None, None)
-    kept, kept_scale = (x if needs_grad_weight else None), None
-    if keeps_codes:
-        codes, scale, kept, kept_scale = mx_ops.both(x, mode, config.dim1_kernel)
-    else:
-        codes, scale = mx_ops.rows(x, mode)
-    w_codes, w_scale = mx_ops.rows(weight, mode)
-    return mx_ops.scaled_mm_op(codes, w_codes, scale, w_scale, x.dtype), (kept, kept_scale)
 
 
 def _operands(grad: Tensor, config: MXConfig, *, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:

@@ -101,12 +101,10 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype:
 
 
 def multiply_values(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`a [M, K] @ b [K, N]` of emulated operands in `out_dtype`, added in fp32 and rounded once."""
-    if a.dtype == out_dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
-    return emulated_mm(a, b, out_dtype)
+    """`a [M, K] @ b [K, N]` of emulated operands in `out_dtype`, added in fp32; on a GPU as any bf16 product is."""
+    if not a.is_cuda:
+        return emulated_mm(a, b, out_dtype)
+    return a @ b if a.dtype == out_dtype else torch.mm(a, b, out_dtype=torch.float32).to(out_dtype)
 
 
 def _emulated_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -92,8 +92,10 @@ def test_patterns_that_convert_nothing_are_refused(fqns: list[str], message: str
 
 def test_products_that_a_device_lacks_are_emulated_only_if_asked_for() -> None:
     for device in (CPU, HOPPER):
-        with pytest.raises(ConversionError, match=r"grouped_mm\.mx\.emulate = false, but .* has no products of MX"):
+        match = r"grouped_mm\.mx\.emulate = false, but .* has no products of MX"
+        with pytest.raises(ConversionError, match=match) as error:
             convert(decoder(), device, fqns=["experts"])
+        assert str(error.value).endswith('to true (emulate) or "auto" (emulate where needed)')
     model = decoder()
     assert convert(model, BLACKWELL, fqns=["experts"]).mode == "native"
     assert not layers_of(model)[0].experts.config.emulate  # pyright: ignore[reportAttributeAccessIssue]
@@ -124,6 +126,19 @@ def test_the_api_converts_a_model_and_refuses_one_without_experts() -> None:
     assert len(report.converted) == 6
     with pytest.raises(ValueError, match="has no experts, so there is nothing to convert"):
         titan_fp8.convert_to_mxfp8_grouped_training(torch.nn.Sequential(torch.nn.Linear(32, 32)), emulate=True)
+
+
+@pytest.mark.parametrize("fqns", [None, [1]])
+def test_wrong_types_of_patterns_are_refused(fqns: Any) -> None:
+    with pytest.raises(ConversionError, match="expected a list of names"):
+        titan_fp8.convert_to_mxfp8_grouped_training(decoder(), fqns=fqns, emulate=True)
+
+
+def test_a_build_without_grouped_products_of_blocks_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_fp8.converters.support.missing_grouped_product", lambda: "requires USE_MSLK")
+    with pytest.raises(ConversionError, match=r"has no grouped products of MX blocks \(requires USE_MSLK\)"):
+        convert(decoder(), BLACKWELL, fqns=["experts"])
+    assert "emulated: PyTorch as it is built" in convert(decoder(), BLACKWELL, fqns=["experts"], emulate="auto").mode
 
 
 def test_both_mx_converters_on_one_model() -> None:

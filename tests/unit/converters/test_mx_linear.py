@@ -89,7 +89,10 @@ def test_a_blackwell_gpu_multiplies_blocks_itself() -> None:
         assert model.attention["wq"].config.recipe.mode == "rceil"
 
 
-def test_kernels_that_cannot_run_are_refused_where_they_were_asked_for() -> None:
+def test_kernels_that_cannot_run_are_refused_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConversionError, match=r'choice = "cuda": .* missing here: .*a CUDA build of PyTorch'):
+        convert(Model(), BLACKWELL, mxfp8_dim1_cast_kernel_choice="cuda")
+    monkeypatch.setattr("titan_fp8.converters.support.cuda_kernel_problem", lambda: None)
     for choice in ("triton", "cuda"):
         with pytest.raises(
             ConversionError, match=f'kernel_choice = "{choice}", but CPU is no CUDA device; leave it out'
@@ -159,6 +162,8 @@ def test_the_api_converts_anybodys_model() -> None:
         ({"recipe_name": "mxfp9"}, "no such MX recipe"),
         ({"emulate": "yes"}, 'expected true, false or "auto"'),
         ({"filter_fqns": "output"}, "expected a list of names"),
+        ({"filter_fqns": None}, "expected a list of names"),
+        ({"emulate": True, "mxfp8_dim1_cast_kernel_choice": "triton"}, "is no CUDA device; leave it out"),
         ({"filter_fqns": ["auto_filter_small_kn"]}, "is a rule of float8"),
         ({"mxfp8_dim1_cast_kernel_choice": "cutlass", "emulate": True}, "expected one of triton, cuda, torch"),
         ({"scaling_mode": "rceil", "emulate": True}, "leave scaling_mode out"),
@@ -182,3 +187,24 @@ def test_wrong_arguments_of_the_api_are_refused(arguments: dict[str, Any], messa
 )
 def test_a_section_that_asks_for_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     assert any(message in str(problem) for problem in MXLinearSection(**settings).problems())
+
+
+def test_a_run_goes_on_with_the_numerics_that_it_began_with() -> None:
+    """What a checkpoint must agree with tells settings apart that give other numbers."""
+    settings = [
+        {"recipe_name": "mxfp8_cublas", "emulate": True},
+        {"recipe_name": "mxfp8_cublas_rceil", "emulate": True},
+        {"recipe_name": "mxfp8_emulated", "scaling_mode": "even"},
+        {"recipe_name": "mxfp8_emulated", "scaling_mode": "ceil"},
+        {"recipe_name": "mxfp8_cublas", "emulate": True, "grad_weight_in_high_precision": True},
+    ]
+    fingerprints = [str(convert(Model(), **each).fingerprint()) for each in settings]
+    assert len(set(fingerprints)) == len(settings)
+    floor = [{"recipe_name": "mxfp8_emulated"}, {"recipe_name": "mxfp8_emulated", "scaling_mode": "floor"}]
+    assert len({str(convert(Model(), **each).fingerprint()) for each in floor}) == 1
+    assert "high-precision grad_weight" in convert(Model(), **settings[-1]).summary()
+
+
+def test_an_old_cuda_has_no_products_of_blocks() -> None:
+    with pytest.raises(ConversionError, match=r"need CUDA 12.8 or later, and PyTorch is built for CUDA 12.6"):
+        convert(Model(), replace(BLACKWELL, cuda_version=(12, 6)))

@@ -150,3 +150,12 @@ def test_pytorch_takes_operands_of_grouped_products() -> None:
         short = torch.empty(3, 512, dtype=mx.E8M0, device="cuda")
         with pytest.raises(RuntimeError, match="to have scale shape"):
             torch._scaled_grouped_mm(x, weight.transpose(1, 2), scale_x, short, offsets)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_no_tokens_have_no_scales_or_padding_alone(kernel: str) -> None:
+    x = torch.zeros(0, 64)
+    codes, scale = mx.cast_rows(x, "floor", swizzled=True)
+    codes_t, scale_t = mx.cast_columns(x, "floor", swizzled=True, kernel=kernel)
+    assert (codes.shape, scale.shape) == ((0, 64), (0, 4))
+    assert (codes_t.shape, scale_t.shape) == ((64, 0), (128, 0))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tolerances import sqnr_db
+from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.kernels import mx
 from titan_fp8.quantization import mx_grouped_ops as ops
 from titan_fp8.quantization.mx_grouped import MXGroupedConfig, mx_grouped_feed_forward
@@ -203,6 +204,54 @@ def test_the_native_products_are_called_as_their_operator_wants(monkeypatch: pyt
     output.backward(grad)
     assert len(called) == 9
     assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in leaves.values())
+
+
+@LAYOUTS
+def test_codes_and_scales_of_the_native_products_are_those_that_are_emulated(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With products of blocks on a CPU which, as those of a GPU, write nothing where an expert has no rows."""
+
+    def product(a: Tensor, b: Tensor, scale_a: Tensor, _: Any, scale_b: Tensor, *__: Any, **options: Any) -> Tensor:
+        ends = options["offs"]
+        if b.dim() == 3:
+            weights = b.transpose(1, 2)
+            n, k = weights.shape[1:]
+            x = mx.from_mx(mx.unswizzle_row_groups(scale_a, ends, a.shape[0], k // 32), a, torch.float32)
+            w = mx.from_mx(mx.unswizzle(scale_b, n, k // 32), weights.contiguous(), torch.float32)
+            return ops.multiply_rows(x, w.transpose(1, 2), ends, torch.bfloat16)
+        operands = [
+            mx.from_mx(
+                mx.unswizzle_column_groups(scale, ends, codes.shape[0], codes.shape[1] // 32), codes, torch.float32
+            )
+            for codes, scale in ((a, scale_a), (b.t(), scale_b))
+        ]
+        result = ops.multiply_columns(operands[0].t(), operands[1].t(), ends, torch.bfloat16)
+        result[ends.diff(prepend=ends.new_zeros(1)) == 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(ops, "scaled_grouped_mm", product)
+    leaves, ends, grad = inputs(sizes, torch.bfloat16)
+    results = []
+    for emulate in (True, False):
+        x, *weights = mine = [tensor.detach().clone().requires_grad_() for tensor in leaves.values()]
+        output = mx_grouped_feed_forward(x, weights, ends, MXGroupedConfig(MODE, emulate))
+        output.backward(grad)
+        results.append([output.detach(), *(tensor.grad for tensor in mine)])
+    here = int(ends[-1])
+    for number, (native, emulated) in enumerate(zip(results[1], results[0], strict=True)):
+        rows = slice(here) if number < 2 else slice(None)
+        assert torch.equal(native[rows], emulated[rows]), number  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_with_frozen_weights_nothing_is_cast_along_the_rows() -> None:
+    leaves, ends, grad = inputs([32, 64])
+    columns = {}
+    for frozen in ((), ("w1", "w3", "w2"), ("x", "w1", "w3")):
+        with CountCalls() as counted:
+            run(leaves, ends, grad, frozen)
+        columns[frozen] = counted.calls[ops.values], counted.calls[ops.column_values]
+    assert columns == {(): (3, 3), ("w1", "w3", "w2"): (0, 0), ("x", "w1", "w3"): (0, 2)}
 
 
 @LAYOUTS

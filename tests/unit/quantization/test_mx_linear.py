@@ -1,6 +1,7 @@
 """MXFP8Linear: the three products of the codes that the format gives, in every mode of running, and the native call."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import BIAS_GRAD_SQNR_DB, MX_SQNR_DB, sqnr_db
+from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.kernels import mx
 from titan_fp8.quantization import mx_ops
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
@@ -200,6 +202,104 @@ def test_sizes_that_are_no_multiple_of_a_block_are_refused() -> None:
 def test_unknown_recipes_and_modes_are_refused(name: object, mode: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         get_mx_recipe(name, mode)
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """How many bytes of different tensors are saved for backward."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Tensor] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.seen[tensor.data_ptr()] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.seen.values())
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of blocks on a CPU: of what codes and unswizzled scales stand for, summed in fp32."""
+
+    def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+        operands = [
+            mx.from_mx(mx.unswizzle(scale, codes.shape[0], codes.shape[1] // mx.BLOCK), codes, torch.float32)
+            for codes, scale in ((a, scale_a), (b, scale_b))
+        ]
+        return mx_ops.emulated_mm(operands[0], operands[1].t(), dtype)
+
+    monkeypatch.setattr(mx_ops, "scaled_mm_op", scaled_mm)
+    monkeypatch.setattr("titan_fp8.quantization.mx_linear.runs_natively_on", lambda device: True)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("high_precision", [False, True])
+@pytest.mark.parametrize("tokens", [1, 32, 50])
+@DTYPES
+def test_codes_and_scales_of_the_native_products_are_those_that_are_emulated(
+    dtype: torch.dtype, tokens: int, high_precision: bool
+) -> None:
+    x, grad = data(tokens, dtype)
+    linear = make(grad_weight_in_high_precision=high_precision)
+    expected = run(linear, x, grad)
+    linear.config = replace(linear.config, emulate=False)
+    for name, value in run(linear, x, grad).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.usefixtures("native")
+def test_linears_that_read_one_tensor_share_its_codes() -> None:
+    linears = [make(bias=False) for _ in range(3)]
+    for linear in linears:
+        linear.config = replace(linear.config, emulate=False)
+    x = data(32)[0].requires_grad_()
+    read = x * 1  # no leaf
+    saved = SavedBytes()
+    with CountCalls() as counted, saved:
+        outputs = [linear(read) for linear in linears]
+    assert counted.calls[mx_ops.both] == 1
+    codes_and_scale = 32 * K + 128 * 4  # by columns, with the swizzled scale
+    weights = 3 * N * K * 4
+    assert saved.bytes == codes_and_scale + weights
+    torch.stack(outputs).sum().backward()
+    with CountCalls() as counted:
+        read.mul_(2)
+        linears[0](read)
+    assert counted.calls[mx_ops.both] == 1, "what is written to is cast again"
+
+
+def test_a_native_linear_refuses_tensors_that_are_on_no_such_device() -> None:
+    linear = make()
+    linear.config = replace(linear.config, emulate=False)
+    with pytest.raises(RuntimeError, match="converted with emulate=False got tensors on cpu"):
+        linear(data(32)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    x, linear = data(32)[0], make()
+    expected = linear(x.to(dtype))
+    with torch.autocast("cpu", dtype=dtype):
+        result = linear(x)
+    assert result.dtype == dtype
+    assert torch.equal(result, expected)
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero() -> None:
+    result = run(make(), *data(0))
+    assert result["output"].shape == (0, N)
+    assert not result["grad_weight"].any()
+
+
+def test_a_bias_may_train_alone() -> None:
+    linear = make()
+    linear.weight.requires_grad_(False)
+    x, grad = data(32)
+    linear(x).backward(grad)
+    torch.testing.assert_close(linear.bias.grad, grad.sum(0))
 
 
 @pytest.mark.parametrize("tokens", [32, 50, 300])

@@ -78,20 +78,28 @@ def build() -> str:
     Raises:
         UserError: if a tool for it is missing or fails; the message says how to build it.
     """
+    problem = cuda_kernel_problem()
+    if problem is not None:
+        raise UserError(problem)
     tools = importlib.import_module("torch.utils.cpp_extension")
-    missing = _missing_tools(tools.CUDA_HOME)
-    if missing:
-        raise UserError(
-            f"the cuda kernel is built when it is first used; missing here: {', '.join(missing)}. Install the CUDA "
-            f"toolkit of PyTorch's version (CUDA {torch.version.cuda}) with CUDA_HOME naming its folder, a C++ "
-            f"compiler and ninja (`pip install ninja`); or {_OTHERS}"
-        )
     try:
         return tools.load(
             "titan_fp8_mx_columns", [str(SOURCE)], extra_cuda_cflags=["-O3"], with_cuda=True, is_python_module=False
         )
     except (RuntimeError, OSError) as error:
         raise UserError(f"the cuda kernel could not be built; {_OTHERS}, or mend the build: {error}") from error
+
+
+def cuda_kernel_problem() -> str | None:
+    """What is missing to build the library, and how to get it; None: nothing."""
+    missing = _missing_tools(importlib.import_module("torch.utils.cpp_extension").CUDA_HOME)
+    if not missing:
+        return None
+    return (
+        f"the cuda kernel is built when it is first used; missing here: {', '.join(missing)}. Install the CUDA "
+        f"toolkit of PyTorch's version (CUDA {torch.version.cuda}) with CUDA_HOME naming its folder, a C++ "
+        f"compiler and ninja (`pip install ninja`); or {_OTHERS}"
+    )
 
 
 def _missing_tools(cuda_home: str | None) -> list[str]:

@@ -57,7 +57,8 @@ def swizzle(scale: Tensor) -> Tensor:
     padded_rows, padded_columns = padded_shape(rows, columns)
     padding = (0, padded_columns - columns, 0, padded_rows - rows)
     whole = torch.nn.functional.pad(scale.view(torch.uint8), padding)
-    tiles = whole.view(-1, padded_rows // TILE_ROWS, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS)
+    count = 1 if scale.dim() == 2 else scale.shape[0]
+    tiles = whole.view(count, padded_rows // TILE_ROWS, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS)
     blocked = tiles.permute(0, 1, 4, 3, 2, 5).contiguous()  # [E, tile row, tile column, 32, 4, 4]
     shape = (padded_rows, padded_columns) if scale.dim() == 2 else (scale.shape[0], padded_rows * padded_columns)
     return blocked.view(shape).view(E8M0)
