@@ -38,8 +38,8 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("norm and activation", r"rms_norm|layer_norm|silu|swiglu"),
     (
         "routing and permutation",
-        r"moe_(un)?permute|moe_plan|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel|_place_kernel"
-        r"|permute_ind|index_put|index_select|aten::index\b|aten::scatter_add|histc|sort|topk",
+        r"moe_(un)?permute|moe_plan|moe_row_products|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel"
+        r"|_place_kernel|permute_ind|index_put|index_select|aten::index\b|aten::scatter_add|histc|sort|topk",
     ),
     ("casts", r"titan_fp8::|_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
     ("loss", r"softmax|logsumexp|nll_loss|cross_entropy|exp_|_exp_|scatter_ad"),

@@ -13,6 +13,8 @@ import torch
 from tests.distributed.harness import RETRIES, close_groups
 from titan_fp8.runtime.logging import logger
 
+pytest.register_assert_rewrite("tests.distributed.trainings")
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)

@@ -4,11 +4,8 @@ attention), and tokens that see their own window alone (Llama 4's attention in c
 Attention by itself, then whole trainings, on ranks and in one process.
 """
 
-import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -31,8 +28,20 @@ from tests.distributed.test_context_parallel import (
     attend_alone,
     attend_on_ranks,
 )
-from tests.distributed.test_expert_parallel import COMPILED, FULL, NO_AUX_LOSS, PER_OP, Options, _train
-from tests.distributed.test_mesh_matrix import HIGH_PRECISION, Mesh, Run, assert_same, run_on
+from tests.distributed.test_expert_parallel import NO_AUX_LOSS
+from tests.distributed.trainings import (
+    COMPILED,
+    FULL,
+    HIGH_PRECISION,
+    PER_OP,
+    Mesh,
+    Options,
+    Run,
+    assert_same,
+    run_alone,
+    run_on,
+    train_afresh,
+)
 from titan_fp8.models.attention_backends import attention_mask, documents_in_chunks
 from titan_fp8.parallel import context_attention
 from titan_fp8.parallel.attention_blocks import block_kernels
@@ -259,27 +268,20 @@ class Case:
     axes: str
     options: Options = field(default_factory=dict)
 
-    def run(self, folder: Path) -> Run:
+    def all_options(self) -> Options:
         overrides = dict(each.split("=") for each in FAMILIES[self.family].split())
         options = {"model.name": self.family, "training.local_batch_size": "1", **NO_AUX_LOSS}
-        options |= {f"model.overrides.{key}": value for key, value in overrides.items()} | self.options
-        return run_on(Mesh(self.axes, tuple(options.items())), folder, steps=STEPS, how=_train)
+        return options | {f"model.overrides.{key}": value for key, value in overrides.items()} | self.options
 
+    def run(self, folder: Path) -> Run:
+        return run_on(Mesh(self.axes, tuple(self.all_options().items())), folder, steps=STEPS, how=train_afresh)
 
-@cache
-def alone(family: str, options: tuple[tuple[str, str], ...]) -> Run:
-    folder = Path(tempfile.mkdtemp(prefix="titan_fp8_alone_"))
-    try:
-        return Case(family, "fsdp1", dict(options)).run(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    def run_alone(self) -> Run:
+        return run_alone(self.all_options(), train_afresh, STEPS)
 
 
 def same_as_alone(case: Case, folder: Path) -> Run:
-    run = case.run(folder)
-    left_out = {*FULL, *PER_OP, *COMPILED}
-    kept = {key: value for key, value in case.options.items() if key not in left_out and "parallelism." not in key}
-    expected = alone(case.family, tuple(kept.items()))
+    run, expected = case.run(folder), case.run_alone()
     assert_same(run, expected, *HIGH_PRECISION)
     assert run.validated == pytest.approx(expected.validated, rel=2e-6)
     return run
@@ -327,8 +329,8 @@ def test_training_equals_one_process_on_more_meshes(name: str, tmp_path: Path) -
 
 def test_windows_and_sharpening_change_what_a_family_computes() -> None:
     """Otherwise the trainings would be compared without them."""
-    with_both = alone("llama4", ())
+    with_both = Case("llama4", "fsdp1").run_alone()
     for other in ({"model.overrides.attention_chunk": "64"}, {"model.overrides.temperature_floor": "64"}):
         name = "layers.2.attention.wq.weight"
-        grad = alone("llama4", tuple(other.items())).grads[name]
+        grad = Case("llama4", "fsdp1", other).run_alone().grads[name]
         assert (grad - with_both.grads[name]).norm() > 1e-3 * grad.norm(), other

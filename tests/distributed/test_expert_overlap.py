@@ -20,16 +20,14 @@ from tests.distributed.test_expert_parallel import (
     BATCH,
     BF16,
     BF16_SUMS,
-    COMPILED,
     EXPERTS_IN_FLOAT8,
     EXPERTS_IN_MX,
-    FULL,
     NO_AUX_LOSS,
     Case,
     on,
     same_as_alone,
 )
-from tests.distributed.test_mesh_matrix import FLOAT8_CODES, LOCAL_SCALES
+from tests.distributed.trainings import COMPILED, FLOAT8_CODES, FULL, LOCAL_SCALES
 from titan_fp8 import convert_to_float8_grouped_training, from_mx, to_mx
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.dims import ModelDims

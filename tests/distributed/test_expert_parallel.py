@@ -6,10 +6,7 @@ of its own, in one process and on every rank. In float8 the experts of a rank ha
 to them from all ranks of `ep`, so one process computes the same where its microbatches are as large.
 """
 
-import shutil
-import tempfile
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,17 +17,24 @@ from torch import Tensor, nn
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
-from tests.distributed.test_mesh_matrix import (
+from tests.distributed.trainings import (
+    COMPILED,
     FLOAT8,
     FLOAT8_CODES,
+    FULL,
+    GATHERED_CODES,
     HIGH_PRECISION,
     LOCAL_SCALES,
+    PER_OP,
     Mesh,
+    Options,
     Run,
-    _whole,
     assert_same,
+    run_alone,
     run_on,
     train,
+    train_afresh,
+    whole,
 )
 from titan_fp8 import building
 from titan_fp8.models.decoder import Decoder
@@ -82,10 +86,6 @@ ALL_IN_MX = {
     f"{MX}.recipe_name": "mxfp8_cublas_rceil",
     f"{MX}.emulate": "true",
 }
-GATHERED_CODES = {f"{FLOAT8}.enable_fsdp_float8_all_gather": "true"}
-FULL = {"activation_checkpoint.mode": "full"}
-PER_OP = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
-COMPILED = {"compile.enable": "true", "compile.backend": "aot_eager", "compile.components": "model"}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 EARLY_STEP = {"optimizer.early_step_in_backward": "true", "training.max_norm": "0"}
 ZERO_BUBBLE = {
@@ -97,34 +97,15 @@ ZERO_BUBBLE = {
 BF16_SUMS = (2e-4, 2e-2)
 """An expert's gradient leaves its product in bf16 once for the tokens of all ranks, not once for each microbatch."""
 
-Options = dict[str, str]
 
-
-def _train(rank: int, world_size: int, arguments: list[str], folder: str, steps: int) -> Run:
-    # What earlier cases compiled counts against the limit of recompilations.
-    torch._dynamo.reset()
-    return train(rank, world_size, arguments, folder, steps)
-
-
-def on(axes: str, options: Options, folder: Path, how: Any = _train, steps: int = STEPS) -> Run:
+def on(axes: str, options: Options, folder: Path, how: Any = train_afresh, steps: int = STEPS) -> Run:
     folder.mkdir(exist_ok=True)
     return run_on(Mesh(axes, tuple({**MODEL, **options}.items())), folder, steps=steps, how=how)
 
 
-@cache
-def _alone(options: tuple[tuple[str, str], ...], how: Any) -> Run:
-    folder = Path(tempfile.mkdtemp(prefix="titan_fp8_alone_"))
-    try:
-        return on("fsdp1", dict(options), folder, how)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def alone(options: Options, how: Any = _train) -> Run:
-    """One process, without what only matters to several, or to memory and speed."""
-    left_out = {*FULL, *PER_OP, *COMPILED, *GATHERED_CODES, "optimizer.implementation"}
-    kept = {key: value for key, value in options.items() if key not in left_out}
-    return _alone(tuple(sorted((key, value) for key, value in kept.items() if "parallelism." not in key)), how)
+def alone(options: Options, how: Any = train_afresh) -> Run:
+    """`run_alone` of this model."""
+    return run_alone({**MODEL, **options}, how, STEPS)
 
 
 @dataclass(frozen=True)
@@ -334,7 +315,7 @@ def _clip_once(rank: int, world_size: int, arguments: list[str], folder: str, st
     def recorded(self: OptimizersContainer, max_norm: float) -> Tensor:
         norm = clip(self, max_norm)
         for part in self.model_parts:
-            clipped.update({name: _whole(p.grad) for name, p in part.named_parameters() if p.grad is not None})
+            clipped.update({name: whole(p.grad) for name, p in part.named_parameters() if p.grad is not None})
         return norm
 
     with mock.patch.object(OptimizersContainer, "clip_grad_norm", recorded):
@@ -394,7 +375,7 @@ def test_a_checkpoint_is_resumed_on_another_mesh(before: str, after: str, tmp_pa
 @pytest.mark.parametrize(
     ("before", "after"), [("fsdp4 ep2", "fsdp1"), pytest.param("fsdp4", "fsdp2 ep2", marks=pytest.mark.slow)]
 )
-def test_a_checkpoint_of_experts_that_were_cut_is_resumed_where_they_are_whole(
+def test_a_checkpoint_of_experts_that_were_cut_is_resumed_where_they_arewhole(
     before: str, after: str, tmp_path: Path
 ) -> None:
     same_after_a_move(before, after, ONE_EACH, tmp_path)
@@ -416,7 +397,7 @@ def _deal_out(rank: int, world_size: int, expert: int) -> dict[str, tuple[Tensor
     apply_expert_parallel(model, mesh)
     here = dict(zip(("w1", "w3", "w2"), experts.weights(), strict=True))
     return {
-        name: (before[name], _whole(parameter), here[name].detach()) for name, parameter in experts.named_parameters()
+        name: (before[name], whole(parameter), here[name].detach()) for name, parameter in experts.named_parameters()
     }
 
 

@@ -5,11 +5,8 @@ own, in one process and on every mesh. Ranks of `tp` have the same sequences and
 the auxiliary loss and the scales of float8 experts are those of the same tokens too.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,27 +17,23 @@ from torch import Tensor, nn
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
-from tests.distributed.test_expert_parallel import (
-    ALL_IN_FLOAT8,
-    BF16,
+from tests.distributed.test_expert_parallel import ALL_IN_FLOAT8, BF16, GROUPED, NO_AUX_LOSS
+from tests.distributed.trainings import (
     COMPILED,
-    FULL,
-    GATHERED_CODES,
-    GROUPED,
-    NO_AUX_LOSS,
-    PER_OP,
-    Options,
-    _train,
-)
-from tests.distributed.test_mesh_matrix import (
     FLOAT8,
     FLOAT8_CODES,
+    FULL,
+    GATHERED_CODES,
     HIGH_PRECISION,
+    PER_OP,
     Mesh,
+    Options,
     Run,
-    _whole,
     assert_same,
+    run_alone,
     run_on,
+    train_afresh,
+    whole,
 )
 from titan_fp8 import building
 from titan_fp8.models.decoder import Decoder
@@ -94,7 +87,7 @@ def _train_and_watch(rank: int, world_size: int, arguments: list[str], folder: s
         return load
 
     with mock.patch.object(building, "expert_load", watch):
-        run = _train(rank, world_size, arguments, folder, steps)
+        run = train_afresh(rank, world_size, arguments, folder, steps)
     ((parts, load),) = watched
     run.grads |= {key: torch.tensor(value) for key, value in load.metrics().items() if "dropped" not in key}
     for part in parts:
@@ -108,20 +101,9 @@ def on(axes: str, options: Options, folder: Path, steps: int = STEPS) -> Run:
     return run_on(Mesh(axes, tuple(options.items())), folder, steps=steps, how=_train_and_watch)
 
 
-@cache
-def _alone(options: tuple[tuple[str, str], ...]) -> Run:
-    folder = Path(tempfile.mkdtemp(prefix="titan_fp8_alone_"))
-    try:
-        return on("fsdp1", dict(options), folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def alone(options: Options) -> Run:
-    """One process, without what only matters to several, or to memory and speed."""
-    left_out = {*FULL, *PER_OP, *COMPILED, *GATHERED_CODES, "optimizer.implementation"}
-    kept = {key: value for key, value in options.items() if key not in left_out and "parallelism." not in key}
-    return _alone(tuple(sorted(kept.items())))
+    """`run_alone`, watched."""
+    return run_alone(options, _train_and_watch, STEPS)
 
 
 def same_as_alone(family: str, axes: str, options: Options, tolerance: tuple[float, float], folder: Path) -> None:
@@ -263,7 +245,7 @@ def _divide(rank: int, world_size: int, degrees: MeshDegrees) -> dict[str, tuple
     before = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
     apply_expert_parallel(decoder, mesh_of(degrees, "cpu"))
     here = dict(zip(("w1", "w3", "w2"), experts.weights(), strict=True))
-    return {name: (before[name], _whole(weight), here[name].detach()) for name, weight in experts.named_parameters()}
+    return {name: (before[name], whole(weight), here[name].detach()) for name, weight in experts.named_parameters()}
 
 
 @pytest.mark.parametrize(

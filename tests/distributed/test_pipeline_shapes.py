@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_mesh_matrix import Mesh, train
+from tests.distributed.trainings import Mesh, train
 from titan_fp8.parallel import pipeline
 
 Form = tuple

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.float8_linears import Wire
 from tests.distributed.harness import run_distributed
 from tests.distributed.meshes import mesh_of
-from tests.distributed.test_mesh_matrix import HIGH_PRECISION, ZERO_BUBBLE, Mesh, alone, run_on
-from tests.distributed.test_mesh_matrix import assert_same as assert_same_run
+from tests.distributed.test_mesh_matrix import ZERO_BUBBLE, alone
 from tests.distributed.test_parallel import (
     FP32,
     ROWS,
@@ -32,6 +31,8 @@ from tests.distributed.test_parallel import (
     train_alone,
     train_on_ranks,
 )
+from tests.distributed.trainings import HIGH_PRECISION, Mesh, run_on
+from tests.distributed.trainings import assert_same as assert_same_run
 from titan_fp8.checkpoint.tensors import model_tensors
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_mesh_matrix import Mesh, Run, train
+from tests.distributed.trainings import Mesh, Run, train
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.runtime.config import CommSection
 from titan_fp8.runtime.device import detect_device

@@ -259,6 +259,29 @@ def test_what_is_frozen_costs_no_columns_and_no_product() -> None:
         assert torch.equal(layer(x.detach(), ends), expected["output"])
 
 
+class Several(Stacked):
+    """Products of inputs, groups and weights that are alike in part."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        frozen, trained = self.w1.transpose(-2, -1), self.w3.transpose(-2, -1)
+        other_ends = torch.stack([ends[-1] - 3] * 3 + [ends[-1]]).int()
+        first = self.call(x, frozen, offs=ends) + self.call(x, trained, offs=ends)
+        second = self.call(x.flip(0), trained, offs=ends) + self.call(x, trained, offs=other_ends)
+        return first + second
+
+
+def test_what_is_cast_once_is_what_is_the_same_in_every_respect() -> None:
+    x, ends, _ = inputs(RAGGED)
+    results = []
+    for layer in (Layer(Several(one_by_one)), converted(Several())):
+        layer.experts.w1.requires_grad_(False)
+        output = layer(x.clone(), ends)
+        output.sum().backward()
+        assert layer.experts.w3.grad is not None
+        results.append({"output": output.detach(), "w3": layer.experts.w3.grad})
+    assert_same(results[1], results[0], SUMS_DB[torch.float32])
+
+
 class WritesToItsInput(Stacked):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         first = self.call(x, self.w1.transpose(-2, -1), offs=ends)
@@ -267,11 +290,10 @@ class WritesToItsInput(Stacked):
 
 def test_an_input_that_was_written_to_is_cast_again() -> None:
     x, ends, _ = inputs(RAGGED)
-    layer = converted(WritesToItsInput())
     with torch.no_grad():
-        once, three_times = (one_by_one(x * f, w.transpose(-2, -1), offs=ends) for f, w in
-                             ((1, layer.experts.w1), (3, layer.experts.w3)))  # fmt: skip
-        assert sqnr_db(once + three_times, layer(x, ends)) > 100
+        layers = Layer(WritesToItsInput(one_by_one)), converted(WritesToItsInput())
+        expected, result = (layer(x.clone(), ends) for layer in layers)
+    assert_same({"output": result}, {"output": expected}, SUMS_DB[torch.float32])
 
 
 def test_checkpointing_changes_no_bit() -> None:
