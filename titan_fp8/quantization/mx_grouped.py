@@ -167,8 +167,7 @@ def _weight(w: Tensor, config: MXGroupedConfig, *, along_rows: bool = True, afte
     if config.emulate:
         values = ops.weight_values(w, config.mode, along_rows, after)
         return (values.transpose(1, 2) if along_rows else values,)
-    codes, scale, codes_t, scale_t = ops.experts(w, config.mode, after)
-    return (codes, scale) if along_rows else (codes_t, scale_t)
+    return ops.experts(w, config.mode, along_rows, after)
 
 
 def _by_rows(a: _Operand, w: _Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:

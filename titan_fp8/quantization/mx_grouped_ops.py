@@ -105,14 +105,16 @@ def _fake_columns(x: Tensor, ends: Tensor, mode: str, after: Tensor | None = Non
     return x.new_empty((features, rows), dtype=torch.float8_e4m3fn), x.new_empty(shape, dtype=mx.E8M0)
 
 
-def _fake_experts(w: Tensor, mode: str, after: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    experts, n, k = w.shape
-    made = []
-    for rows, columns in ((n, k), (k, n)):
-        padded_rows, padded_columns = padded_shape(rows, columns // mx.BLOCK)
-        made.append(w.new_empty((experts, rows, columns), dtype=torch.float8_e4m3fn))
-        made.append(w.new_empty((experts, padded_rows * padded_columns), dtype=mx.E8M0))
-    return made[0], made[1], made[2], made[3]
+def _experts(w: Tensor, mode: str, rows: bool, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (mx.cast_expert_rows if rows else mx.cast_expert_columns)(w, mode, swizzled=True)
+
+
+def _fake_experts(w: Tensor, mode: str, rows: bool, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    experts, *dims = w.shape
+    across, along = dims if rows else dims[::-1]
+    padded_rows, padded_columns = padded_shape(across, along // mx.BLOCK)
+    codes = w.new_empty((experts, across, along), dtype=torch.float8_e4m3fn)
+    return codes, w.new_empty((experts, padded_rows * padded_columns), dtype=mx.E8M0)
 
 
 def scaled_rows(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -157,7 +159,7 @@ def missing_grouped_product() -> str | None:
     ends = torch.tensor([rows // 2, rows], dtype=torch.int32, device="cuda")
     x, w = torch.zeros(rows, features, device="cuda"), torch.zeros(experts, features, features, device="cuda")
     codes, scale = mx.cast_group_rows(x, ends, "rceil", swizzled=True)
-    w_codes, w_scale, _, _ = mx.cast_experts(w, "rceil", swizzled=True)
+    w_codes, w_scale = mx.cast_expert_rows(w, "rceil", swizzled=True)
     try:
         scaled_rows(codes, w_codes, scale, w_scale, ends, torch.bfloat16)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -230,11 +232,10 @@ group_both = register_operator(
 """`mx_group_rows` and `mx_group_columns` from one read."""
 
 experts = register_operator(
-    "mx_experts(Tensor w, str mode, Tensor? after=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda w, mode, after=None: mx.cast_experts(w, mode, swizzled=True),
-    _fake_experts,
+    "mx_experts(Tensor w, str mode, bool rows, Tensor? after=None) -> (Tensor, Tensor)", _experts, _fake_experts
 )
-"""`mx_experts(w [E, N, K], mode, after)` -> codes [E, N, K], codes_t [E, K, N], each before its swizzled scale."""
+"""`mx_experts(w [E, N, K], mode, rows, after)` -> codes [E, N, K] by blocks along K if `rows`, else [E, K, N] by blocks
+along N, and their swizzled scale."""
 
 scaled_mm_rows = register_operator(
     "mx_scaled_grouped_mm_rows(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor ends, ScalarType out_dtype) "

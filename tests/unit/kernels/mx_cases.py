@@ -88,6 +88,9 @@ def compare_experts(weight: Tensor, mode: str = "rceil") -> str:
         expected = codes.view(-1, k), scale if swizzled else scale.view(-1, k // 32), codes_t, scale_t
         results = kernel.cast(weight.reshape(-1, k), of, None, mode, rows=True, columns=True, swizzled=swizzled)
         texts[f"swizzled={swizzled}"] = difference(results, expected)
+        for rows in (True, False):
+            one = kernel.cast(weight.reshape(-1, k), of, None, mode, rows=rows, columns=not rows, swizzled=swizzled)
+            texts[f"swizzled={swizzled} rows={rows}"] = difference(one, expected[:2] if rows else expected[2:])
     return named(texts)
 
 

@@ -308,6 +308,15 @@ def test_a_column_cast_is_the_row_cast_of_the_padded_transpose(mode: str) -> Non
 def test_each_expert_is_cast_by_itself() -> None:
     weight = numbers(3, (3, 64, 96))
     codes, scale, codes_t, scale_t = mx.cast_experts(weight, "rceil")
+    for swizzled in (False, True):
+        both = mx.cast_experts(weight, "rceil", swizzled=swizzled)
+        apart = (
+            *mx.cast_expert_rows(weight, "rceil", swizzled=swizzled),
+            *mx.cast_expert_columns(weight, "rceil", swizzled=swizzled),
+        )
+        assert all(
+            torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in zip(both, apart, strict=True)
+        )
     for e in range(3):
         alone = mx.cast_both(weight[e], "rceil")
         assert [bytes_of(r[e]) for r in (codes, scale, codes_t, scale_t)] == [bytes_of(a) for a in alone]

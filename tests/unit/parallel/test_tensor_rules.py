@@ -63,8 +63,8 @@ def test_everything_that_cannot_be_divided_is_named_with_rule_and_remedy() -> No
         "degree to 1",
         "layers.0.attention.gate": f"{degree} divides linears by their names, wq, wk, wv, wq_b, wkv_b, w1, w3, output "
         "by output features and wo, w2 by input features, and gate is none of them; rename it, or set the degree to 1",
-        "layers.0.feed_forward.w1": f"it is a {__name__}.OtherLinear, and of linears {degree} divides Linear and "
-        "Float8Linear alone, not their subclasses; use one, or set the degree to 1",
+        "layers.0.feed_forward.w1": f"it is a {__name__}.OtherLinear, and of linears {degree} divides Linear, "
+        "Float8Linear, MXFP8Linear alone, not their subclasses; use one, or set the degree to 1",
         "layers.1.attention.wk": f"out_features=33 is not a multiple of {degree}; change one of them",
         "layers.1.attention.wo": f"{degree} divides weights alone, and it has a bias; make it without, or set the "
         "degree to 1",

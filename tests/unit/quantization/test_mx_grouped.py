@@ -270,6 +270,7 @@ def test_operators_give_what_the_compiler_is_told_that_they_do(sizes: list[int])
         (ops.group_rows, (x, ends, MODE)),
         (ops.group_columns, (x, ends, MODE)),
         (ops.group_both, (x, ends, MODE)),
-        (ops.experts, (w, MODE)),
+        (ops.experts, (w, MODE, True)),
+        (ops.experts, (w, MODE, False)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

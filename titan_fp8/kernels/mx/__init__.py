@@ -7,7 +7,7 @@ reference.
 
     to_mx, from_mx             the format, along any dimension of any tensor
     cast_rows, _columns, _both operands of products: along K, along T and transposed, or both from one read
-    cast_experts               both, of weights [E, N, K]
+    cast_experts               both, of weights [E, N, K]; cast_expert_rows, _columns: one of them
     cast_group_...             rows sorted into groups, one an expert
     quantize_dequantize...     what such operands stand for, in bf16, for tensor cores without block scales
 
@@ -43,6 +43,8 @@ __all__ = [
     "MODES",
     "cast_both",
     "cast_columns",
+    "cast_expert_columns",
+    "cast_expert_rows",
     "cast_experts",
     "cast_group_both",
     "cast_group_columns",
@@ -182,18 +184,40 @@ def cast_both(x: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, 
 def cast_experts(weight: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both casts of each expert's weight `[N, K]`, from one read of `[E, N, K]`: `(codes [E, N, K], scale [E, N, K/32],
     codes_t [E, K, N], scale_t [E, K, N/32])`."""
+    codes, scale, codes_t, scale_t = _cast_experts(weight, mode, swizzled, rows=True, columns=True)
+    return codes, scale, codes_t, scale_t
+
+
+def cast_expert_rows(weight: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, Tensor]:
+    """The first two of `cast_experts`."""
+    codes, scale = _cast_experts(weight, mode, swizzled, rows=True, columns=False)
+    return codes, scale
+
+
+def cast_expert_columns(weight: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, Tensor]:
+    """The last two of `cast_experts`."""
+    codes_t, scale_t = _cast_experts(weight, mode, swizzled, rows=False, columns=True)
+    return codes_t, scale_t
+
+
+def _cast_experts(weight: Tensor, mode: str, swizzled: bool, *, rows: bool, columns: bool) -> tuple[Tensor, ...]:
     if weight.dim() != 3 or any(size % BLOCK for size in weight.shape[1:]):
         raise ValueError(f"expected weights [E, N, K], N and K multiples of {BLOCK}, got shape {list(weight.shape)}")
     _check_mode(mode)
     _check_values(weight, -1, "features")
     if not float8.uses_kernel(weight):
         codes, scale, codes_t, scale_t = reference.cast_experts(weight, mode)
-        return (codes, swizzle(scale), codes_t, swizzle(scale_t)) if swizzled else (codes, scale, codes_t, scale_t)
-    kernel, (experts, rows, features) = _kernel(), weight.shape
-    flat, of = weight.reshape(-1, features), kernel.Rows(kernel.EXPERTS, rows)
-    codes, scale, codes_t, scale_t = kernel.cast(flat, of, None, mode, rows=True, columns=True, swizzled=swizzled)
-    scale = scale if swizzled else scale.view(experts, rows, features // BLOCK)
-    return codes.view(weight.shape), scale, codes_t, scale_t
+        if swizzled:
+            scale, scale_t = swizzle(scale), swizzle(scale_t)
+        return *((codes, scale) if rows else ()), *((codes_t, scale_t) if columns else ())
+    kernel, (experts, out_features, features) = _kernel(), weight.shape
+    flat, of = weight.reshape(-1, features), kernel.Rows(kernel.EXPERTS, out_features)
+    found = kernel.cast(flat, of, None, mode, rows=rows, columns=columns, swizzled=swizzled)
+    if not rows:
+        return found
+    codes, scale, *by_columns = found
+    scale = scale if swizzled else scale.view(experts, out_features, features // BLOCK)
+    return codes.view(weight.shape), scale, *by_columns
 
 
 def cast_group_rows(x: Tensor, ends: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, Tensor]:
