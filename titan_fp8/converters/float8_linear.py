@@ -22,7 +22,7 @@ from titan_fp8.converters.config import Float8LinearSection
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.fusion import fuse_producers
-from titan_fp8.converters.linears import obstacle_of, replace_linears, report_rows
+from titan_fp8.converters.linears import nothing_to_convert, obstacle_of, replace_linears, report_rows
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport
 from titan_fp8.converters.request import Float8Request
@@ -175,16 +175,9 @@ def _check_model(
 ) -> list[str]:
     """Why the chosen linears cannot be converted, one message each."""
     setting = f"{request.prefix}filter_fqns"
-    problems: list[str] = []
-    if isinstance(model, nn.Linear):
-        problems.append(
-            f"the model itself is one {type(model).__name__}, which cannot be replaced in place; "
-            "convert a module that contains it, for example nn.Sequential(model)"
-        )
-    elif not choices:
-        problems.append("the model has no nn.Linear, so there is nothing to convert")
-    elif all(choice.reason for choice in choices.values()) and AUTO_FILTER not in request.filter_fqns:
-        problems.append(f"{setting} leaves every linear of the model alone, so nothing would run in float8")
+    problems = nothing_to_convert(model, choices, setting, "float8")
+    if choices and AUTO_FILTER in request.filter_fqns and not isinstance(model, nn.Linear):
+        problems = []  # the rule of size may leave all alone
     for fqn, choice in choices.items():
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)

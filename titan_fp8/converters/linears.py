@@ -41,6 +41,20 @@ def obstacle_of(linear: nn.Linear, recipe: Sizes, n: int, k: int) -> str | None:
     return check_dims(k, n, recipe)
 
 
+def nothing_to_convert(model: nn.Module, choices: Mapping[str, Choice], setting: str, into: str) -> list[str]:
+    """Why no linear of a model would be converted, if so, in a message: `setting` keeps them from `into`."""
+    if isinstance(model, nn.Linear):
+        return [
+            f"the model itself is one {type(model).__name__}, which cannot be replaced in place; "
+            "convert a module that contains it, for example nn.Sequential(model)"
+        ]
+    if not choices:
+        return ["the model has no nn.Linear, so there is nothing to convert"]
+    if all(choice.reason for choice in choices.values()):
+        return [f"{setting} leaves every linear of the model alone, so nothing would run in {into}"]
+    return []
+
+
 def replace_linears(
     model: nn.Module, configs: Mapping[str, _Config], make: Callable[[nn.Linear, _Config], nn.Linear]
 ) -> None:

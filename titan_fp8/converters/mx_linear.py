@@ -13,7 +13,7 @@ from torch import nn
 
 from titan_fp8.converters.config import MXLinearSection
 from titan_fp8.converters.filters import AUTO_FILTER
-from titan_fp8.converters.linears import obstacle_of, replace_linears, report_rows
+from titan_fp8.converters.linears import nothing_to_convert, obstacle_of, replace_linears, report_rows
 from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import is_list_of_names
@@ -150,16 +150,7 @@ def _check_model(
 ) -> list[str]:
     """Why the chosen linears cannot be converted, one message each."""
     setting = f"{request.prefix}filter_fqns"
-    problems: list[str] = []
-    if isinstance(model, nn.Linear):
-        problems.append(
-            f"the model itself is one {type(model).__name__}, which cannot be replaced in place; "
-            "convert a module that contains it, for example nn.Sequential(model)"
-        )
-    elif not choices:
-        problems.append("the model has no nn.Linear, so there is nothing to convert")
-    elif all(choice.reason for choice in choices.values()):
-        problems.append(f"{setting} leaves every linear of the model alone, so nothing would run in MXFP8")
+    problems = nothing_to_convert(model, choices, setting, "MXFP8")
     for fqn, choice in choices.items():
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)

@@ -119,7 +119,7 @@ class ExchangeDispatcher:
         group: its ranks have the experts in order.
         alignment: rows that each group is a multiple of.
         payload: as what goes to experts travels, rows forward and their gradients backward: `ACTIVATIONS`, as it is,
-            or one of `CODES`.
+            or a format of `_CODES`.
     """
 
     def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int, *, payload: str = ACTIVATIONS):
