@@ -254,13 +254,22 @@ def test_float8_changes_what_is_computed() -> None:
         assert 1e-2 < error < 0.3, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("axes", "batch", "batch_alone"), [("fsdp2", 2, 2), ("fsdp2 ep2", 2, 4), ("fsdp4 ep2", 1, 2)])
+@pytest.mark.parametrize(
+    ("axes", "batch", "batch_alone", "quantized"),
+    [
+        ("fsdp2", 2, 2, EXPERTS_IN_FLOAT8),
+        ("fsdp2 ep2", 2, 4, EXPERTS_IN_FLOAT8),
+        ("fsdp4 ep2", 1, 2, EXPERTS_IN_FLOAT8),
+        ("fsdp2", 2, 2, ALL_IN_MX),
+    ],
+    ids=["shards", "ep2", "two_shards_of_experts", "shards_mxfp8"],
+)
 def test_experts_are_quantized_from_their_master_weights_on_every_mesh(
-    axes: str, batch: int, batch_alone: int, tmp_path: Path
+    axes: str, batch: int, batch_alone: int, quantized: Options, tmp_path: Path
 ) -> None:
     """In bf16, where FSDP would gather what is rounded already. One step: its codes are the same, bit for bit, and so
     is the loss of each rank; gradients differ by where sums are rounded to bf16."""
-    options = EXPERTS_IN_FLOAT8 | BF16
+    options = quantized | BF16
     result = on(axes, {**options, BATCH: str(batch)}, tmp_path / "ranks", steps=1)
     expected = on("fsdp1", {**options, BATCH: str(batch_alone)}, tmp_path / "alone", steps=1)
     assert_same(result, expected, loss_tolerance=2e-7, grad_tolerance=4e-3)

@@ -18,6 +18,7 @@ from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
+from titan_fp8.quantization.mx_ops import emulated_mm
 from titan_fp8.quantization.ops import GEMM_OPS
 from titan_fp8.quantization.ops import amax as amax_op
 from titan_fp8.runtime.errors import UserError
@@ -25,7 +26,8 @@ from titan_fp8.runtime.errors import UserError
 Build = Callable[..., Decoder]
 EAGER, COMPILED = CompileSection(), CompileSection(enable=True)
 LAYERS, LINEARS = 3, 7  # linears of a block; the output head is one more, outside of all blocks
-GEMMS = {torch.ops.aten.mm.default, *GEMM_OPS}
+GEMMS = {torch.ops.aten.mm.default, *GEMM_OPS, emulated_mm}
+RECIPES = pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "mxfp8_emulated"])
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
@@ -76,7 +78,7 @@ RECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+@RECIPES
 @pytest.mark.parametrize("mode", RECOMPUTED)
 def test_gemms_and_attention_are_recomputed_as_the_mode_says(
     mode: str, recipe: str | None, tiny_decoder: Build
@@ -89,7 +91,7 @@ def test_gemms_and_attention_are_recomputed_as_the_mode_says(
     assert backward.of(ATTENTION) == attentions
 
 
-@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+@RECIPES
 def test_loss_and_gradients_are_the_same_bits_in_every_mode(recipe: str | None, tiny_decoder: Build) -> None:
     loss, grads, _, _ = _run(tiny_decoder(LAYERS, recipe), _section(mode="none"))
     for mode, (section, _, _) in RECOMPUTED.items():
