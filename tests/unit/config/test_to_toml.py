@@ -102,7 +102,8 @@ def test_a_value_typed_as_an_option_is_the_value_that_toml_has(key, data):
     options = [Option(f"--{key.path}", str(word)) for word in (typed if isinstance(value, list) else [typed])]
     sources = Sources()
     enter_options(options, KEYS, all_sections(JobConfig), sources)
-    given = sources.cli[key.path].value
+    entered = sources.cli.get(key.path)  # a list that is refused is not entered
+    given = None if entered is None else entered.value
     if isinstance(value, list) and "list[list" in str(key.annotation):
         assert sources.violations or all(isinstance(each, list) for each in given)
     elif isinstance(value, list):
