@@ -52,6 +52,7 @@ class Buffer:
         Buffer.made += 1
         names = [f"{FOLDER[0]}/{Buffer.made}.{rank}" for rank in range(group.size())]
         self.parts = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
+        dist.barrier(group)  # who maps a file that is not as long yet writes a zero into it
 
     def _after(self, step: str, *before: str) -> None:
         assert self.step in before, f"{step} after {self.step}"
@@ -106,5 +107,4 @@ def test_a_training_is_the_one_with_collectives(name: str, tmp_path: Path) -> No
     assert actual is not None
     assert expected is not None
     assert buffers == BUFFERS.get(name, 6)
-    # A product on a CPU now and then differs in its last bit from the same product before; what was not written is NaN.
-    assert_same(actual, expected, 1e-6 if CASES[name].compute_dtype == torch.float32 else 1e-3)
+    assert_same(actual, expected, 0.0)  # two addends have one sum
