@@ -21,7 +21,7 @@ from typing import Any
 from bench_common import append_records, markdown_table
 from bench_peers import check_devices, execute, inspect_peer, parser_of, settle
 from bench_runs import lanes_of, side_by_side, visible_gpus
-from peer.jobs import JOBS, LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
+from peer.jobs import LOG_FREQ, OURS, ROWS, SEQ_LEN, THEIRS, Job, Run
 from peer.text import write_peer_text
 
 LAYERS = 8
@@ -87,9 +87,10 @@ def largest(try_size: Callable[[int], Result], capacity_gib: float) -> tuple[int
 
 def job_of(kind: str, size: int) -> Job:
     """The training of a size."""
+    name = f"fit-{kind}-{size}"
     if kind == "batch":
-        return Job(gpus=1, layers=LAYERS, local_batch=size, global_batch=size)
-    return Job(gpus=1, layers=LAYERS, local_batch=1, global_batch=1, seq_len=size * SEQ_LEN)
+        return Job(name, gpus=1, layers=LAYERS, local_batch=size, global_batch=size)
+    return Job(name, gpus=1, layers=LAYERS, local_batch=1, global_batch=1, seq_len=size * SEQ_LEN)
 
 
 def search(
@@ -99,14 +100,13 @@ def search(
     environment = {**os.environ, **lane}
 
     def try_size(size: int) -> Result:
-        name = f"fit-{kind}-{size}"
-        JOBS[name] = job = job_of(kind, size)
+        job = job_of(kind, size)
         if side == THEIRS:
             tokens = args.steps * job.global_batch * (job.seq_len + 1)
-            write_peer_text(args.data, args.tokenizer, args.out / name, ranks=1, tokens=tokens)
-        record = execute(Run(name, ROWS[args.row], side, 1), args, found, environment)
+            write_peer_text(args.data, args.tokenizer, args.out / job.name, ranks=1, tokens=tokens)
+        record = execute(Run(job, ROWS[args.row], side, 1), args, found, environment)
         append_records(args.out, [record])
-        print(f"{name}, {side}: {record.get('error') or record['memory_gib']}", flush=True)
+        print(f"{job.name}, {side}: {record.get('error') or record['memory_gib']}", flush=True)
         return record
 
     size, tried = largest(try_size, found["capacity_gib"])

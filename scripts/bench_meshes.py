@@ -52,6 +52,7 @@ CHECKPOINTING = {
     "full": {"mode": "full"},
     "op": {"mode": "selective", "selective_ac_option": "op"},
     "none": {"mode": "none"},
+    "every-2": {"mode": "selective", "selective_ac_option": "2"},
 }
 _LOGGED_PEAK = re.compile(r"rank (\d+) I step \d+/.* mem ([\d.]+) GiB")
 

@@ -204,7 +204,7 @@ def execute(
 ) -> dict[str, Any]:
     """Run it, in the environment `base` and what its side adds: its figures, or its exit code and what its log ends
     with."""
-    job = JOBS[run.job]
+    job = run.job
     log = args.out / f"{run.name}.log"
     if run.side == OURS:
         environment = {**base, "CONFIG_FILE": str(CONFIG), "NGPU": str(job.gpus), "LOG_RANK": "0"}
@@ -213,7 +213,7 @@ def execute(
     settings = settings_of(run, args, found)
     with FirstMatch(log, FIRST_STEP) as first:
         code, wall_s = run_command(settings["command"], log, environment, args.row_timeout)
-    record = {"job": run.job, "row": run.row.name, "side": run.side, "repeat": run.repeat, **settings}
+    record = {"job": run.job.name, "row": run.row.name, "side": run.side, "repeat": run.repeat, **settings}
     record |= {"exit_code": code, "wall_s": round(wall_s, 1), "first_step_s": first.seconds}
     if code == TIMED_OUT:
         return record | {"error": f"ended after {args.row_timeout:g} s; last: {last_error(log)}"}
@@ -228,7 +228,8 @@ def execute(
         problem = f"the log has no step {args.steps}; last: {last_error(log)}"
     if problem:
         return record | {"error": problem}
-    return record | figures(lines, args.warm_up) | {"losses": [[line["step"], line["loss"]] for line in lines]}
+    counted = [line for line in lines if line["step"] <= args.steps - LOG_FREQ * run.traced]
+    return record | figures(counted, args.warm_up) | {"losses": [[line["step"], line["loss"]] for line in lines]}
 
 
 def other_model(parameters: int | None, job: Job, args: argparse.Namespace) -> str | None:
@@ -249,7 +250,7 @@ def earlier_results(args: argparse.Namespace) -> dict[tuple[str, str, str, int |
     return {(r["job"], r["row"], r["side"], r["repeat"]): r for r in records if "error" not in r}
 
 
-def run_job(job: str, args: argparse.Namespace, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def run_job(job: Job, args: argparse.Namespace, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All runs of a job, each recorded as it ends; those left out since their side failed are not in the list."""
     earlier = earlier_results(args)
     failed: set[tuple[str, str]] = set()
@@ -257,7 +258,7 @@ def run_job(job: str, args: argparse.Namespace, found: Mapping[str, Any]) -> lis
     def record_of(run: Run, lane: Mapping[str, str]) -> dict[str, Any] | None:
         if (run.row.name, run.side) in failed:
             return None
-        record = earlier.get((run.job, run.row.name, run.side, run.repeat))
+        record = earlier.get((run.job.name, run.row.name, run.side, run.repeat))
         if record is None or not settings_of(run, args, found).items() <= record.items():
             record = execute(run, args, found, {**os.environ, **lane})
             append_records(args.out, [record])
@@ -268,13 +269,13 @@ def run_job(job: str, args: argparse.Namespace, found: Mapping[str, Any]) -> lis
         return record
 
     runs = [*turns(job, args.rows, args.repeats), *profiled_runs(job, args)]
-    lanes = lanes_of(args.lanes, JOBS[job].gpus, visible_gpus())
+    lanes = lanes_of(args.lanes, job.gpus, visible_gpus())
     return [record for record in side_by_side(record_of, runs, lanes) if record is not None]
 
 
-def profiled_runs(job: str, args: argparse.Namespace) -> list[Run]:
+def profiled_runs(job: Job, args: argparse.Namespace) -> list[Run]:
     """The runs whose last step is traced; their speed does not count."""
-    rows = [row for row in args.rows if row.is_for(JOBS[job])]
+    rows = [row for row in args.rows if row.is_for(job)]
     return [Run(job, row, side, PROFILE) for row in rows for side in row.sides] if args.profile else []
 
 
@@ -312,7 +313,7 @@ def main() -> int:
         job = JOBS[name]
         tokens = args.steps * job.global_batch * (job.seq_len + 1)
         write_peer_text(args.data, args.tokenizer, args.out / name, ranks=job.gpus, tokens=tokens)
-        records = run_job(name, args, found)
+        records = run_job(job, args, found)
         failed |= any("error" in record for record in records)
         versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
         print(f"\n{name}: {job.gpus} x {found['devices'][0]}, {versions}, ours at revision {revision()}")

@@ -13,6 +13,7 @@
 #   pip download --no-deps -d WHEELS torchtitan==0.2.2 torchao==0.17.0 torchdata==0.11.0 tyro docstring-parser typeguard einops
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
+script=$repo/scripts/${BENCH_SCRIPT:-bench_peers}.py  # bench_8gpu.sh names its own
 refuse() { echo "bench_peers.sh: $*" >&2; exit 2; }
 
 from=() options=() site='' out='' install_only=false help=false
@@ -43,11 +44,11 @@ export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
 if $help; then
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-  exec "$PYTHON" "$repo/scripts/bench_peers.py" --help
+  exec "$PYTHON" "$script" --help
 fi
 if ! $install_only && ! "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)'; then
   refuse "no CUDA device here; this benchmark needs GPUs with FP8 tensor cores (--install-only needs none)"
 fi
 "$PYTHON" "$repo/scripts/peer/install.py" --site "$site" "${from[@]}"
 if $install_only; then exit; fi
-exec "$PYTHON" "$repo/scripts/bench_peers.py" --site "$site" "${options[@]}"
+exec "$PYTHON" "$script" --site "$site" "${options[@]}"

@@ -1,5 +1,6 @@
 """What the scripts share that start one `./run_train.sh` a row: running it, its figures, why it failed."""
 
+import itertools
 import json
 import os
 import queue
@@ -106,10 +107,16 @@ def lanes_of(count: int, gpus: int, visible: Sequence[str]) -> list[dict[str, st
         return [{}] * count
     if count * gpus > len(visible):
         raise SystemExit(f"--lanes {count}: {gpus} GPUs each, but {len(visible)} are here; give fewer lanes")
-    parts = [visible[lane * gpus : (lane + 1) * gpus] for lane in range(count)]
+    return shares([gpus] * count, visible)
+
+
+def shares(counts: Sequence[int], visible: Sequence[str]) -> list[dict[str, str]]:
+    """For runs side by side that take so many GPUs each, no more than there are, what the environment of each says."""
     # What a process would take of the CPU's cores if it were alone with its own.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // (count * gpus)))
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(part), "OMP_NUM_THREADS": threads} for part in parts]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // sum(counts)))
+    rest = iter(visible)
+    parts = [",".join(itertools.islice(rest, count)) for count in counts]
+    return [{"CUDA_VISIBLE_DEVICES": part, "OMP_NUM_THREADS": threads} for part in parts]
 
 
 def side_by_side(

@@ -82,6 +82,11 @@ class Summary:
     span: float
     longest: list[tuple[str, float, float]]
 
+    @property
+    def communication(self) -> float:
+        """Sum of all that travels."""
+        return sum(self.by_category[name] for name in TRAVELS)
+
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The complete events of a trace file, gzipped or not."""
@@ -175,10 +180,9 @@ def _contains(union: Sequence[Interval], time: float | None) -> bool:
 def table(names: Sequence[str], summaries: Sequence[Summary]) -> str:
     """A Markdown table, a column a trace."""
     cells = [(name, *(f"{s.by_category[name]:.1f}" for s in summaries)) for name in ROWS]
-    travelling = [sum(s.by_category[name] for name in TRAVELS) for s in summaries]
     cells += [
         ("exposed communication", *(f"{s.exposed:.1f}" for s in summaries)),
-        ("hidden communication", *(f"{t - s.exposed:.1f}" for s, t in zip(summaries, travelling, strict=True))),
+        ("hidden communication", *(f"{s.communication - s.exposed:.1f}" for s in summaries)),
         ("launch gaps", *(f"{s.gaps:.1f}" for s in summaries)),
         ("**step**", *(f"**{s.span:.1f}**" for s in summaries)),
     ]

@@ -47,13 +47,17 @@ class Job:
     """A model on a number of GPUs. Batches are in sequences of `seq_len` tokens.
 
     Attributes:
+        name: of its folder and in records.
         model: FAMILY/FLAVOR.
         vocab_size: rows of embedding and head; None: as the command line says.
         ac: activation checkpointing of both sides; None: as the command line says.
+        same_ac: ours recomputes what the peer does in float8 too, where otherwise it recomputes nothing.
+        tensor: ranks of tensor parallelism.
         experts: ranks that experts are dealt out to; 0: the model has none.
         peer_family: the peer's name of the family; None: as ours.
     """
 
+    name: str
     gpus: int
     layers: int
     local_batch: int
@@ -62,6 +66,8 @@ class Job:
     model: str = "llama3/8B"
     vocab_size: int | None = None
     ac: str | None = None
+    same_ac: bool = False
+    tensor: int = 1
     experts: int = 0
     peer_family: str | None = None
 
@@ -71,22 +77,26 @@ class Job:
         return (self.peer_family or family) if side == THEIRS else family, flavor
 
 
-_SCOUT: dict[str, Any] = {"model": "llama4/17bx16e", "vocab_size": 202048, "ac": "full", "experts": 2}
+SCOUT: dict[str, Any] = {"model": "llama4/17bx16e", "vocab_size": 202048, "ac": "full", "experts": 2}
 _QWEN3: dict[str, Any] = {"model": "qwen3_moe/30B-A3B", "vocab_size": 151936, "ac": "full", "experts": 1}
 JOBS = {
-    "one-gpu": Job(gpus=1, layers=8, local_batch=2, global_batch=2),
-    "two-gpus": Job(gpus=2, layers=32, local_batch=1, global_batch=2),
-    "two-gpus-accumulating": Job(gpus=2, layers=32, local_batch=1, global_batch=16),
-    "experts": Job(gpus=2, layers=4, local_batch=4, global_batch=8, **_SCOUT),
-    "experts-batch-1": Job(gpus=2, layers=4, local_batch=1, global_batch=2, **_SCOUT),
-    "small-experts": Job(gpus=1, layers=10, local_batch=2, global_batch=2, peer_family="qwen3", **_QWEN3),
+    job.name: job
+    for job in (
+        Job("one-gpu", gpus=1, layers=8, local_batch=2, global_batch=2),
+        Job("two-gpus", gpus=2, layers=32, local_batch=1, global_batch=2),
+        Job("two-gpus-accumulating", gpus=2, layers=32, local_batch=1, global_batch=16),
+        Job("experts", gpus=2, layers=4, local_batch=4, global_batch=8, **SCOUT),
+        Job("experts-batch-1", gpus=2, layers=4, local_batch=1, global_batch=2, **SCOUT),
+        Job("small-experts", gpus=1, layers=10, local_batch=2, global_batch=2, peer_family="qwen3", **_QWEN3),
+    )
 }
 
 
 @dataclass(frozen=True)
 class Row:
     """A configuration: a recipe of linears (None: bf16), compiled or not, of one side or both, with further options of
-    ours; `grouped`: experts in float8, which only jobs with experts have."""
+    ours; `grouped`: experts in float8, which only jobs with experts have; `gathers`: weights travel as codes, on the
+    sides and in the recipes that have this."""
 
     name: str
     recipe: str | None = None
@@ -94,6 +104,7 @@ class Row:
     sides: tuple[str, ...] = (OURS,)
     extra: tuple[str, ...] = ()
     grouped: bool = False
+    gathers: bool = True
 
     def is_for(self, job: Job) -> bool:
         """Whether a job has this row: with experts bf16, those with float8 experts, and further ones."""
@@ -118,16 +129,17 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training; `traced`: its last step is, and the last `LOG_FREQ` steps do not count."""
 
-    job: str
+    job: Job
     row: Row
     side: str
     repeat: int | str
+    traced: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.job}/{self.row.name}/{self.side}-{self.repeat}"
+        return f"{self.job.name}/{self.row.name}/{self.side}-{self.repeat}"
 
 
 def extra_row(text: str) -> Row:
@@ -144,17 +156,22 @@ def extra_row(text: str) -> Row:
     return Row(name, base.recipe, base.compiled, extra=tuple(words[1:]), grouped=base.grouped)
 
 
-def turns(job: str, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
+def turns(job: Job, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
     """The runs of a job in their order: row after row, the sides in turns; who is first changes with the repeat."""
-    for row in (row for row in rows if row.is_for(JOBS[job])):
+    for row in (row for row in rows if row.is_for(job)):
         for repeat in range(1, repeats + 1):
             for side in row.sides if repeat % 2 else row.sides[::-1]:
                 yield Run(job, row, side, repeat)
 
 
+def gathers_codes(run: Run) -> bool:
+    """Whether weights of ours travel between GPUs as codes; the peer's in the tensorwise recipe alone."""
+    return run.row.recipe is not None and run.row.gathers and run.job.gpus > run.job.tensor
+
+
 def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Options that both sides know by the same name and in the same meaning."""
-    job = JOBS[run.job]
+    job = run.job
     options: dict[str, Any] = {
         **SAME,
         "job.dump_folder": args.out / run.name,
@@ -170,6 +187,8 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[job.ac or args.ac].items()}
     if job.experts:
         options["parallelism.expert_parallel_degree"] = job.experts
+    if job.tensor > 1:
+        options["parallelism.tensor_parallel_degree"] = job.tensor
     converters = [FLOAT8] * bool(run.row.recipe) + [GROUPED] * run.row.grouped
     if converters:
         options["model.converters"] = ",".join(converters)
@@ -178,16 +197,16 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     if run.row.recipe:
         # Ours leaves the router alone by itself.
         options[f"{FLOAT8}.filter_fqns"] = "output,router.gate" if job.experts else "output"
-        if run.row.recipe == "tensorwise" and job.gpus > 1:
+        if run.row.recipe == "tensorwise" and gathers_codes(run):
             options |= dict.fromkeys(_GATHERS_CODES, True)
-    if run.repeat == PROFILE:
+    if run.traced or run.repeat == PROFILE:
         options |= {"profiling.enable_profiling": True, "profiling.profile_freq": args.steps}
     return options
 
 
 def our_options(run: Run, args: argparse.Namespace) -> list[str]:
     """The trainer's options of a run of ours."""
-    job = JOBS[run.job]
+    job = run.job
     options = shared_options(run, args) | {
         "model.flavor": job.model_of(OURS)[1],
         "model.hf_assets_path": args.tokenizer,
@@ -219,15 +238,15 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
 def _own_options(run: Run) -> dict[str, Any]:
     """What ours has and the peer has not: the loss some tokens at a time and, since float8 layers keep less, no
     recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone."""
-    options: dict[str, Any] = {"training.loss_chunk_tokens": 4096}
-    job = JOBS[run.job]
-    if job.experts:
-        return options | (dict.fromkeys(_GATHERS_CODES, True) if run.row.recipe and job.gpus > 1 else {})
-    if run.row.recipe:
-        options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
-        if job.gpus > 1:
-            options |= dict.fromkeys(_GATHERS_CODES, True)  # with any recipe
-        else:
+    job = run.job
+    # Tensor parallelism divides the logits already.
+    options: dict[str, Any] = {"training.loss_chunk_tokens": 4096} if job.tensor == 1 else {}
+    if gathers_codes(run):
+        options |= dict.fromkeys(_GATHERS_CODES, True)  # with any recipe
+    if run.row.recipe and not job.experts:
+        if not job.same_ac:
+            options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
+        if job.gpus == 1:
             options |= {f"{FLOAT8}.grad_weight_dtype": "float32", f"{FLOAT8}.force_recompute_fp8_weight_in_bwd": True}
     return options
 
@@ -236,9 +255,9 @@ def peer_options(run: Run, args: argparse.Namespace) -> list[str]:
     """The trainer's options of a run of the peer, whose switches are flags, and off without them."""
     options = shared_options(run, args) | {
         "model.flavor": FLAVOR,
-        "model.hf_assets_path": args.out / run.job / "tokenizer",
+        "model.hf_assets_path": args.out / run.job.name / "tokenizer",
         "training.dataset": "c4_test",
-        "training.dataset_path": args.out / run.job / "text",
+        "training.dataset_path": args.out / run.job.name / "text",
     }
     # Without a recipe it is tensorwise, and only then may codes be gathered.
     if run.row.recipe not in (None, "tensorwise"):
@@ -252,7 +271,7 @@ def command_of(run: Run, args: argparse.Namespace) -> list[str]:
     """What starts a run."""
     if run.side == OURS:
         return ["./run_train.sh", *our_options(run, args)]
-    job = JOBS[run.job]
+    job = run.job
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(job.gpus)]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local-ranks-filter", "0"]
     launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]

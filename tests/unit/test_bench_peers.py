@@ -71,8 +71,8 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
     jobs, args = load("peer.jobs"), parse("--ac", "full", "--lr", "1e-4")
     own = {"job.dump_folder", "model.flavor", "model.hf_assets_path", "training.dataset", "training.dataset_path"}
     rows = [row for row in jobs.ROWS.values() if row.name != "float8-head"]  # which has other layers in float8
-    for job, row in itertools.product(jobs.JOBS, rows):
-        if not row.is_for(jobs.JOBS[job]):
+    for job, row in itertools.product(jobs.JOBS.values(), rows):
+        if not row.is_for(job):
             continue
         ours, theirs = (
             given(options(jobs.Run(job, row, side, 1), args))
@@ -93,17 +93,17 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
             only_ours.add(f"{FLOAT8}.recipe_name" if row.recipe else "model.converters")
         assert ours.keys() - theirs.keys() - off - OWN_CHOICES == only_ours, (job, row)
         assert ours["training.loss_chunk_tokens"] == "4096"
-        is_dense = not jobs.JOBS[job].experts
+        is_dense = not job.experts
         assert ours["activation_checkpoint.mode"] == ("none" if row.recipe and is_dense else "full")
-        assert ours.get("parallelism.expert_parallel_degree") == (None if is_dense else str(jobs.JOBS[job].gpus))
+        assert ours.get("parallelism.expert_parallel_degree") == (None if is_dense else str(job.gpus))
 
 
 def test_our_options_are_a_job_of_the_dimensions_batch_and_recipe_of_the_row(load, parse):
     jobs, args = load("peer.jobs"), parse("--steps", "30", "--vocab-size", "4096")
-    for (name, job), row in itertools.product(jobs.JOBS.items(), jobs.ROWS.values()):
+    for job, row in itertools.product(jobs.JOBS.values(), jobs.ROWS.values()):
         if not row.is_for(job):
             continue
-        options = jobs.our_options(jobs.Run(name, row, "ours", 1), args)
+        options = jobs.our_options(jobs.Run(job, row, "ours", 1), args)
         config = ["--job.config_file", str(load("bench_peers").CONFIG)]
         found, _ = load_job_config([*config, *options], {"WORLD_SIZE": str(job.gpus)})
         assert (f"{found.model.name}/{found.model.flavor}", found.model.overrides.n_layers) == (job.model, job.layers)
@@ -126,16 +126,14 @@ def test_our_options_are_a_job_of_the_dimensions_batch_and_recipe_of_the_row(loa
 
 def test_the_peer_gathers_codes_only_without_a_named_recipe(load, parse):
     jobs, args = load("peer.jobs"), parse("--peer-options", "--training.dataloader.num_workers=1 --a b")
-    for job, row in itertools.product(jobs.JOBS, jobs.ROWS.values()):
+    for job, row in itertools.product(jobs.JOBS.values(), jobs.ROWS.values()):
         command = jobs.command_of(jobs.Run(job, row, "peer", 1), args)
         options = given(command[command.index("--") + 1 :])
         assert options.get(f"{FLOAT8}.recipe_name") == ("rowwise" if row.recipe == "rowwise" else None)
-        assert (f"{FLOAT8}.enable_fsdp_float8_all_gather" in options) == (
-            row.recipe == "tensorwise" and jobs.JOBS[job].gpus == 2
-        )
+        assert (f"{FLOAT8}.enable_fsdp_float8_all_gather" in options) == (row.recipe == "tensorwise" and job.gpus == 2)
         assert command[-3:] == ["--training.dataloader.num_workers=1", "--a", "b"]
-        assert command[command.index("--nproc_per_node") + 1] == str(jobs.JOBS[job].gpus)
-        assert command[command.index("--layers") + 1] == str(jobs.JOBS[job].layers)
+        assert command[command.index("--nproc_per_node") + 1] == str(job.gpus)
+        assert command[command.index("--layers") + 1] == str(job.layers)
 
 
 def test_a_further_row_of_ours_starts_from_the_jobs_options_or_from_those_of_a_row(load, parse):
@@ -148,9 +146,9 @@ def test_a_further_row_of_ours_starts_from_the_jobs_options_or_from_those_of_a_r
     ]
     config = ["--job.config_file", str(load("bench_peers").CONFIG)]
     first, second = (
-        load_job_config([*config, *jobs.our_options(jobs.Run("two-gpus", row, "ours", 1), args)], {"WORLD_SIZE": "2"})[
-            0
-        ]
+        load_job_config(
+            [*config, *jobs.our_options(jobs.Run(jobs.JOBS["two-gpus"], row, "ours", 1), args)], {"WORLD_SIZE": "2"}
+        )[0]
         for row in args.rows
     )
     assert first.activation_checkpoint.mode == "none"
@@ -179,7 +177,7 @@ def test_a_mistake_in_the_options_is_named(parse, options, message):
 def test_the_sides_take_turns_within_a_row(load, parse):
     jobs = load("peer.jobs")
     args = parse("--rows", "bf16-compiled,tensorwise-eager")
-    names = [run.name for run in jobs.turns("one-gpu", args.rows, 2)]
+    names = [run.name for run in jobs.turns(jobs.JOBS["one-gpu"], args.rows, 2)]
     assert names == [
         *(f"one-gpu/bf16-compiled/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")),
         *(f"one-gpu/tensorwise-eager/ours-{repeat}" for repeat in (1, 2)),
@@ -224,7 +222,7 @@ def run_of_peer(load, parse, monkeypatch, program: str) -> dict:
     script, jobs = load("bench_peers"), load("peer.jobs")
     monkeypatch.setattr(script, "command_of", lambda run, args: [sys.executable, "-c", program])
     args = parse()
-    return script.execute(jobs.Run("one-gpu", jobs.ROWS["bf16-compiled"], "peer", 1), args, FOUND)
+    return script.execute(jobs.Run(jobs.JOBS["one-gpu"], jobs.ROWS["bf16-compiled"], "peer", 1), args, FOUND)
 
 
 def test_a_run_of_the_peer_is_judged_by_its_logged_steps_after_the_warm_up(load, parse, monkeypatch):
@@ -315,7 +313,7 @@ def executed(load, monkeypatch) -> list[str]:
 
     def execute(run, args, found, base):
         names.append(run.name)
-        record = {"job": run.job, "row": run.row.name, "side": run.side, "repeat": run.repeat, "wall_s": 1.0}
+        record = {"job": run.job.name, "row": run.row.name, "side": run.side, "repeat": run.repeat, "wall_s": 1.0}
         record |= script.settings_of(run, args, found)
         return record | ({"error": "no"} if run.name in FAILING else {"tps": 1.0})
 
@@ -327,23 +325,23 @@ def executed(load, monkeypatch) -> list[str]:
 def test_runs_that_ended_well_with_the_same_options_on_the_same_device_are_not_run_again(load, parse, executed):
     script = load("bench_peers")
     options = ("--rows", "bf16-compiled", "--repeats", "2", "--resume")
-    first = script.run_job("one-gpu", parse(*options), FOUND)
+    first = script.run_job(script.JOBS["one-gpu"], parse(*options), FOUND)
     assert executed == [f"one-gpu/bf16-compiled/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")]
     executed.clear()
-    assert script.run_job("one-gpu", parse(*options), FOUND) == first
+    assert script.run_job(script.JOBS["one-gpu"], parse(*options), FOUND) == first
     assert executed == []
-    assert len(script.run_job("one-gpu", parse(*options, "--repeats", "3"), FOUND)) == 6
+    assert len(script.run_job(script.JOBS["one-gpu"], parse(*options, "--repeats", "3"), FOUND)) == 6
     assert executed == ["one-gpu/bf16-compiled/ours-3", "one-gpu/bf16-compiled/peer-3"]
     for change in (("--lr", "1e-5"), ("--warm-up", "5")):
         executed.clear()
-        script.run_job("one-gpu", parse(*options, *change), FOUND)
+        script.run_job(script.JOBS["one-gpu"], parse(*options, *change), FOUND)
         assert len(executed) == 4, change
     executed.clear()
     elsewhere = {**FOUND, "devices": ["NVIDIA H200"]}
-    script.run_job("one-gpu", parse(*options), elsewhere)
+    script.run_job(script.JOBS["one-gpu"], parse(*options), elsewhere)
     assert len(executed) == 4
     executed.clear()
-    script.run_job("one-gpu", parse(*options[:-1]), elsewhere)
+    script.run_job(script.JOBS["one-gpu"], parse(*options[:-1]), elsewhere)
     assert len(executed) == 4, "without --resume"
 
 
@@ -351,14 +349,14 @@ def test_a_side_that_failed_is_left_out_for_the_rest_of_its_row_and_run_again_by
     script = load("bench_peers")
     options = ("--rows", "bf16-compiled,rowwise-compiled", "--repeats", "2", "--resume", "--profile")
     FAILING.add("one-gpu/bf16-compiled/peer-1")
-    script.run_job("one-gpu", parse(*options), FOUND)
+    script.run_job(script.JOBS["one-gpu"], parse(*options), FOUND)
     bf16, rowwise = "one-gpu/bf16-compiled", "one-gpu/rowwise-compiled"
     of_rowwise = [f"{rowwise}/{run}" for run in ("ours-1", "peer-1", "peer-2", "ours-2")]
     profiled = [f"{bf16}/ours-profile", f"{rowwise}/ours-profile", f"{rowwise}/peer-profile"]
     assert executed == [f"{bf16}/ours-1", f"{bf16}/peer-1", f"{bf16}/ours-2", *of_rowwise, *profiled]
     executed.clear()
     FAILING.clear()
-    script.run_job("one-gpu", parse(*options), FOUND)
+    script.run_job(script.JOBS["one-gpu"], parse(*options), FOUND)
     assert executed == [f"{bf16}/peer-1", f"{bf16}/peer-2", f"{bf16}/peer-profile"]
 
 
@@ -516,7 +514,9 @@ def test_lanes_run_the_same_runs_on_gpus_of_their_own(load, parse, executed, mon
         return one_by_one(run, args, found, base)
 
     monkeypatch.setattr(script, "execute", execute)
-    records = script.run_job("two-gpus", parse("--rows", "bf16-compiled,tensorwise-eager", "--lanes", "2"), FOUND)
+    records = script.run_job(
+        script.JOBS["two-gpus"], parse("--rows", "bf16-compiled,tensorwise-eager", "--lanes", "2"), FOUND
+    )
     order = [("bf16-compiled", side, n) for n, sides in ((1, "op"), (2, "po"), (3, "op")) for side in sides]
     expected = [(row, {"o": "ours", "p": "peer"}[side], n) for row, side, n in order]
     expected += [("tensorwise-eager", "ours", n) for n in (1, 2, 3)]

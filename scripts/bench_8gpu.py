@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Llama 3 8B in float8 on all GPUs of one host, beside torchtitan 0.2.2 + torchao 0.17.0: one command, several tables.
+
+    scripts/bench_8gpu.sh --data TOKENS --tokenizer DIR --out RUNS        installs the peer, then runs this script
+    ... --resume                                                          what was left out, and all tables
+    ... --parts headline,scaling --limit 1200                             a part of it, in more time
+
+| part | what trains | sides |
+|---|---|---|
+| headline | all 32 layers, FSDP2, 8192 tokens a GPU, selective recomputation of operators | both |
+| scaling | 16 of 32 layers on all GPUs, then on a half, a quarter and so on, these side by side | ours |
+| experts | 4 of 48 layers of Llama 4 Scout, experts dealt out to all GPUs, 4 x 8192 tokens a GPU | both |
+| large | Llama 3 70B with as many layers as fit, FSDP2 times tensor parallelism of 2, 8192 tokens for two GPUs | both |
+| short | all 32 layers, 4096 tokens a GPU, with no, every second block's and full recomputation | ours |
+
+There may be any number of GPUs that 2 divides. Each row is one training of 10 steps, counted from the
+sixth to the tenth; a row whose communication is looked at trains for five more and traces the last one. Rows run in the
+order of the table, within a part the most important ones first; options of both sides are those of `bench_peers.py`,
+and so is what is recomputed in each.
+
+No run begins that would end after `--limit` seconds, as far as those before it tell, and one that still runs then is
+ended. What was left out is named, and the command exits with 3: the same command with `--resume` goes on.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import profile_table
+from bench_8gpu_tables import tables
+from bench_common import append_records
+from bench_peers import check_devices, earlier_results, execute, inspect_peer, parser_of, revision, settings_of, settle
+from bench_runs import shares, side_by_side, visible_gpus
+from peer.jobs import LOG_FREQ, OURS, ROWS, SCOUT, THEIRS, Job, Row, Run
+from peer.text import write_peer_text
+
+BOTH = (OURS, THEIRS)
+BF16_EAGER = Row("bf16-eager", sides=BOTH)
+BLOCKWISE = Row("blockwise-compiled", "blockwise", True)
+WHOLE_WEIGHTS = Row("tensorwise-weights-gathered-whole", "tensorwise", True, BOTH, gathers=False)
+KEPT = Row("tensorwise-nothing-recomputed", "tensorwise", True, extra=("--activation_checkpoint.mode", "none"))
+HEADLINE = (
+    ROWS["tensorwise-compiled"],
+    ROWS["bf16-compiled"],
+    BF16_EAGER,
+    ROWS["tensorwise-eager"],
+    ROWS["rowwise-compiled"],
+    BLOCKWISE,
+    WHOLE_WEIGHTS,
+    KEPT,
+)
+SHORT = (Row("bf16-eager"), ROWS["tensorwise-eager"], Row("tensorwise-compiled", "tensorwise", True))
+CHECKPOINTING = ("none", "every-2", "full")
+"""Of the short sequences, in the order of the tables."""
+GIB_OF_STATE = 0.72
+"""Part of a device's memory that weights, gradients and moments of the large model may take."""
+STATE_BYTES = 16
+"""Of a parameter: weight, gradient and two moments in fp32."""
+LAYER_PARAMETERS, TABLE_PARAMETERS = 855_654_400, 2 * 128_256 * 8192
+"""Of Llama 3 70B: one of its layers, and embedding with output layer."""
+COUNTED = 2 * LOG_FREQ
+"""Steps of a run that is not traced; the first half is its warm-up."""
+ROOMY_GIB = 120
+"""Memory of a GPU that 16 layers of Llama 3 8B fit."""
+USUAL_S = 75.0
+"""What a run is expected to take before one like it has run."""
+LEFT_OUT = 3
+"""Exit code where not all rows have run."""
+Wave: TypeAlias = list[Run]
+"""Trainings side by side."""
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--parts", default=",".join(PARTS), help="comma-separated (default: all: " + ", ".join(PARTS) + ")")
+    add("--limit", type=float, default=570, help="seconds after which no run is under way any more (default: 570)")
+    add("--large-layers", type=int, help="of 80 (default: as many as fit)")
+    add("--ours-only", action="store_true", help="without the peer")
+    add("--resume", action="store_true", help="leave out runs that results.jsonl has with the same options")
+    args = parser.parse_args(argv)
+    settle(args, parts=PARTS)
+    args.begin = time.monotonic()
+    # What the runs of bench_peers.py are told besides.
+    args.warm_up, args.lr, args.ac, args.vocab_size, args.peer_options = LOG_FREQ, 3e-4, "op", 128256, []
+    return args
+
+
+def headline(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """All of Llama 3 8B; the communication of bf16 and of tensorwise float8, compiled, is looked at."""
+    job = Job("headline", gpus=gpus, layers=32, local_batch=1, global_batch=gpus, same_ac=True)
+    for row in HEADLINE:
+        for side in row.sides:
+            yield [Run(job, row, side, 1, traced=row.name in ("tensorwise-compiled", "bf16-compiled"))]
+
+
+def scaling(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """The same on ever fewer GPUs. On a half, a quarter and so on of them together, runs are side by side."""
+    layers = 16 if args.gib >= ROOMY_GIB else 8
+    counts = [gpus >> halvings for halvings in range(gpus.bit_length()) if gpus % (1 << halvings) == 0]
+    for row in (ROWS["tensorwise-compiled"], ROWS["bf16-compiled"]):
+        jobs = [
+            Job(f"scaling-{count}", gpus=count, layers=layers, local_batch=1, global_batch=count, same_ac=True)
+            for count in counts
+        ]
+        runs = [Run(job, row, OURS, 1, traced=True) for job in jobs]
+        yield runs[:1]
+        yield runs[1:]
+
+
+def experts(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """Llama 4 Scout with its 16 experts dealt out to as many of the GPUs as divide them."""
+    sizes = {**SCOUT, "experts": math.gcd(16, gpus)}
+    job = Job("experts", gpus=gpus, layers=4, local_batch=4, global_batch=4 * gpus, **sizes)
+    for row in (ROWS["grouped-rowwise-compiled"], ROWS["bf16-compiled"]):
+        for side in row.sides:
+            yield [Run(job, row, side, 1, traced=True)]
+
+
+def large(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """Llama 3 70B; two GPUs share a sequence."""
+    layers = args.large_layers or fitting_layers(gpus, args.gib)
+    job = Job(
+        "large",
+        gpus=gpus,
+        layers=layers,
+        local_batch=1,
+        global_batch=gpus // 2,
+        model="llama3/70B",
+        ac="full",
+        same_ac=True,
+        tensor=2,
+    )
+    for row in (ROWS["tensorwise-compiled"], ROWS["bf16-compiled"]):
+        for side in row.sides:
+            yield [Run(job, row, side, 1)]
+
+
+def short(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """Llama 3 8B at 4096 tokens, eager and compiled."""
+    for ac in CHECKPOINTING:
+        job = Job(
+            f"short-{ac}", gpus=gpus, layers=32, local_batch=1, global_batch=gpus, seq_len=4096, ac=ac, same_ac=True
+        )
+        for row in SHORT:
+            yield [Run(job, row, OURS, 1)]
+
+
+PARTS = {part.__name__: part for part in (headline, scaling, experts, large, short)}
+
+
+def fitting_layers(gpus: int, gib: float) -> int:
+    """Layers of Llama 3 70B whose training fits GPUs with so much memory each, sharded over all of them.
+
+    Raises:
+        SystemExit: not one does.
+    """
+    parameters = GIB_OF_STATE * gib * 2**30 * gpus / STATE_BYTES
+    layers = min(80, int((parameters - TABLE_PARAMETERS) / LAYER_PARAMETERS))
+    if layers < 1:
+        raise SystemExit(f"no layer of Llama 3 70B fits {gpus} GPUs of {gib:.0f} GiB; leave `large` out of --parts")
+    return layers
+
+
+class Clock:
+    """How much time there is, and what runs take."""
+
+    def __init__(self, begin: float, limit_s: float) -> None:
+        self._end = begin + limit_s
+        self._longest: dict[str, float] = {}
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the limit."""
+        return self._end - time.monotonic()
+
+    def has_time_for(self, wave: Wave) -> bool:
+        """Whether runs would end before the limit, if they take what the longest of their part took."""
+        return self.left_s >= max(self._longest.get(part_of(run), USUAL_S) for run in wave)
+
+    def took(self, run: Run, seconds: float) -> None:
+        """A run has ended."""
+        self._longest[part_of(run)] = max(seconds, self._longest.get(part_of(run), 0.0))
+
+
+def part_of(run: Run) -> str:
+    """The name of the part that a run is of."""
+    return run.job.name.partition("-")[0]
+
+
+def run_all(waves: Sequence[Wave], args: argparse.Namespace, found: Mapping[str, Any]) -> tuple[list[dict], list[Run]]:
+    """The records of all that has run, now or before, and the runs that were left out."""
+    earlier = earlier_results(args)
+    clock = Clock(args.begin, args.limit)
+    records: list[dict[str, Any]] = []
+    left_out: list[Run] = []
+    for wave in waves:
+        waiting = []
+        for run in wave:
+            record = earlier.get((run.job.name, run.row.name, run.side, run.repeat))
+            if record and settings_of(run, arguments_of(run, args), found).items() <= record.items():
+                records.append(record)
+            else:
+                waiting.append(run)
+        if waiting and clock.has_time_for(waiting):
+            records += run_wave(waiting, args, found, clock)
+        else:
+            left_out += waiting
+    return records, left_out
+
+
+def run_wave(wave: Wave, args: argparse.Namespace, found: Mapping[str, Any], clock: Clock) -> list[dict[str, Any]]:
+    """Train side by side, each on GPUs of its own, and record each."""
+    for run in wave:
+        write_text(run, args)
+
+    def train(item: tuple[Run, Mapping[str, str]], _: Mapping[str, str]) -> dict[str, Any]:
+        run, share = item
+        given = arguments_of(run, args)
+        given.row_timeout = clock.left_s
+        record = execute(run, given, found, {**os.environ, **share})
+        if run.traced and "error" not in record:
+            record |= look_at_trace(run, given)
+        append_records(args.out, [record])
+        clock.took(run, record["wall_s"])
+        result = record["error"] if "error" in record else f"{record['tps']:,.0f} tok/s/GPU"
+        print(f"{run.name}: {result} [{record['wall_s']} s]", flush=True)
+        return record
+
+    parts = shares([run.job.gpus for run in wave], visible_gpus())
+    return side_by_side(train, list(zip(wave, parts, strict=True)), [{}] * len(wave))
+
+
+def arguments_of(run: Run, args: argparse.Namespace) -> argparse.Namespace:
+    """What a run's options are made of."""
+    return argparse.Namespace(**{**vars(args), "steps": COUNTED + LOG_FREQ * run.traced})
+
+
+def write_text(run: Run, args: argparse.Namespace) -> None:
+    """What the peer reads in a job, once."""
+    job, folder = run.job, args.out / run.job.name
+    if run.side == THEIRS and not (folder / "text").exists():
+        tokens = (COUNTED + LOG_FREQ) * job.global_batch * (job.seq_len + 1)
+        write_peer_text(args.data, args.tokenizer, folder, ranks=job.gpus, tokens=tokens)
+
+
+def look_at_trace(run: Run, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of the traced step: all of it, communication beside which nothing runs, and the other
+    communication."""
+    trace = args.out / run.name / "profile_traces" / f"iteration_{args.steps}" / "rank0_trace.json"
+    summary = profile_table.summarize(profile_table.read_events(trace))
+    return {
+        "step_ms": summary.span,
+        "exposed_ms": summary.exposed,
+        "hidden_ms": summary.communication - summary.exposed,
+    }
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """As `inspect_peer`; of this process, where the peer does not train."""
+    if not args.ours_only:
+        return inspect_peer(args.site, args.out)
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"versions": {"torch": torch.__version__}, "devices": devices}
+
+
+def main() -> int:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = inspect(args)
+    check_devices([], found["devices"])
+    gpus = len(found["devices"])
+    if gpus % 2:
+        raise SystemExit(
+            f"{gpus} GPUs here, but trainings need a number that 2 divides; choose with CUDA_VISIBLE_DEVICES"
+        )
+    import torch
+
+    args.gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    waves = [wave for name in args.parts for wave in PARTS[name](gpus, args) if wave]
+    if args.ours_only:
+        waves = [wave for wave in waves if wave[0].side == OURS]
+    records, left_out = run_all(waves, args, found)
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    print(f"\n{gpus} x {found['devices'][0]}, {versions}, ours at revision {revision()}\n")
+    print(tables(records))
+    if left_out:
+        print("\nLeft out for want of time, --resume goes on: " + ", ".join(run.name for run in left_out))
+        return LEFT_OUT
+    return int(any("error" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""bench_8gpu.py: what it trains on any even number of GPUs, what it leaves out for want of time, and its tables."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from titan_fp8.job_config import load_job_config
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FOUND = {"versions": {"torch": "2.11.0"}, "devices": ["NVIDIA H200"] * 8}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script as a module; scripts import each other from their own folder."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    yield importlib.import_module("bench_8gpu")
+    for name in set(sys.modules) - before:
+        if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def parse(bench, tmp_path):
+    """The script's arguments from its optional options."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+
+    def parse(*options: str, gib: float = 140.0):
+        required = ("--data", tmp_path / "data", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out")
+        args = bench.arguments([*map(str, required), *options])
+        args.gib = gib
+        args.out.mkdir(exist_ok=True)
+        return args
+
+    return parse
+
+
+def waves(bench, args, gpus: int) -> list:
+    return [wave for name in args.parts for wave in bench.PARTS[name](gpus, args) if wave]
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 6, 8])
+def test_every_run_of_ours_is_a_job_for_its_gpus_and_runs_side_by_side_have_enough(bench, parse, gpus):
+    jobs, args = importlib.import_module("peer.jobs"), parse()
+    names = []
+    for wave in waves(bench, args, gpus):
+        assert sum(run.job.gpus for run in wave) <= gpus
+        for run in wave:
+            names.append(run.name)
+            if run.side == "ours":
+                config = ["--job.config_file", str(SCRIPTS.parent / "train_configs" / "llama3_8b.toml")]
+                options = jobs.our_options(run, bench.arguments_of(run, args))
+                found, _ = load_job_config([*config, *options], {"WORLD_SIZE": str(run.job.gpus)})
+                assert found.training.global_batch_size == run.job.global_batch
+                assert found.profiling.enable_profiling == run.traced
+                assert found.training.steps == (15 if run.traced else 10)
+    assert len(names) == len(set(names))
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == set(bench.PARTS)
+
+
+def test_the_parts_of_eight_gpus_are_what_is_promised(bench, parse):
+    jobs, args = importlib.import_module("peer.jobs"), parse()
+    runs = [run for wave in waves(bench, args, 8) for run in wave]
+    headline = {(run.row.name, run.side): run for run in runs if run.job.name == "headline"}
+    both = {row for row, side in headline if side == "peer"}
+    assert both == {
+        "tensorwise-compiled",
+        "bf16-compiled",
+        "bf16-eager",
+        "rowwise-compiled",
+        "tensorwise-weights-gathered-whole",
+    }
+    gathers = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+    for (row, side), run in headline.items():
+        options = (jobs.our_options if side == "ours" else jobs.peer_options)(run, bench.arguments_of(run, args))
+        selective = "--activation_checkpoint.selective_ac_option=op" in options
+        assert selective == (row != "tensorwise-nothing-recomputed"), row
+        named = any(option.startswith(gathers) for option in options)
+        recipe = run.row.recipe
+        expected = recipe is not None and run.row.gathers and (side == "ours" or recipe == "tensorwise")
+        assert named == expected, (row, side)
+    assert [run.job.gpus for run in runs if run.job.name.startswith("scaling")] == [8, 4, 2, 1] * 2
+    large = next(run.job for run in runs if run.job.name == "large")
+    assert (large.tensor, large.global_batch, large.layers) == (2, 4, 60)
+    experts = next(run.job for run in runs if run.job.name == "experts")
+    assert (experts.experts, experts.layers) == (8, 4)
+    assert {run.job.seq_len for run in runs if run.job.name.startswith("short")} == {4096}
+
+
+def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench, parse):
+    for gpus, gib in ((2, 140.0), (4, 79.0), (8, 79.0), (8, 140.0)):
+        layers = bench.fitting_layers(gpus, gib)
+        parameters = layers * bench.LAYER_PARAMETERS + bench.TABLE_PARAMETERS
+        assert 16 * parameters / gpus <= 0.72 * gib * 2**30 < 16 * (parameters + bench.LAYER_PARAMETERS) / gpus
+    with pytest.raises(SystemExit, match="no layer of Llama 3 70B fits 2 GPUs of 20 GiB"):
+        bench.fitting_layers(2, 20.0)
+
+
+@pytest.fixture
+def executed(bench, monkeypatch) -> list[str]:
+    """Names of what would have run; each takes 100 s of a clock of its own, and runs side by side 100 s together."""
+    names: list[str] = []
+    now = [0.0]
+
+    def execute(run, args, found, base):
+        names.append(run.name)
+        if run.job.name != "scaling-1":
+            now[0] += 100.0
+        record = {"job": run.job.name, "row": run.row.name, "side": run.side, "repeat": run.repeat, "wall_s": 100.0}
+        return record | bench.settings_of(run, args, found) | {"tps": 1000.0, "memory_gib": 9.0}
+
+    monkeypatch.setattr(bench, "execute", execute)
+    monkeypatch.setattr(bench, "write_peer_text", lambda *args, **more: None)
+    monkeypatch.setattr(bench, "look_at_trace", lambda run, args: {"step_ms": 9.0, "exposed_ms": 1.0, "hidden_ms": 2.0})
+    monkeypatch.setattr(bench, "visible_gpus", lambda: ["4", "5"])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    return names
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_resuming_goes_on_with_it(bench, parse, executed):
+    args = parse("--limit", "450", "--parts", "headline")
+    plan = waves(bench, args, 2)
+    expected = [run.name for wave in plan for run in wave]
+    records, left_out = bench.run_all(plan, args, FOUND)
+    assert executed == expected[:4]
+    assert [run.name for run in left_out] == expected[4:]
+    assert len(records) == 4
+    again = parse("--limit", "5000", "--parts", "headline", "--resume")
+    again.begin = bench.time.monotonic()
+    records, left_out = bench.run_all(plan, again, FOUND)
+    assert executed == expected
+    assert len(records) == len(expected)
+    assert not left_out
+
+
+def test_runs_side_by_side_see_gpus_of_their_own(bench, parse, executed, monkeypatch):
+    seen = {}
+    simulated = bench.execute
+    monkeypatch.setattr(bench, "visible_gpus", lambda: list("abcdefgh"))
+
+    def execute(run, args, found, base):
+        seen[run.job.gpus] = base["CUDA_VISIBLE_DEVICES"]
+        return simulated(run, args, found, base)
+
+    monkeypatch.setattr(bench, "execute", execute)
+    args = parse("--parts", "scaling", "--limit", "9999")
+    records, _ = bench.run_all(waves(bench, args, 8), args, FOUND)
+    assert seen == {8: "a,b,c,d,e,f,g,h", 4: "a,b,c,d", 2: "e,f", 1: "g"}
+    assert len(records) == 8
+
+
+def record_of(job: str, row: str, side: str, tps: float, gib: float, **more) -> dict:
+    losses = {"first_loss": 12.0, "last_loss": 9.0}
+    return {"job": job, "row": row, "side": side, "repeat": 1, "tps": tps, "memory_gib": gib, **losses, **more}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_tables_compare_each_side_with_its_own_baseline_and_say_why_a_run_failed(bench):
+    make = importlib.import_module("bench_8gpu_tables")
+    records = [
+        record_of("headline", "tensorwise-compiled", "ours", 9000.0, 50.0, step_ms=9.0, exposed_ms=1.25, hidden_ms=7.0),
+        record_of("headline", "tensorwise-compiled", "peer", 7500.0, 60.0),
+        record_of("headline", "bf16-eager", "ours", 6000.0, 55.0),
+        record_of("headline", "bf16-eager", "peer", 5000.0, 66.0),
+        {"job": "headline", "row": "rowwise-compiled", "side": "peer", "repeat": 1, "error": "exit code 1: a | b"},
+        record_of("scaling-8", "bf16-compiled", "ours", 900.0, 50.0, exposed_ms=3.0),
+        record_of("scaling-1", "bf16-compiled", "ours", 1000.0, 50.0, exposed_ms=0.0),
+        record_of("short-full", "bf16-eager", "ours", 4000.0, 40.0),
+        record_of("short-full", "tensorwise-eager", "ours", 4400.0, 39.0),
+    ]
+    headline = cells(make.headline_table(make.of_job(records, "headline")))
+    assert headline == [
+        ["bf16-eager", "6,000", "-", "5,000", "-", "1.200", "55.0", "66.0"],
+        ["tensorwise-compiled", "9,000", "+50.0 %", "7,500", "+50.0 %", "1.200", "50.0", "60.0"],
+        ["rowwise-compiled", "", "", "failed: exit code 1: a \\", "b", "", "", "", ""],
+    ]
+    assert cells(make.scaling_table(records[5:7])) == [
+        ["1", "1,000", "100.0%", "0.0"],
+        ["8", "900", "90.0%", "3.0"],
+    ]
+    assert cells(make.memory_table(make.of_job(records, "short-full"))) == [
+        ["bf16-eager", "4,000", "40.0", "-", "-"],
+        ["tensorwise-eager", "4,400", "39.0", "+10.0 %", "-2.5 %"],
+    ]
+    text = make.tables(records)
+    assert "| headline | tensorwise-compiled | ours | 9.0 | 1.2 | 7.0 |" in text
+    assert "Llama 3 70B" not in text
