@@ -120,6 +120,19 @@ def test_float8(mesh: Mesh, recipe: str, tmp_path: Path) -> None:
     assert_same(run_on(mesh, tmp_path), alone(recipe), *FLOAT8_CODES)
 
 
+GATHERED_AHEAD = {
+    f"{FLOAT8}.enable_fsdp_float8_all_gather": "true",
+    f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp": "true",
+}
+
+
+@pytest.mark.parametrize("mesh", [Mesh("fsdp2", tuple(GATHERED_AHEAD.items())), Mesh("rep2")], ids=lambda m: m.axes)
+def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
+    mixture = {**converted("tensorwise"), f"{FLOAT8}.recipe_by_fqn": "attention.wo=blockwise,attention.wq=rowwise"}
+    run = run_on(Mesh(mesh.axes, (*mixture.items(), *mesh.options)), tmp_path)
+    assert_same(run, run_alone(mixture), *FLOAT8_CODES)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
