@@ -179,7 +179,9 @@ def _run_alone(options: tuple[tuple[str, str], ...], how: Callable[..., Run], st
 
 
 def assert_same(actual: Run, expected: Run, loss_tolerance: float, grad_tolerance: float) -> None:
-    """Within relative tolerances, step by step and name by name."""
+    """Within relative tolerances, step by step and name by name; a tenth of that in the first step, before weights have
+    changed."""
+    assert actual.losses[0] == pytest.approx(expected.losses[0], rel=max(loss_tolerance / 10, 1e-6))
     assert actual.losses == pytest.approx(expected.losses, rel=loss_tolerance)
     assert actual.norms == pytest.approx(expected.norms, rel=10 * loss_tolerance + grad_tolerance)
     assert actual.grads.keys() == expected.grads.keys()
@@ -189,7 +191,9 @@ def assert_same(actual: Run, expected: Run, loss_tolerance: float, grad_toleranc
 
 
 HIGH_PRECISION = (2e-6, 1e-4)
-FLOAT8_CODES = (2e-4, 5e-2)
-"""After ten steps weights differ in their last bits, and so does a code now and then."""
+FLOAT8_CODES = (5e-4, 5e-2)
+"""After ten steps weights differ in their last bits, and so does a code now and then. One process whose initial weights
+are changed in their last bits differs by up to 4.2e-4 and 4.1e-2 from itself (ten such changes each of tensorwise,
+rowwise and blockwise)."""
 LOCAL_SCALES = (2e-3, 0.2)
 """Context parallelism: the tokens of each rank have scales of their own."""
