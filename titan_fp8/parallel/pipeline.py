@@ -17,6 +17,8 @@
   (`runtime/deferred.py`), and W computes them, so nothing is computed twice, not even what is recomputed. They are
   added up in fp32 and reach FSDP with the last microbatch. A compiled block's backward pass is one program: it
   computes all in I, and nothing is left for W.
+- **Pairs.** Where a schedule says that a forward and a backward pass run at once, the engine runs one after the other;
+  where experts exchange tokens, `pipeline_overlap.py` lets them take turns.
 - **Evaluation** is a wave: in tick t, stage s runs microbatch t - s. It needs no backward, fits every placement, and
   keeps no logits.
 
@@ -42,6 +44,7 @@ from torch.distributed.pipelining.schedules import (
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.initialization import Distribution
 from titan_fp8.models.linear import Linear
+from titan_fp8.parallel.pipeline_overlap import overlap_exchanges
 from titan_fp8.parallel.pipeline_split import EMBEDDING, HEAD, NORM, PipelinePlan
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.mx_linear import MXFP8Linear
@@ -354,6 +357,8 @@ class Pipeline:
                 return kind(self._stages[0], **options)
             schedule = kind(self._stages, **options)
         assert schedule.stage_index_to_group_rank == dict(enumerate(self.plan.placement))
+        if self.plan.overlaps:
+            overlap_exchanges(schedule, list(self._parts.values()), self._device)
         return schedule
 
 
