@@ -98,6 +98,20 @@ def test_more_passes_in_turns_compute_what_they_do_one_after_the_other(name: str
     _check(*SLOW_CASES[name], tmp_path)
 
 
+@pytest.mark.slow
+def test_pairs_of_a_file_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(
+        "0F0,3F0,(0F1;3B0)OVERLAP_F_B,(3F1;0B0)OVERLAP_F_B,3B1,0B1\n"
+        "1F0,2F0,(1F1;2I0)OVERLAP_F_B,(2F1;1B0)OVERLAP_F_B,2W0,2B1,1B1\n"
+    )
+    of_file = {"parallelism.pipeline_parallel_schedule_csv": str(path)}
+    batches = {"training.local_batch_size": "2", "training.global_batch_size": "4"}
+    options = {**of_file, **batches, "parallelism.pipeline_parallel_schedule": "1F1B"}
+    _check(AXES, options, tmp_path)
+    assert [len(pairs) for pairs in _orders(options, tmp_path)] == [2] * 4
+
+
 # ---- the order of things
 
 
