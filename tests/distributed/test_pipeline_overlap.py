@@ -119,7 +119,7 @@ class _Mark(torch.autograd.Function):
     """Logs when its gradient comes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log: "_Log") -> Tensor:
+    def forward(ctx: Any, x: Tensor, log: "Log") -> Tensor:
         ctx.log = log
         return x.view_as(x)
 
@@ -129,7 +129,7 @@ class _Mark(torch.autograd.Function):
         return grad, None
 
 
-class _Log:
+class Log:
     """What happens in pairs: `F goes` is an exchange of the forward pass that has begun, `B came` is when the backward
     pass waits for one."""
 
@@ -174,7 +174,7 @@ class _Log:
 
 
 def _order(rank: int, world_size: int, arguments: list[str], folder: str) -> list[list[str]]:
-    log = _Log()
+    log = Log()
     with log.recording():
         train(rank, world_size, arguments, folder, 1)
     return log.pairs
@@ -228,7 +228,7 @@ def test_nothing_takes_turns_if_the_key_says_so(tmp_path: Path) -> None:
 
 def _fail(rank: int, world_size: int, arguments: list[str], folder: str, of_pass: str) -> tuple[str, float, bool]:
     """What comes out if the first exchange of a pass in a pair fails, after how long, and whether no pair followed."""
-    log, finish = _Log(), Exchange.finish
+    log, finish = Log(), Exchange.finish
 
     def fail(exchange: Exchange) -> Tensor:
         log.add("came")
