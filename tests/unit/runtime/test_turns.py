@@ -1,8 +1,10 @@
 """Two functions in turns: in which order they run, how they end, and what PyTorch keeps for a thread."""
 
+import _thread
 import contextvars
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -80,6 +82,22 @@ def test_what_fails_first_is_raised_and_the_other_one_is_ended(
     assert "".join(log) == done
     in_turns(turns, "1|2", "3|4", log)
     assert "".join(log) == done + "1324", "the next pair runs as if nothing had been"
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
+def test_someone_at_the_keyboard_interrupts_both() -> None:
+    turns, log = Turns(torch.device("cpu")), []
+
+    def second() -> None:
+        _thread.interrupt_main()
+        time.sleep(0.1)
+        log.append("still has its turn")
+        turns.hand_over()
+        log.append("goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.run(turns.hand_over, second)
+    assert log == ["still has its turn"]
 
 
 def test_what_cleans_up_as_it_is_ended_may_hand_over_once_more() -> None:
