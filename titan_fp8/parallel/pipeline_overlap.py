@@ -5,8 +5,8 @@ DualPipeV (arXiv 2412.19437) has two stages on every rank, and in its steady sta
 microbatch in one of them with the backward pass of another microbatch in the other. Neither needs anything of the
 other:
 
-    forward     attention  a goes  |                 |  experts  a returns  |                    |  attention  ...
-    backward                       | ...  b returns  |                      |  experts  b goes   |
+    forward     attention  a goes  |                         |  experts  a returns  |                        |  ...
+    backward                       |  ...  b's gradients go  |                      |  experts  they return  |
 
 Wherever a pass has begun an exchange of tokens it hands over to the other one (`runtime/turns.py`), and it waits for
 the exchange when it has its turn again. What is computed, and the order in which gradients add up, is that of passes

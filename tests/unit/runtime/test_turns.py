@@ -148,6 +148,29 @@ def test_backward_in_the_other_thread_may_hand_over_from_within_autograd() -> No
     assert x.grad.tolist() == [6.0] * 3
 
 
+def test_any_thread_may_hand_over_for_the_one_that_has_its_turn() -> None:
+    """As autograd's threads do, while whoever called it waits."""
+    turns, log = Turns(torch.device("cpu")), []
+
+    def second() -> None:
+        def inside() -> None:
+            log.append("x")
+            turns.hand_over()
+            log.append("y")
+
+        thread = threading.Thread(target=inside)
+        thread.start()
+        thread.join()
+
+    def first() -> None:
+        log.append("a")
+        turns.hand_over()
+        log.append("b")
+
+    turns.run(first, second)
+    assert "".join(log) == "axby"
+
+
 SETTING = contextvars.ContextVar("setting", default="default")
 
 
