@@ -248,7 +248,9 @@ def options_of_an_axis_have_one(job: "JobConfig", world_size: int) -> Iterator[P
         degree = f"{axis}_parallel_degree"
         for name, field in type(parallelism).model_fields.items():
             belongs = name.startswith(f"{axis}_parallel_") or (axis == "pipeline" and name.startswith("module_fqns"))
-            if length == 1 and belongs and name != degree and getattr(parallelism, name) != field.get_default():
+            value = getattr(parallelism, name)
+            # What is turned off needs no axis.
+            if length == 1 and belongs and name != degree and value != field.get_default() and value is not False:
                 yield Problem(f"parallelism.{name}", f"has no effect while parallelism.{degree} is 1; raise it")
 
 

@@ -22,9 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 FLOAT8 = "quantize.linear.float8"
 KEYS = all_keys(JobConfig)
 NOT_SUPPORTED_YET = re.compile(
-    # What may answer "not supported yet": a part of expert parallelism, and whole features.
-    r"parallelism\.pipeline_parallel_expert.*"
-    r"|checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
+    # What may answer "not supported yet": other forms of checkpoints, and whole features.
+    r"checkpoint\.(.*_in_hf.*|enable_ft_dataloader_checkpoints)"
     r"|fault_tolerance\..*|memory_estimation\..*|experimental\..*|comm\.mode"
 )
 

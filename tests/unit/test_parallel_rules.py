@@ -135,6 +135,27 @@ def test_ranks_of_one_sequence_are_shards_too() -> None:
     assert job.quantize.linear.float8.enable_fsdp_float8_all_gather
 
 
+OVERLAP = "pipeline_parallel_expert_parallel_overlap"
+DEALT_OUT = {"model.name": "qwen3_moe", PARALLELISM + "expert_parallel_degree": "2"}
+WITHOUT_PAIRS = {
+    "no pipeline": {},
+    "a schedule without pairs": {PARALLELISM + "pipeline_parallel_degree": "2", **DEALT_OUT},
+    "experts that are not dealt out": {
+        PARALLELISM + "pipeline_parallel_degree": "2",
+        PARALLELISM + "pipeline_parallel_schedule": "DualPipeV",
+    },
+}
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("name", WITHOUT_PAIRS)
+def test_whether_pairs_of_passes_overlap_may_be_said_where_there_are_none(name: str, value: str) -> None:
+    options = {"model.flavor": "debugmodel", "training.local_batch_size": "4", **WITHOUT_PAIRS[name]}
+    arguments = [f"--{key}={each}" for key, each in options.items()]
+    job, _ = load_job_config([*arguments, f"--{PARALLELISM}{OVERLAP}={value}"], {"WORLD_SIZE": "4"})
+    assert getattr(job.parallelism, OVERLAP) == (value == "true")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_impossible_mesh_is_refused_with_a_remedy(name: str) -> None:
     ranks, options, words = CASES[name]

@@ -65,8 +65,10 @@ class ParallelismSection(Section):
     pipeline_parallel_microbatch_size: int = key(1, ge=1, unit="sequences")
     """Sequences in one pipeline microbatch."""
 
-    pipeline_parallel_expert_parallel_overlap: bool = not_supported_yet(True)
-    """Overlap the communication of expert parallelism with another microbatch's computation."""
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """With `DualPipeV` and `expert_parallel_degree` > 1: the forward and backward passes that the schedule pairs take
+    turns, so that the tokens of one microbatch travel while another one is computed with. Other schedules have no such
+    pairs, and experts that are not dealt out exchange nothing: there it changes nothing."""
 
     context_parallel_degree: CountOrAuto = key(1, unit="ranks")
     """Ranks over which each sequence is split."""

@@ -120,9 +120,14 @@ class ExchangeDispatcher:
         alignment: rows that each group is a multiple of.
         payload: as what goes to experts travels, rows forward and their gradients backward: `ACTIVATIONS`, as it is,
             or a format of `_CODES`.
+
+    Attributes:
+        hand_over: called whenever an exchange of tokens, or of their gradients, has begun: the time for something else
+            (`pipeline_overlap.py`).
     """
 
     def __init__(self, n_experts: int, group: dist.ProcessGroup, alignment: int, *, payload: str = ACTIVATIONS):
+        self.hand_over: Callable[[], None] = _go_on
         self.n_experts = n_experts
         self.alignment = alignment
         self._axis = Axis.of(group)
@@ -137,7 +142,7 @@ class ExchangeDispatcher:
         from_ranks = exchange_equally(by_rank, self._axis)
         # The one thing that the CPU has to know.
         sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
-        exchange = Exchange(sent, came, self._axis, forward=self._payload)
+        exchange = Exchange(sent, came, self._axis, forward=self._payload, hand_over=self.hand_over)
         rows = Send.apply(Permute.apply(x, scores, position, source), exchange)
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
 
@@ -150,12 +155,16 @@ class ExchangeDispatcher:
     def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
         """See `Dispatcher`; y `[R, D]`, in the order in which rows came."""
         way: _WayBack = groups.way_back
-        exchange = Exchange(way.came, way.sent, self._axis, backward=self._payload)
+        exchange = Exchange(way.came, way.sent, self._axis, backward=self._payload, hand_over=self.hand_over)
 
         def arrive(returned: Tensor) -> Tensor:
             return Unpermute.apply(Arrive.apply(returned, exchange), way.factors, way.position, way.source)
 
         return UnderWay(Send.apply(y, exchange), arrive)
+
+
+def _go_on() -> None:
+    pass
 
 
 def _experts_of(counts: Tensor, rows: int) -> Tensor:
@@ -177,6 +186,7 @@ class Exchange:
         sent, came: rows for and from each rank.
         axis: the ranks.
         forward, backward: the payload in each direction.
+        hand_over: called when rows are on their way.
     """
 
     def __init__(
@@ -187,26 +197,27 @@ class Exchange:
         *,
         forward: str = ACTIVATIONS,
         backward: str = ACTIVATIONS,
+        hand_over: Callable[[], None] = _go_on,
     ):
-        self._counts, self._axis = (sent, came), axis
+        self._counts, self._axis, self._hand_over = (sent, came), axis, hand_over
         self._payload = {False: forward, True: backward}
-        self._pending: tuple[Tensor, tuple[Tensor, Tensor] | None, str] | None = None
+        self._pending: tuple[Tensor, tuple[Tensor, ...] | None, str] | None = None
 
     def start(self, x: Tensor, *, back: bool) -> Tensor:
         """Send rows x `[sum(sent), D]`, in the order of the ranks that they go to: memory for those that come,
         `[sum(came), D]`, in the order of the ranks that they are from. back: the other way round."""
         sent, came = self._counts[::-1] if back else self._counts
-        payload = self._payload[back]
+        payload, parts = self._payload[back], None
         if payload == ACTIVATIONS:
             result = exchange_rows(x, sent, came, self._axis)
-            self._pending = result, None, payload
-            return result
-        codes, scale = _CODES[payload].cast(x)
-        scale = scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
-        parts = (exchange_rows(each, sent, came, self._axis) for each in (codes.view(torch.uint8), scale))
-        stand_in = x.new_empty(()).expand(sum(came), *x.shape[1:])  # for autograd; it takes no memory
-        self._pending = stand_in, (next(parts), next(parts)), payload
-        return stand_in
+        else:
+            codes, scale = _CODES[payload].cast(x)
+            scale = scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
+            parts = tuple(exchange_rows(each, sent, came, self._axis) for each in (codes.view(torch.uint8), scale))
+            result = x.new_empty(()).expand(sum(came), *x.shape[1:])  # stands in, for autograd; it takes no memory
+        self._pending = result, parts, payload
+        self._hand_over()
+        return result
 
     def finish(self) -> Tensor:
         """What was started last: it has come, for whatever this stream does next."""

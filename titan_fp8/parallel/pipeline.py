@@ -17,6 +17,8 @@
   (`runtime/deferred.py`), and W computes them, so nothing is computed twice, not even what is recomputed. They are
   added up in fp32 and reach FSDP with the last microbatch. A compiled block's backward pass is one program: it
   computes all in I, and nothing is left for W.
+- **Pairs.** Where a schedule says that a forward and a backward pass run at once, the engine runs one after the other;
+  where experts exchange tokens, `pipeline_overlap.py` lets them take turns.
 - **Evaluation** is a wave: in tick t, stage s runs microbatch t - s. It needs no backward, fits every placement, and
   keeps no logits.
 
@@ -24,7 +26,7 @@ Legend: B sequences of the local batch, b of a microbatch, S tokens of a sequenc
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,9 +41,10 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from titan_fp8.models.decoder import Decoder
+from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.initialization import Distribution
 from titan_fp8.models.linear import Linear
+from titan_fp8.parallel.pipeline_overlap import overlap_exchanges
 from titan_fp8.parallel.pipeline_split import EMBEDDING, HEAD, NORM, PipelinePlan
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.mx_linear import MXFP8Linear
@@ -103,13 +106,21 @@ def _with_own_tables(module: nn.Module, kind: type[_Module]) -> _Module:
 def defer_weight_gradients(part: nn.Module) -> DeferredWeights:
     """Let the linears of `part` hand over the products for their weights' gradients, but for those in compiled code."""
     queue = DeferredWeights()
-    compiled = [module for module in part.modules() if hasattr(module.forward, _COMPILED)]
-    inside = {id(module) for block in compiled for module in block.modules()}
+    inside = {id(module) for compiled in _compiled(part) for module in compiled.modules()}
     linears = [module for module in part.modules() if isinstance(module, Linear | Float8Linear | MXFP8Linear)]
     for module in linears:
         if id(module) not in inside and module.weight.requires_grad:
             module.weight_sink = queue.sink_of(module)
     return queue
+
+
+def _compiled(part: nn.Module) -> Iterator[nn.Module]:
+    """The modules that run in compiled code (`apply_compile`)."""
+    for module in part.modules():
+        if hasattr(module.forward, _COMPILED):
+            yield module
+        elif isinstance(module, TransformerBlock) and hasattr(module.attend_and_norm, _COMPILED):
+            yield module.attention
 
 
 def _to_fsdp(part: nn.Module) -> Give:
@@ -354,6 +365,8 @@ class Pipeline:
                 return kind(self._stages[0], **options)
             schedule = kind(self._stages, **options)
         assert schedule.stage_index_to_group_rank == dict(enumerate(self.plan.placement))
+        if self.plan.overlaps:
+            overlap_exchanges(schedule, list(self._parts.values()), self._device)
         return schedule
 
 

@@ -79,6 +79,7 @@ class PipelinePlan:
         stages: for each stage, the names of its modules.
         placement: for each stage, the rank of the pp axis that runs it.
         microbatch_size: sequences in one microbatch.
+        overlaps: run pairs of a forward and a backward pass in turns, where their experts exchange tokens.
     """
 
     schedule: str | None
@@ -86,6 +87,7 @@ class PipelinePlan:
     stages: tuple[tuple[str, ...], ...]
     placement: tuple[int, ...]
     microbatch_size: int
+    overlaps: bool = True
 
     @property
     def splits_backward(self) -> bool:
@@ -221,7 +223,8 @@ def _draft(
                 problems += _check_microbatches(name, microbatches, len(stages), degree)
     if problems or stages is None or placement is None:
         return None, problems
-    return PipelinePlan(name, path, tuple(map(tuple, stages)), tuple(placement), size), []
+    overlaps = parallelism.pipeline_parallel_expert_parallel_overlap
+    return PipelinePlan(name, path, tuple(map(tuple, stages)), tuple(placement), size, overlaps), []
 
 
 def _find_schedule(given: str, problems: list[str]) -> str | None:

@@ -23,7 +23,9 @@ enable_fsdp_float8_all_gather = true
 [parallelism]
 data_parallel_shard_degree = 4
 tensor_parallel_degree = 4
-pipeline_parallel_expert_parallel_overlap = false
+
+[checkpoint]
+enable_ft_dataloader_checkpoints = false
 """
 
 
@@ -38,8 +40,8 @@ def test_mistakes_of_every_kind_are_reported_together_and_in_place(read):
     ) in errors
     unnamed = "quantize.linear.float8.enable_fsdp_float8_all_gather is set, but model.converters does not name"
     assert any(unnamed in error for error in errors)
-    overlap = "parallelism.pipeline_parallel_expert_parallel_overlap"
-    assert f"my.toml:14: {overlap} = false: not supported yet; leave it at true" in errors
+    unsupported = "checkpoint.enable_ft_dataloader_checkpoints"
+    assert f"my.toml:16: {unsupported} = false: not supported yet; leave it at true" in errors
 
 
 def test_a_rule_is_silent_about_a_value_that_was_refused(read):

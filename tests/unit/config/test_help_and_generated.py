@@ -89,8 +89,7 @@ def test_the_schema_knows_types_ranges_and_what_is_not_supported():
     assert training["properties"]["steps"]["type"] == "integer"
     assert training["properties"]["steps"]["minimum"] == 1
     assert "Unit: tokens." in training["properties"]["seq_len"]["description"]
-    parallelism = schema["$defs"]["ParallelismSection"]["properties"]
-    assert parallelism["pipeline_parallel_expert_parallel_overlap"]["const"] is True
-    assert parallelism["expert_tensor_parallel_degree"]["minimum"] == 1
+    assert schema["$defs"]["CheckpointSection"]["properties"]["enable_ft_dataloader_checkpoints"]["const"] is True
+    assert schema["$defs"]["ParallelismSection"]["properties"]["expert_tensor_parallel_degree"]["minimum"] == 1
     assert schema["$defs"]["Float8LinearSection"]["properties"]["keep_first_blocks_hp"]["minimum"] == 0
     assert "only_with" not in json.dumps(schema)

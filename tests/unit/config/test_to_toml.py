@@ -110,8 +110,9 @@ def test_a_value_typed_as_an_option_is_the_value_that_toml_has(key, data):
         # Words that begin with a bracket are lists in TOML's form, and elements lose white space.
         assert sources.violations or given == [word.strip() for word in value] or any(w.startswith("[") for w in value)
     elif "list[str] | str" in str(key.annotation):
-        # A word is a list of one, or of its parts between commas.
-        assert sources.violations or given == [part.strip() for part in value.split(",")] or value.startswith("[")
+        # A word is a list of one, or of its parts between commas; white space alone is no word.
+        parts = [part.strip() for part in value.split(",")] if value.strip() else []
+        assert sources.violations or given == parts or value.startswith("[")
     else:
         assert given == value or (isinstance(value, str) and key.is_optional and value == "None")
         assert isinstance(given, bool) is isinstance(value, bool)

@@ -1,6 +1,7 @@
 """Gradients of weights that are computed later: nothing before, and then the same."""
 
 import copy
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -115,6 +116,19 @@ def test_compiled_blocks_are_left_alone() -> None:
     defer_weight_gradients(model)
     sinks = Counter(m.weight_sink is not None for m in model.modules() if isinstance(m, Linear | Float8Linear))
     assert sinks == {False: LINEARS - 1, True: 1}, "the head is not compiled"
+
+
+def test_compiled_parts_of_a_block_with_experts_are_left_alone() -> None:
+    model = Decoder(dataclasses.replace(DIMS, n_experts=4, top_k=1, n_shared_experts=1, first_dense_layers=0))
+    initialize(model, seed=0, device=torch.device("cpu"))
+    apply_compile(model, CompileSection(enable=True, backend="aot_eager"), around_experts=True)
+    queue = defer_weight_gradients(model)
+    _loss(model, 0).backward()
+    assert model.output.weight.grad is None
+    assert all(p.grad is not None for p in model.layers.parameters())
+    queue.take()()
+    queue.flush()
+    assert model.output.weight.grad is not None
 
 
 def test_a_frozen_weight_has_no_sink_and_a_gradient_that_is_there_is_added_to() -> None:
