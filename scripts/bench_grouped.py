@@ -2,21 +2,27 @@
 """Experts forward and backward, in bf16 and in float8 with all casts: where does float8 pay?
 
     python scripts/bench_grouped.py             # the shapes of Llama 4 Scout, DeepSeek-V2-Lite and Qwen3-30B-A3B
+    python scripts/bench_grouped.py --grid      # over a grid of sizes, and which of them gain nothing
     python scripts/bench_grouped.py --device cpu --tiny
 
 Rows are sorted by expert already. What is timed is the whole feed-forward of all experts: three grouped products
 forward, six backward, SwiGLU between them and, in float8, every cast of activations and gradients. Codes of the weights
 are made before, as they are once an optimizer step; `weights` times that. `balanced` gives each expert as many rows,
 `skewed` a quarter of them to one expert and nothing to a quarter of the experts.
+
+`--grid` ends with a table of bf16's time over float8's and a suggestion of corners (largest features, largest hidden
+features) of the experts to leave in bf16, as `bench_filter.py` does it for linears.
 """
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_common import Contestant, append_records, markdown_table, pick_device, take_turns
+from bench_filter import suggestion
 from torch import Tensor
 
 from titan_fp8.kernels.grouped import ALIGNMENT
@@ -31,6 +37,12 @@ SHAPES = {
 """Experts, features, hidden features, rows."""
 TINY = {"tiny": (4, 64, 32, 256)}
 LOADS = ("balanced", "skewed")
+GRID = (512, 768, 1408, 2048, 4096, 8192)
+"""Features, and hidden features."""
+GRID_EXPERTS, GRID_ROWS = 32, 65536
+TINY_GRID = (32, 64)
+MARGIN = 0.02
+"""Least gain that counts as one, above the noise."""
 
 
 def arguments() -> argparse.Namespace:
@@ -38,7 +50,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, help="folder for results.jsonl")
     add("--device", default="cuda")
-    add("--tiny", action="store_true", help="a small shape, which shows that everything runs")
+    add("--tiny", action="store_true", help="small shapes, which show that everything runs")
+    add("--grid", action="store_true", help=f"{GRID_EXPERTS} experts of all sizes of a grid, with balanced loads")
     add("--rounds", type=int, default=5)
     add("--iterations", type=int, default=5, help="of each contestant in a round")
     return parser.parse_args()
@@ -83,12 +96,21 @@ def contestants(experts: int, dim: int, hidden: int, counts: list[int], device: 
     }
 
 
+def shapes_of(args: argparse.Namespace) -> list[tuple[str, int, int, int, int]]:
+    """What is measured: name, experts, features, hidden features, rows."""
+    if not args.grid:
+        return [(name, *shape) for name, shape in (TINY if args.tiny else SHAPES).items()]
+    sizes, experts, rows = (TINY_GRID, 4, 256) if args.tiny else (GRID, GRID_EXPERTS, GRID_ROWS)
+    return [("grid", experts, dim, hidden, rows) for dim, hidden in product(sizes, sizes)]
+
+
 def main() -> int:
     args = arguments()
     device = pick_device(args.device)
     lines, records = [], []
-    for name, (experts, dim, hidden, rows) in (TINY if args.tiny else SHAPES).items():
-        for load in LOADS:
+    gains: dict[tuple[int, int], float] = {}
+    for name, experts, dim, hidden, rows in shapes_of(args):
+        for load in LOADS[:1] if args.grid else LOADS:
             counts = counts_of(load, experts, rows)
             timed = take_turns(
                 contestants(experts, dim, hidden, counts, device),
@@ -108,6 +130,7 @@ def main() -> int:
                 )
             )  # fmt: skip
             records.append({"model": name, "load": load, "counts": counts, "dim": dim, "hidden": hidden, "ms": ms})
+            gains[dim, hidden] = ms["bf16"] / ms["float8"]
             print(json.dumps(records[-1]), flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -116,6 +139,8 @@ def main() -> int:
         append_records(args.out, records)
     columns = ("experts of", "shape", "load", "bf16, ms", "float8, ms", "ratio", "bf16, TFLOP/s", "float8, TFLOP/s")
     print(f"\n{markdown_table((*columns, 'weights, ms', 'spread'), lines)}")
+    if args.grid:
+        print(suggestion("float8, features downwards and hidden features to the right", gains, MARGIN))
     return 0
 
 
