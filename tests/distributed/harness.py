@@ -11,7 +11,9 @@ return values travel by pickle. The first traceback of any rank becomes the test
 after `timeout_s`, and the failure says where its threads were.
 
 Starting processes is what such tests cost, so the group of one world size is started once, from a fork server that
-has torch imported, and runs the jobs one after the other. A failed or timed-out job ends the group; the next job
+has torch imported, and runs the jobs one after the other. Between jobs it is stopped: each process group that it has
+made is threads that look for messages a hundred times a second. Where these have become many, a new group runs the
+next job. A failed or timed-out job ends the group; the next job
 starts a new one. Where a rank crashes in native code or does not answer, in processes that have run hundreds of jobs,
 the job runs once more in new ones, and the run's report says so at its end.
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import importlib
@@ -46,12 +49,15 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+MANY = 80
+"""Process groups of a process, of which each costs a thousandth of a core."""
 FIRST_TIMEOUT_S = 60.0
 """After which a job that may take 100 s, and mostly takes ten, is tried once more."""
 RETRIES = "TITAN_FP8_TEST_RETRIES"
 """In this variable of the environment is the file for what was tried again."""
 _COLLECTIVE_TIMEOUT_S = 60
 _GRACE_S = 0.5  # after a first failure, for the failures of other ranks; after a question, for their answers
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
 _PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"]
 
@@ -105,11 +111,15 @@ def _run_in_shared(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...
     if group is None or not group.alive():
         group = _GROUPS[world_size] = _Group(world_size, init=True)
     try:
-        return group.run(fn, args, timeout_s)
+        result = group.run(fn, args, timeout_s)
     except BaseException:
         group.close()
         _GROUPS.pop(world_size, None)
         raise
+    if group.process_groups > MANY:
+        group.close()
+        _GROUPS.pop(world_size, None)
+    return result
 
 
 class _LostError(DistributedTestError):
@@ -118,16 +128,21 @@ class _LostError(DistributedTestError):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank sends back: its result, or why there is none."""
+    """What a rank sends back: its result, or why there is none; and how many process groups it has made."""
 
     time: float
     value: Any = None
+    process_groups: int = 0
     failure: str | None = None
     crashed: bool = False
 
 
 class _Group:
-    """`world_size` worker processes, each with a pipe to this one."""
+    """`world_size` worker processes, each with a pipe to this one.
+
+    Attributes:
+        process_groups: that the one with the most has made so far.
+    """
 
     def __init__(self, world_size: int, init: bool) -> None:
         context = _fork_server()
@@ -135,6 +150,7 @@ class _Group:
         port = _free_port()
         self.pipes: list[Connection] = []
         self.processes = []
+        self.process_groups = 0
         for rank in range(world_size):
             env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
             env |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -150,6 +166,19 @@ class _Group:
         return all(process.is_alive() for process in self.processes)
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        self._send(signal.SIGCONT)
+        try:
+            return self._run(fn, args, timeout_s)
+        finally:
+            self._send(signal.SIGSTOP)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    def _run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         target = (fn.__module__, inspect.getfile(inspect.unwrap(fn)), fn.__qualname__)
         for pipe in self.pipes:
@@ -179,6 +208,7 @@ class _Group:
             first = min(failures, key=lambda rank: failures[rank].time)
             kind = _LostError if failures[first].crashed else DistributedTestError
             raise kind(f"{fn.__qualname__}: rank {first} {failures[first].failure}")
+        self.process_groups = max(answer.process_groups for answer in answers.values())
         return [answers[rank].value for rank in range(len(self.pipes))]
 
     def _receive(self, rank: int) -> _Answer:
@@ -216,8 +246,7 @@ _GROUPS: dict[int, _Group] = {}
 
 @atexit.register
 def close_groups() -> None:
-    """End the shared processes. Each process group that they have made is threads that look for messages a hundred
-    times a second, which after hundreds of jobs is most of a core."""
+    """End the shared processes."""
     while _GROUPS:
         _GROUPS.popitem()[1].close()
 
@@ -248,6 +277,8 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
     import torch
     import torch.distributed as dist
 
+    # Where the tests are killed, the fork server ends, and a stopped process would stay.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(env)
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -266,7 +297,7 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
             )
         for target, args in _jobs(pipe):
             value = _load(*target)(rank, world_size, *args)
-            pipe.send(_Answer(time.time(), value))
+            pipe.send(_Answer(time.time(), value, len(dist.distributed_c10d._world.pg_map)))
     except BaseException:
         with contextlib.suppress(OSError):
             pipe.send(_Answer(time.time(), failure="raised\n" + traceback.format_exc()))

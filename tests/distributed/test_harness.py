@@ -53,6 +53,33 @@ def test_results_come_in_rank_order_and_the_processes_are_reused() -> None:
     assert len({pid for pid, _ in first}) == 2
 
 
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_processes_are_stopped_while_they_have_nothing_to_do() -> None:
+    for _ in range(2):
+        pids = [pid for pid, _ in run_distributed(_sum_over_ranks, 2, 0.5)]
+        deadline = time.monotonic() + 10
+        while [_state(pid) for pid in pids] != ["T", "T"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _make_groups(rank: int, world_size: int, count: int) -> int:
+    for _ in range(count):
+        dist.new_group([0, 1])
+    return os.getpid()
+
+
+def test_processes_that_have_made_many_groups_run_no_further_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "MANY", 8)
+    harness.close_groups()
+    first = run_distributed(_make_groups, 2, 4)
+    assert run_distributed(_make_groups, 2, 6) == first
+    assert set(run_distributed(_make_groups, 2, 1)).isdisjoint(first)
+
+
 def test_the_traceback_of_the_rank_that_raised_is_the_failure() -> None:
     with pytest.raises(DistributedTestError, match=r"(?s)rank 1 raised.*rank one is unwell"):
         run_distributed(_fail_on_rank_one, 2)
