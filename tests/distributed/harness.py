@@ -44,6 +44,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -277,8 +278,7 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
     import torch
     import torch.distributed as dist
 
-    # Where the tests are killed, the fork server ends, and a stopped process would stay.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_the_tests()
     os.environ.clear()
     os.environ.update(env)
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -306,6 +306,16 @@ def _worker(pipe: Connection, env: dict[str, str], store: str, init: bool) -> No
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _end_with_the_tests() -> None:
+    """Be killed when the tests are: a stopped process would not notice. The system signals the fork server's end, which
+    a file that is inherited would put off."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _jobs(pipe: Connection) -> Iterator[tuple[tuple[str, str, str], tuple[Any, ...]]]:
