@@ -156,6 +156,8 @@ def _placement(job: JobConfig) -> Placement:
         offloaded=job.training.enable_cpu_offload,
         tensor=degrees.tensor,
         expert_tensor=degrees.expert_tensor,
+        expert=degrees.expert,
+        expert_shards=degrees.expert_shards if degrees.experts_are_apart else degrees.shards,
         experts_stay=degrees.expert > 1
         and degrees.expert_shards * degrees.data_parallel_replicate == 1
         and not job.training.enable_cpu_offload,
