@@ -74,6 +74,7 @@ SLOW = {
     "experts in blocks": ("fsdp2", EXPERTS, PER_OP),
     "divided experts": ("fsdp2 tp2 etp2", EXPERTS, {}),
     "latent attention": ("fsdp2 tp2", LATENT, {}),
+    "latent attention in 16 bits": ("fsdp2 tp2", LATENT | BF16, {}),
     "latent attention, compiled": ("fsdp2 tp2", LATENT, COMPILED),
 }
 

@@ -30,6 +30,7 @@ from titan_fp8.quantization.linear import check_dims, with_state_of
 from titan_fp8.quantization.mx_recipes import MXRecipe
 from titan_fp8.quantization.mx_sharded import MXWeightState
 from titan_fp8.quantization.mx_weight import Cast, Made, MXWeightCache, Operand, column_operand, made_of, row_operand
+from titan_fp8.runtime.collectives import Axis, all_reduce
 from titan_fp8.runtime.deferred import WeightSink
 from titan_fp8.runtime.errors import UserError
 
@@ -97,10 +98,10 @@ class MXFP8Linear(nn.Linear):
         """`[..., K]` -> `[..., N]`."""
         return self.multiply(input, self.weight, self.weight_sink)
 
-    def multiply(self, input: Tensor, weight: Tensor, sink: WeightSink | None) -> Tensor:
-        """The output for what this rank multiplies of the weight."""
+    def multiply(self, input: Tensor, weight: Tensor, sink: WeightSink | None, sums_over: Axis | None = None) -> Tensor:
+        """The output for what this rank multiplies of the weight; see `mx_linear`."""
         made = made_of(self, "weight", weight, self.weight_cache)
-        return mx_linear(input, weight, self.bias, self.config, sink, made)
+        return mx_linear(input, weight, self.bias, self.config, sink, made, sums_over)
 
     def extra_repr(self) -> str:
         """Dimensions, recipe and whether it is emulated."""
@@ -118,9 +119,10 @@ def mx_linear(
     config: MXConfig,
     sink: WeightSink | None,
     made_of_weight: Made = NOTHING_MADE,
+    sums_over: Axis | None = None,
 ) -> Tensor:
     """`input [..., K] @ weight.T + bias` in input's dtype; weight `[N, K]`. With a sink the product for the weight's
-    gradient is computed later."""
+    gradient is computed later; sums_over: ranks that have other tokens, over which that gradient is summed."""
     if input.shape[-1] != weight.shape[1]:
         raise ValueError(f"MX linear with in_features={weight.shape[1]} got input {list(input.shape)}")
     owner = input
@@ -135,7 +137,7 @@ def mx_linear(
     needs = grad and input.requires_grad, grad and weight.requires_grad
     columns = needs[1] and not config.grad_weight_in_high_precision
     made = (None, None, None, None) if config.emulate else _shared_codes(as_matrix(input), owner, config, columns)
-    return MXLinearFunction.apply(input, weight, bias, *made, *made_of_weight, config, sink, *needs)
+    return MXLinearFunction.apply(input, weight, bias, *made, *made_of_weight, config, sink, sums_over, *needs)
 
 
 def runs_natively_on(device: torch.device) -> bool:
@@ -191,6 +193,7 @@ class MXLinearFunction(torch.autograd.Function):
         plain: bool,
         config: MXConfig,
         sink: WeightSink | None,
+        sums_over: Axis | None,
         needs_grad_input: bool,
         needs_grad_weight: bool,
     ) -> Tensor:
@@ -208,7 +211,7 @@ class MXLinearFunction(torch.autograd.Function):
             output.add_(bias)  # the sum in fp32
         of_weight = weight if w_columns is None else None, w_columns, w_column_scale
         ctx.save_for_backward(*(of_weight if needs_grad_input else [None] * 3), *saved)
-        ctx.config, ctx.sink, ctx.plain = config, sink, plain
+        ctx.config, ctx.sink, ctx.sums_over, ctx.plain = config, sink, sums_over, plain
         ctx.needs_grads = needs_grad_input, needs_grad_weight
         ctx.input_shape, ctx.input_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -234,11 +237,11 @@ class MXLinearFunction(torch.autograd.Function):
             right = column_operand(weight, made, config.weight_cast, grad_output)
             grad_input = _grad_input(by_rows, right, ctx.input_dtype).view(ctx.input_shape)
         if needs_grad_weight:
-            product = partial(_grad_weight, by_columns, grad_output, x, x_scale, config)
+            product = partial(_grad_weight, by_columns, grad_output, x, x_scale, config, ctx.sums_over)
             grad_weight = later_or_now(ctx.sink, product, ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = ops.sum_rows(grad_output).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *[None] * 13
+        return grad_input, grad_weight, grad_bias, *[None] * 14
 
 
 def _operands(grad: Tensor, config: MXConfig, *, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:
@@ -267,9 +270,22 @@ def _grad_input(grad: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
 
 
 def _grad_weight(
+    grad: Operand | None,
+    grad_output: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    config: MXConfig,
+    sums_over: Axis | None,
+) -> Tensor:
+    """`grad_output [T, N].T @ x [T, K]`, of the gradient's operand where there is one; x as it was saved. Of the tokens
+    of other ranks too, in fp32, where there are any."""
+    product = _product_over_tokens(grad, grad_output, x, x_scale, config)
+    return product if sums_over is None else all_reduce(product.float(), sums_over)
+
+
+def _product_over_tokens(
     grad: Operand | None, grad_output: Tensor, x: Tensor, x_scale: Tensor | None, config: MXConfig
 ) -> Tensor:
-    """`grad_output [T, N].T @ x [T, K]`, of the gradient's operand where there is one; x as it was saved."""
     if grad is None:
         return grad_output.t() @ as_matrix(x)
     codes, scale = grad
