@@ -121,6 +121,23 @@ def test_codes_on_the_wire_change_no_bit_on_more_meshes(name: str, tmp_path: Pat
     check(*SLOW[name], tmp_path)
 
 
+def test_a_head_that_computes_the_loss_some_tokens_at_a_time(tmp_path: Path) -> None:
+    """As one process: each rank has one microbatch, two addends have one sum, and nothing is clipped."""
+    options = LINEARS | {
+        f"{MX}.filter_fqns": "layers.0",
+        "training.seq_len": "320",  # as many tokens as rows: the table is gathered, sums are in one order
+        "training.global_batch_size": "2",
+        "training.max_norm": "0",
+        "training.loss_chunk_tokens": "100",
+    }
+    wanted = on("fsdp1", options, tmp_path)
+    for gathered in ({}, gathers(options)):
+        actual = on("fsdp2", options | gathered, tmp_path)
+        assert actual.losses == pytest.approx(wanted.losses, rel=1e-6)
+        for name, grad in wanted.grads.items():
+            assert torch.equal(actual.grads[name], grad), name
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_checkpoint_serves_runs_with_and_without_codes_on_the_wire(before: bool, tmp_path: Path) -> None:
     half = STEPS // 2

@@ -165,11 +165,11 @@ def mark_fsdp_weights_stale(modules: Iterable[nn.Module], *, but_told: bool = Fa
             state.mark_stale()
 
 
-def check_gathered(weight: Tensor, of: str = "a linear", option: str = "enable_fsdp_float8_all_gather") -> None:
+def check_gathered(weight: Tensor, of: str = "a linear", *, codes: str = "float8") -> None:
     """Raise RuntimeError unless `weight`, of a module made to be gathered as codes, is one that it can compute with."""
     if not isinstance(weight, ShardableWeight):
         raise RuntimeError(
-            f"{of} that was converted for FP8 all-gather ({option}) has found a "
+            f"{of} that was converted for {codes} all-gather (enable_fsdp_{codes.lower()}_all_gather) has found a "
             f"{type(weight).__name__} as its weight, neither one that FSDP2 gathered as codes nor the one that "
             "conversion made: its parameter was replaced, or something else than fully_shard gathers it. Shard the "
             "converted model with fully_shard, load weights by load_state_dict, or convert without it"

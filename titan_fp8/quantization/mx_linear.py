@@ -128,16 +128,21 @@ def mx_linear(
     owner = input
     if torch.is_autocast_enabled(input.device.type):
         input = input.to(torch.get_autocast_dtype(input.device.type))
-    if not config.emulate and not runs_natively_on(input.device):
-        raise RuntimeError(
-            f"an MX linear converted with emulate=False got tensors on {input.device.type}, which has no products of "
-            'blocks; move the model to a GPU that has (Blackwell), or convert with emulate=True or emulate="auto"'
-        )
+    check_device(input, config)
     grad = torch.is_grad_enabled()
     needs = grad and input.requires_grad, grad and weight.requires_grad
     columns = needs[1] and not config.grad_weight_in_high_precision
     made = (None, None, None, None) if config.emulate else _shared_codes(as_matrix(input), owner, config, columns)
     return MXLinearFunction.apply(input, weight, bias, *made, *made_of_weight, config, sink, sums_over, *needs)
+
+
+def check_device(input: Tensor, config: MXConfig) -> None:
+    """Raise RuntimeError if `input` lies where products that are not emulated cannot run."""
+    if not config.emulate and not runs_natively_on(input.device):
+        raise RuntimeError(
+            f"an MX linear converted with emulate=False got tensors on {input.device.type}, which has no products of "
+            'blocks; move the model to a GPU that has (Blackwell), or convert with emulate=True or emulate="auto"'
+        )
 
 
 def runs_natively_on(device: torch.device) -> bool:
@@ -231,7 +236,7 @@ class MXLinearFunction(torch.autograd.Function):
         quantizes = needs_grad_weight and not config.grad_weight_in_high_precision
         grad_output = as_matrix(grad_output)
         grad_input = grad_weight = grad_bias = None
-        by_rows, by_columns = _operands(grad_output, config, rows=needs_grad_input, columns=quantizes)
+        by_rows, by_columns = operands(grad_output, config, rows=needs_grad_input, columns=quantizes)
         if by_rows is not None:
             made = Made(None, None, w_columns, w_column_scale, ctx.plain)
             right = column_operand(weight, made, config.weight_cast, grad_output)
@@ -244,8 +249,8 @@ class MXLinearFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, *[None] * 14
 
 
-def _operands(grad: Tensor, config: MXConfig, *, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:
-    """The gradient `[T, N]` by blocks of N, and by blocks of T, as far as they are asked for."""
+def operands(grad: Tensor, config: MXConfig, *, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:
+    """A gradient or an activation `[T, N]` by blocks of N, and by blocks of T, as far as they are asked for."""
     mode, kernel = config.recipe.mode, config.dim1_kernel
     if config.emulate:
         if rows and columns:

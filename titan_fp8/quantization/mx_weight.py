@@ -25,7 +25,7 @@ from titan_fp8.kernels.mx import reference
 from titan_fp8.kernels.mx.layout import padded_shape
 from titan_fp8.quantization import mx_grouped_ops, mx_ops
 from titan_fp8.quantization.fsdp_weight import check_gathered
-from titan_fp8.quantization.mx_sharded import OPTION, GatheredMXWeight
+from titan_fp8.quantization.mx_sharded import GatheredMXWeight
 from titan_fp8.quantization.weights import CodesCache, StepWatch
 from titan_fp8.runtime.operators import register_operator
 
@@ -104,7 +104,7 @@ def made_of(module: nn.Module, name: str, weight: Tensor, cache: "MXWeightCache 
         return Made(*weight.made, plain=True)
     several = getattr(module, "fsdp_weight_states", None) or {}
     if getattr(module, "fsdp_weight_state", None) is not None or name in several:
-        check_gathered(weight, of="a layer of experts" if several else "a linear", option=OPTION)
+        check_gathered(weight, of="a layer of experts" if several else "a linear", codes="MXFP8")
     if cache is None:
         return Made()
     if not torch.compiler.is_compiling():

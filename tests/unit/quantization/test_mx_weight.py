@@ -283,7 +283,10 @@ def test_what_cannot_be_computed_with_codes_is_an_error_that_says_what_to_do() -
     assert torch.equal(weight.dequantize(), mx.from_mx(weight.scale, weight.codes, torch.float32))
     model = prepared(MXWeights.GATHERED_CODES)
     model[0].weight = nn.Parameter(weight_of((N, K)))
-    with pytest.raises(RuntimeError, match=r"enable_fsdp_mxfp8_all_gather.*its parameter was replaced"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"converted for MXFP8 all-gather \(enable_fsdp_mxfp8_all_gather\).*its parameter was replaced",
+    ):
         run(model)
 
 
