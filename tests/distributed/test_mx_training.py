@@ -57,11 +57,11 @@ CASES = {
     "compiled": ("fsdp2", FROM_MASTERS, COMPILED),
     "tensor parallel": ("fsdp2 tp2", LINEARS, {}),
     "pipeline": ("pp2 fsdp2", LINEARS | BF16, {}),
-    "experts": ("fsdp4 ep2", EXPERTS | BF16, {}),
     "experts cut by rows": ("fsdp4 ep2", EXPERTS | THREE_EACH, {}),
 }
 """Axes, options, and what the run that gathers codes has besides: it changes no bit either."""
 SLOW = {
+    "experts": ("fsdp4 ep2", EXPERTS | BF16, {}),
     "HSDP, selective AC": ("rep2 fsdp2", LINEARS | BF16, PER_OP),
     "context parallel": ("fsdp2 cp2", LINEARS | BF16, {}),
     "four shards": ("fsdp4", LINEARS, {"parallelism.fsdp_reshard_after_forward": "always"}),
