@@ -1,6 +1,7 @@
 """Weights in MXFP8 that FSDP2 gathers as codes: the bits of the whole weights in both orientations, bytes on the wire,
 one cast an optimizer step, and what cannot be cut."""
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,11 +20,13 @@ from titan_fp8.converters.mx_grouped import MXFP8Experts, convert_mx_grouped
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.moe import MoE
+from titan_fp8.parallel.expert import _local_weights
 from titan_fp8.quantization import mx_sharded
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_mx_weights_for_fsdp
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
 from titan_fp8.quantization.mx_recipes import MX_RECIPES
 from titan_fp8.quantization.mx_sharded import GatheredMXWeight, MXCodes, cast_weight
+from titan_fp8.quantization.mx_weight import MXWeightCache
 from titan_fp8.quantization.weights import mark_stale
 from titan_fp8.runtime.device import detect_device
 from titan_fp8.runtime.errors import UserError
@@ -258,6 +261,31 @@ def _two_steps_of_experts(rank: int, ranks: int, n_experts: int, dim: int) -> No
 def test_gathered_experts_are_the_whole_ones_and_training_has_the_same_bits(cut: str) -> None:
     ranks, n_experts, dim = CUTS[cut]
     run_distributed(_two_steps_of_experts, ranks, n_experts, dim)
+
+
+def _experts_that_stay(rank: int, ranks: int) -> list[int]:
+    """As expert parallelism leaves them: DTensors, of which each rank multiplies its own part."""
+    experts, (x, ends), mesh = _experts(3, gathers_codes=False), _rows(3, 0), init_device_mesh("cpu", (1,))
+    expected = experts(x, ends)
+    experts.weight_caches = {name: MXWeightCache(experts.config.weight_cast) for name in ORDER}
+    for name in ORDER:
+        part = DTensor.from_local(getattr(experts, name).detach(), mesh, [Shard(0)])
+        setattr(experts, name, nn.Parameter(part))
+    experts.weights = partial(_local_weights, experts)
+    counts = []
+    with mock.patch.object(MXWeightCache, "cast", autospec=True, side_effect=MXWeightCache.cast) as cast:
+        for _ in range(2):
+            assert torch.equal(experts(x, ends), expected)
+            counts.append(cast.call_count)
+        experts(x, ends).sum().backward()
+        torch.optim.SGD(experts.parameters(), lr=0.5).step()
+        assert not torch.equal(experts(x, ends), expected)
+        counts.append(cast.call_count)
+    return counts
+
+
+def test_experts_that_stay_on_their_rank_are_cast_once_an_optimizer_step() -> None:
+    assert run_distributed(_experts_that_stay, 1) == [[3, 3, 6]]
 
 
 def _refused_experts(rank: int, ranks: int, n_experts: int, dim: int) -> str:

@@ -4,6 +4,7 @@ same bits, on tensor cores that multiply blocks (here simulated) and emulated.""
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def test_operands_are_the_same_wherever_they_come_from(shape: tuple[int, ...], e
     cache = MXWeightCache(cast)
     cache.refresh(weight)
     module = nn.Module()
+    module.w = weight
     sources = [Made(), made_of(module, "w", weight, cache), made_of(module, "w", gathered(weight), None)]
     grad = torch.ones(1)
     rows = [row_operand(weight, made, cast) for made in sources]
@@ -183,7 +185,8 @@ def test_experts_compute_the_same_bits_from_gathered_codes_and_from_caches() -> 
         masters = [weight_of(shape, seed) for seed, shape in enumerate(shapes)]
         weights = [(gathered(w) if how == "gathered" else w.clone()).requires_grad_() for w in masters]
         caches = [MXWeightCache(config.weight_cast) if how == "cache" else None for _ in weights]
-        made = [made_of(nn.Module(), "w", *pair) for pair in zip(weights, caches, strict=True)]
+        modules = [SimpleNamespace(w=weight) for weight in weights]
+        made = [made_of(*each) for each in zip(modules, "www", weights, caches, strict=True)]  # pyright: ignore
         x = weight_of((96, K), 7).requires_grad_()
         output = mx_grouped_feed_forward(x, weights, ends, config, made)
         output.square().sum().backward()
