@@ -81,10 +81,11 @@ FUSED_VS_UNFUSED_LOSS_DB = 0.5
 mean over parameters."""
 
 CHUNKED_VS_WHOLE_SQNR_DB = 60.0
-"""Gradients of a float8 head that computes the loss some tokens at a time and of one that computes all logits, for a
-loss that is not divided by anything. The codes are the same but where the two round a logit's gradient to different
-bf16 neighbours, where the largest one is not quite 1 (tensorwise; 67 dB for fp32 logits of a small vocabulary, all
-other cases have over 100), and where a chunk's own column scales make other values subnormal (rowwise)."""
+"""Gradients of a head in float8 or MXFP8 that computes the loss some tokens at a time and of one that computes all
+logits, for a loss that is not divided by anything. The codes are the same but where the two round a logit's gradient to
+different bf16 neighbours, where the largest one is not quite 1 (tensorwise; 67 dB for fp32 logits of a small
+vocabulary, all other cases have over 90), and where a chunk's own column scales make other values subnormal
+(rowwise)."""
 CHUNK_SIZES_SQNR_DB = 120.0
 """The same for two sizes of chunks, but for rowwise: only sums in fp32 differ."""
 

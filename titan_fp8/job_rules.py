@@ -148,10 +148,19 @@ def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[
                 key, "a pipeline gathers more blocks at a time than there are buffers in peer memory; leave it out"
             )
     float8, section = job.quantize.linear.float8, "quantize.linear.float8"
-    if float8.enable_fsdp_float8_all_gather and degrees.shards == 1:
-        key = f"{section}.enable_fsdp_float8_all_gather"
-        remedy = "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
-        yield Problem(key, f"nothing is sharded, so nothing is gathered; {remedy}")
+    gathered = {
+        f"{section}.enable_fsdp_float8_all_gather": float8.enable_fsdp_float8_all_gather,
+        "quantize.linear.mx.enable_fsdp_mxfp8_all_gather": job.quantize.linear.mx.enable_fsdp_mxfp8_all_gather,
+    }
+    if degrees.shards == degrees.expert_shards == 1:
+        of_experts = job.quantize.grouped_mm.mx.enable_fsdp_mxfp8_all_gather
+        gathered["quantize.grouped_mm.mx.enable_fsdp_mxfp8_all_gather"] = of_experts
+    for key, is_gathered in gathered.items() if degrees.shards == 1 else ():
+        if is_gathered:
+            remedy = (
+                "start two processes (NGPU=2)" if world_size == 1 else "raise parallelism.data_parallel_shard_degree"
+            )
+            yield Problem(key, f"nothing is sharded, so nothing is gathered; {remedy}")
     keeps_gathered = job.parallelism.fsdp_reshard_after_forward == "never" and degrees.shards > 1
     if float8.force_recompute_fp8_weight_in_bwd and float8.enable_fsdp_float8_all_gather and keeps_gathered:
         yield Problem(

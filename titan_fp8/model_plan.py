@@ -37,6 +37,8 @@ from titan_fp8.parallel.expert_load import force_balance
 from titan_fp8.parallel.pipeline_split import PipelinePlan, plan_pipeline
 from titan_fp8.quantization.chunked_head import chunk_float8_loss
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.mx_chunked_head import chunk_mx_loss
+from titan_fp8.quantization.mx_linear import MXFP8Linear
 from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 from titan_fp8.runtime.errors import UserError
 
@@ -111,8 +113,7 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         reports = [attempt("model.converters", conversion) for conversion in conversions]
         attempt("", partial(_check_parallelization, job, model, device))
         if job.training.loss_chunk_tokens:
-            chunk = chunk_float8_loss if isinstance(model.output, Float8Linear) else chunk_loss
-            attempt("", partial(chunk, model.output, job.training.loss_chunk_tokens))
+            attempt("", partial(_chunk_loss, model.output, job.training.loss_chunk_tokens))
     attempt("", partial(_check_device, job, device))
     if os.environ.get("RANK", "0") == "0":
         # The files as rank 0 sees them. Where another node sees others, it is the ranks together that find out later.
@@ -132,6 +133,20 @@ def plan_model(job: JobConfig, device: DeviceCapabilities) -> ModelPlan:
         flops_per_token=flops_per_token(dims, job.training.seq_len),
         pipeline=_pipeline(job, dims),
     )
+
+
+def _chunk_loss(output: Any, chunk_tokens: int) -> None:
+    """Have an output layer, of whatever kind, compute the loss some tokens at a time.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if isinstance(output, Float8Linear):
+        chunk_float8_loss(output, chunk_tokens)
+    elif isinstance(output, MXFP8Linear):
+        chunk_mx_loss(output, chunk_tokens)
+    else:
+        chunk_loss(output, chunk_tokens)
 
 
 def _pipeline(job: JobConfig, dims: ModelDims) -> PipelinePlan | None:
@@ -156,6 +171,8 @@ def _placement(job: JobConfig) -> Placement:
         offloaded=job.training.enable_cpu_offload,
         tensor=degrees.tensor,
         expert_tensor=degrees.expert_tensor,
+        expert=degrees.expert,
+        expert_shards=degrees.expert_shards if degrees.experts_are_apart else degrees.shards,
         experts_stay=degrees.expert > 1
         and degrees.expert_shards * degrees.data_parallel_replicate == 1
         and not job.training.enable_cpu_offload,

@@ -1,6 +1,8 @@
 """MX linears and experts on a GPU: what they compute there is what they compute on a CPU, eager and compiled."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.quantization.mx_grouped import MXGroupedConfig, mx_grouped_feed_forward
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
 from titan_fp8.quantization.mx_recipes import MX_RECIPES
+from titan_fp8.quantization.mx_sharded import GatheredMXWeight, cast_weight
+from titan_fp8.quantization.mx_weight import Cast, MXWeightCache, column_operand, made_of, row_operand
 from titan_fp8.runtime.device import detect_device
 
 pytestmark = [
@@ -57,6 +61,21 @@ def data(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(tokens, 512, generator=generator).to(dtype), torch.randn(tokens, 384, generator=generator).to(
         dtype
     )
+
+
+@EMULATE
+@pytest.mark.parametrize("shape", [(384, 512), (3, 160, 96)], ids=["a linear", "experts"])
+def test_a_weights_operands_are_the_same_wherever_they_come_from(shape: tuple[int, ...], emulate: bool) -> None:
+    weight, cast = torch.randn(shape, device="cuda"), Cast("rceil", "triton", emulate)
+    module, cache, grad = SimpleNamespace(w=weight), MXWeightCache(cast), torch.ones(1, device="cuda")
+    gathered = GatheredMXWeight(*cast_weight(weight, "rceil"), torch.bfloat16)
+    sources = [made_of(module, "w", w, c) for w, c in ((weight, None), (weight, cache), (gathered, None))]  # pyright: ignore
+    for operand in (row_operand, partial(column_operand, after=grad)):
+        expected, *others = (operand(weight, made, cast) for made in sources)
+        for other in others:
+            for wanted, found in zip(expected, other, strict=True):
+                assert (wanted is None) == (found is None)
+                assert wanted is None or torch.equal(wanted.view(torch.uint8), found.view(torch.uint8))
 
 
 @EMULATE

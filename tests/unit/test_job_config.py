@@ -303,6 +303,14 @@ def test_fp8_communication_needs_shards():
     assert float8(gather, world_size=2).enable_fsdp_float8_all_gather
 
 
+@pytest.mark.parametrize("section", ["quantize.linear.mx", "quantize.grouped_mm.mx"])
+def test_mxfp8_communication_needs_shards(section):
+    options = [f"--model.converters={section}", f"--{section}.enable_fsdp_mxfp8_all_gather"]
+    assert f"{section}.enable_fsdp_mxfp8_all_gather" in error(*options)
+    assert "nothing is sharded, so nothing is gathered; start two processes" in error(*options)
+    assert load(*options, world_size=2)
+
+
 def test_precomputed_scales_need_fp8_communication():
     precompute = "precompute_float8_dynamic_scale_for_fsdp"
     assert "needs enable_fsdp_float8_all_gather" in float8(precompute, world_size=2)

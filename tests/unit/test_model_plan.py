@@ -14,6 +14,7 @@ from titan_fp8.model_plan import plan_model, run_fingerprint
 from titan_fp8.models.chunked_loss import ChunkedHead
 from titan_fp8.models.linear import Linear
 from titan_fp8.quantization.chunked_head import Float8ChunkedHead
+from titan_fp8.quantization.mx_chunked_head import MXFP8ChunkedHead
 from titan_fp8.runtime.device import DeviceCapabilities
 
 CPU = DeviceCapabilities("cpu", "CPU", None, False, None, None, None)
@@ -53,6 +54,16 @@ def test_the_loss_of_some_tokens_at_a_time_takes_a_head_in_high_precision_or_flo
     (report,) = plan.reports
     assert next(row for row in report.rows if row.fqn == "output").recipe == "tensorwise"
     assert isinstance(plan_model(_chunked(tmp_path, filter_fqns="output"), CPU).model.output, ChunkedHead)
+
+
+def test_the_loss_of_some_tokens_at_a_time_takes_a_head_in_mxfp8(tmp_path) -> None:
+    section = "quantize.linear.mx"
+    arguments = [f"--model.converters={section}", f"--{section}.emulate", f"--{section}.filter_fqns=layers.0"]
+    arguments += ["--training.loss_chunk_tokens=70", f"--job.dump_folder={tmp_path}", "--training.dataset=synthetic"]
+    job, _ = load_job_config(arguments)
+    plan = plan_model(job, CPU)
+    assert isinstance(plan.model.output, MXFP8ChunkedHead)
+    assert plan.model.output.chunk_tokens == 96
 
 
 @pytest.mark.parametrize("kept", ["", "output"], ids=["float8", "high precision"])

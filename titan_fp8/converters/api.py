@@ -196,12 +196,15 @@ def convert_to_mxfp8_training(
     scaling_mode: str | None = None,
     mxfp8_dim1_cast_kernel_choice: str | None = None,
     grad_weight_in_high_precision: bool = False,
+    cache_weights: bool = False,
+    enable_fsdp_mxfp8_all_gather: bool = False,
 ) -> ConversionReport:
     """Replace the linears of `model` by `MXFP8Linear`s, in place: products of e4m3 codes with a scale for 32 values.
 
     Args:
         model: any model, on any device; K and N of its linears are multiples of 32. Its parameters stay the same
-            objects. Call it before wrapping the model in DDP, FSDP or `torch.compile`.
+            objects, but for `enable_fsdp_mxfp8_all_gather`. Call it before wrapping the model in DDP, FSDP or
+            `torch.compile`.
         recipe_name: "mxfp8_cublas" (scales rounded down), "mxfp8_cublas_rceil" (up), or "mxfp8_emulated".
         filter_fqns: linears to leave alone, as runs of components of their names.
         emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
@@ -210,6 +213,13 @@ def convert_to_mxfp8_training(
         mxfp8_dim1_cast_kernel_choice: "triton", "cuda" or "torch": what casts along tokens, and along a weight's rows.
             None: "triton" on a GPU, and "torch" elsewhere.
         grad_weight_in_high_precision: multiply unquantized tensors for the weights' gradients.
+        cache_weights: keep the codes of a weight from one optimizer step to the next, 2.06 bytes a parameter (emulated
+            4, on a CPU 8), instead of casting it in each pass. The obligation that comes with it is that of
+            `convert_to_float8_training`.
+        enable_fsdp_mxfp8_all_gather: `fully_shard` will gather the codes of the weights; the shards must be whole
+            blocks of 32 rows. The parameters become new ones: build the optimizer after `fully_shard`. With
+            `cache_weights` shards are cast once an optimizer step, otherwise for each gather; a step may be followed by
+            `precompute_float8_dynamic_scale_for_fsdp(model)`, which casts them then.
 
     Returns:
         A report with a row for each linear; `print(report)` shows the table.
@@ -225,6 +235,8 @@ def convert_to_mxfp8_training(
         emulate=emulate,
         mxfp8_dim1_cast_kernel_choice=mxfp8_dim1_cast_kernel_choice,
         grad_weight_in_high_precision=grad_weight_in_high_precision,
+        cache_weights=cache_weights,
+        enable_fsdp_mxfp8_all_gather=enable_fsdp_mxfp8_all_gather,
     )
     return convert_mx_linears(model, request, detect_device(), problems=problems)
 
@@ -234,6 +246,8 @@ def convert_to_mxfp8_grouped_training(
     *,
     fqns: Sequence[str] = ("experts",),
     emulate: bool | Literal["auto"] = False,
+    cache_weights: bool = False,
+    enable_fsdp_mxfp8_all_gather: bool = False,
 ) -> ConversionReport:
     """Let the experts of `model` multiply in MXFP8, in place: all three products, groups of 32 rows.
 
@@ -243,6 +257,8 @@ def convert_to_mxfp8_grouped_training(
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
         emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
             has no products of blocks; False is an error there.
+        cache_weights, enable_fsdp_mxfp8_all_gather: as for `convert_to_mxfp8_training`. Shards are whole experts, or of
+            each expert whole blocks of 32 rows.
 
     Returns:
         A report with a row for each weight of experts; `print(report)` shows the table.
@@ -254,4 +270,11 @@ def convert_to_mxfp8_grouped_training(
     patterns = [fqns] if isinstance(fqns, str) else fqns
     if not is_list_of_names(patterns):
         raise ConversionError([f"fqns = {fqns!r}: expected a list of names"])
-    return convert_mx_grouped(model, list(patterns), detect_device(), emulate=emulate)
+    return convert_mx_grouped(
+        model,
+        list(patterns),
+        detect_device(),
+        emulate=emulate,
+        gathers_codes=enable_fsdp_mxfp8_all_gather,
+        cache_weights=cache_weights,
+    )

@@ -142,6 +142,10 @@ class MXLinearSection(Section):
     grad_weight_in_high_precision: bool = False
     """Multiply unquantized activations and gradients for the weights' gradients."""
 
+    enable_fsdp_mxfp8_all_gather: bool = False
+    """FSDP gathers the weights as MXFP8 codes, quantized shard by shard once an optimizer step. Needs two or more shard
+    ranks, and in each shard whole blocks of 32 rows."""
+
     def problems(self) -> Iterator[Problem]:
         """Names that no model has, and scales that a recipe cannot have."""
         for problem in malformed(self.filter_fqns):
@@ -193,6 +197,10 @@ class MXGroupedSection(Section):
     emulate: bool | Literal["auto"] = False
     """Multiply what the codes stand for in ordinary grouped products, on any device. `"auto"` emulates where the device
     has no products of blocks; false is an error there."""
+
+    enable_fsdp_mxfp8_all_gather: bool = False
+    """FSDP gathers the experts' weights as MXFP8 codes, as `quantize.linear.mx.enable_fsdp_mxfp8_all_gather` does for
+    linears. Shards are whole experts, or of each expert whole blocks of 32 rows."""
 
     def patterns(self) -> list[str]:
         """`fqns` as a list."""

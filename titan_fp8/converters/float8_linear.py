@@ -22,9 +22,15 @@ from titan_fp8.converters.config import Float8LinearSection
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.fusion import fuse_producers
-from titan_fp8.converters.linears import nothing_to_convert, obstacle_of, replace_linears, report_rows
+from titan_fp8.converters.linears import (
+    divided_weights,
+    nothing_to_convert,
+    obstacle_of,
+    replace_linears,
+    report_rows,
+)
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
-from titan_fp8.converters.report import HIGH_PRECISION, ConversionReport
+from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import Float8Request
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.size_rule import SIZE_RULES
@@ -186,7 +192,7 @@ def _check_model(
         )
         if obstacle:
             problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")
-    for users in _divided_weights(model, choices) if request.enable_fsdp_float8_all_gather else []:
+    for users in divided_weights(model, choices) if request.enable_fsdp_float8_all_gather else []:
         names = ", ".join(f"{name} ({reader})" for name, reader in users)
         problems.append(
             f"{request.prefix}enable_fsdp_float8_all_gather gathers a weight as the codes of one recipe, but {names} "
@@ -203,27 +209,13 @@ def _other_remedy(linear: nn.Linear, recipe: Float8Recipe, request: Float8Reques
     return f", or give it another recipe in {request.prefix}recipe_by_fqn" if is_size else ""
 
 
-def _divided_weights(model: nn.Module, choices: Mapping[str, Choice]) -> list[list[tuple[str, str]]]:
-    """Parameters that cannot be held as codes, since not all of their users read codes of one recipe: for each, the
-    names under which it is used and what reads it there."""
-    users: dict[int, list[tuple[str, str]]] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        choice = choices.get(fqn)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                converted = choice is not None and choice.reason is None and name == "weight"
-                reader = choice.recipe.name if choice and converted else HIGH_PRECISION
-                users.setdefault(id(parameter), []).append((f"{fqn}.{name}" if fqn else name, reader))
-    return [theirs for theirs in users.values() if len({reader for _, reader in theirs}) > 1]
-
-
 def _plan_weights(
     model: nn.Module, choices: Mapping[str, Choice], request: Float8Request, placement: Placement | None
 ) -> _Weights:
     if request.enable_fsdp_float8_all_gather:
         return _Weights.GATHERED_CODES
     if placement is not None and placement.is_managed:
-        whole = placement.shards == 1 and not placement.offloaded and not _divided_weights(model, choices)
+        whole = placement.shards == 1 and not placement.offloaded and not divided_weights(model, choices)
         return _Weights.SHARD_CODES if whole else _Weights.GATHERED
     return _Weights.CACHED if request.cache_weights else _Weights.CAST
 

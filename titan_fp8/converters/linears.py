@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from titan_fp8.converters.protocol import Placement
-from titan_fp8.converters.report import ReportRow
+from titan_fp8.converters.report import HIGH_PRECISION, ReportRow
 from titan_fp8.converters.selection import Choice
 from titan_fp8.quantization.linear import Float8Linear, Sizes, check_dims
 from titan_fp8.quantization.mx_linear import MXFP8Linear
@@ -53,6 +53,20 @@ def nothing_to_convert(model: nn.Module, choices: Mapping[str, Choice], setting:
     if all(choice.reason for choice in choices.values()):
         return [f"{setting} leaves every linear of the model alone, so nothing would run in {into}"]
     return []
+
+
+def divided_weights(model: nn.Module, choices: Mapping[str, Choice]) -> list[list[tuple[str, str]]]:
+    """Parameters that cannot be held as codes, since not all of their users read codes of one recipe: for each, the
+    names under which it is used and what reads it there."""
+    users: dict[int, list[tuple[str, str]]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        choice = choices.get(fqn)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                converted = choice is not None and choice.reason is None and name == "weight"
+                reader = choice.recipe.name if choice and converted else HIGH_PRECISION
+                users.setdefault(id(parameter), []).append((f"{fqn}.{name}" if fqn else name, reader))
+    return [theirs for theirs in users.values() if len({reader for _, reader in theirs}) > 1]
 
 
 def replace_linears(

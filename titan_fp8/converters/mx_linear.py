@@ -1,8 +1,8 @@
 """The converter `quantize.linear.mx`: every `nn.Linear` that nothing keeps becomes an `MXFP8Linear`.
 
 As that of float8, it looks at every linear first, raises all that cannot be done at once with the model unchanged, and
-only then replaces modules. Weights are quantized in each forward and backward pass from the parameters in high
-precision, which is also what FSDP gathers.
+only then replaces modules. Weights are always quantized from the parameters in high precision; how often, and what of
+them FSDP gathers, is told in `mx_weights.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,29 @@ from torch import nn
 
 from titan_fp8.converters.config import MXLinearSection
 from titan_fp8.converters.filters import AUTO_FILTER
-from titan_fp8.converters.linears import nothing_to_convert, obstacle_of, replace_linears, report_rows
-from titan_fp8.converters.protocol import ConversionError, Placement
+from titan_fp8.converters.linears import (
+    divided_weights,
+    nothing_to_convert,
+    obstacle_of,
+    replace_linears,
+    report_rows,
+)
+from titan_fp8.converters.mx_weights import gather_problem, plan_weights, prepare_weights
+from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.request import is_list_of_names
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.support import resolve_dim1_kernel, resolve_mx_emulation
+from titan_fp8.kernels.mx import BLOCK
+from titan_fp8.quantization.fsdp_weight import cast_ahead
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
 from titan_fp8.quantization.mx_recipes import MX_RECIPES, MXRecipe, get_mx_recipe
+from titan_fp8.quantization.mx_sharded import OPTION, shard_problem
+from titan_fp8.quantization.weights import mark_stepped
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
 NAME = "quantize.linear.mx"
-WEIGHTS = "cast in each forward and each backward pass"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class MXRequest:
     Attributes:
         filters_are_default: nobody wrote `filter_fqns`, so a pattern of it may match nothing.
         kernel_is_default: nobody wrote `mxfp8_dim1_cast_kernel_choice`.
+        cache_weights: keep the codes of weights from one optimizer step to the next.
         prefix: what stands before a setting's name in messages.
     """
 
@@ -44,6 +55,8 @@ class MXRequest:
     emulate: bool | str = False
     mxfp8_dim1_cast_kernel_choice: str = "triton"
     grad_weight_in_high_precision: bool = False
+    enable_fsdp_mxfp8_all_gather: bool = False
+    cache_weights: bool = False
     filters_are_default: bool = False
     kernel_is_default: bool = True
     prefix: str = ""
@@ -61,6 +74,7 @@ class MXRequest:
             filters_are_default="filter_fqns" not in given,
             kernel_is_default="mxfp8_dim1_cast_kernel_choice" not in given,
             prefix=prefix,
+            cache_weights=True,
         )
 
     def recipe(self, name: str | None) -> MXRecipe:
@@ -86,10 +100,16 @@ class MXLinearConverter:
         return convert_mx_linears(model, self._request, self._device, self._placement)
 
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: the first forward pass quantizes the weights."""
+        """The codes of the first step, where FSDP gathers them: as it gathers, it would make them in the memory of its
+        own stream, which would keep that memory when later codes are made elsewhere."""
+        for part in model_parts:
+            cast_ahead(modules_of(part, MXFP8Linear))
 
     def post_optimizer(self, model_parts: Sequence[nn.Module]) -> None:
-        """Nothing: each forward pass quantizes the weights."""
+        """The weights have changed, so their codes are stale; those that are gathered are made again at once."""
+        for part in model_parts:
+            mark_stepped(modules_of(part, MXFP8Linear))
+        self.pre_training(model_parts)
 
 
 def convert_mx_linears(
@@ -136,7 +156,16 @@ def convert_mx_linears(
     rows = report_rows(model, choices, whole, lambda _: label)
     chosen = {fqn: config for fqn, choice in choices.items() if choice.reason is None}
     replace_linears(model, chosen, MXFP8Linear.from_linear)
-    return ConversionReport(NAME, {label: mode}, kernels, WEIGHTS, rows=rows)
+    weights = plan_weights(
+        placement,
+        gathers_codes=request.enable_fsdp_mxfp8_all_gather,
+        caches=request.cache_weights,
+        shards=whole.shards,
+        divided=bool(divided_weights(model, choices)),
+    )
+    converted = {name: module for name, module in model.named_modules() if isinstance(module, MXFP8Linear)}
+    prepare_weights(model, converted, ["weight"], config.weight_cast, weights, request.cache_weights)
+    return ConversionReport(NAME, {label: mode}, kernels, weights.value, rows=rows)
 
 
 def _label(recipe: MXRecipe, request: MXRequest) -> str:
@@ -158,6 +187,32 @@ def _check_model(
             obstacle := obstacle_of(linear, choice.recipe, *placement.local_dims(fqn, linear))
         ):
             problems.append(f"{fqn}: {obstacle}; add it to {setting}")
+    return problems + (
+        _gather_problems(model, choices, request, placement) if request.enable_fsdp_mxfp8_all_gather else []
+    )
+
+
+def _gather_problems(
+    model: nn.Module, choices: Mapping[str, Choice[MXRecipe]], request: MXRequest, placement: Placement
+) -> list[str]:
+    """Why weights of the chosen linears cannot be gathered as codes, one message each."""
+    setting = f"{request.prefix}filter_fqns"
+    problems = []
+    for fqn, choice in choices.items():
+        linear = model.get_submodule(fqn)
+        assert isinstance(linear, nn.Linear)
+        n, k = placement.local_dims(fqn, linear)
+        reason = shard_problem((n, k), 0, placement.shards) if choice.reason is None and n % BLOCK == 0 else None
+        if reason:
+            weight = f"weight {linear.out_features} x {linear.in_features}"
+            part = "" if n == linear.out_features else f", of which a rank of {placement.tensor} has {n} x {k}"
+            problems.append(gather_problem(f"{fqn}: {weight}{part}: {reason}", setting, request.prefix))
+    for users in divided_weights(model, choices):
+        names = ", ".join(f"{name} ({reader})" for name, reader in users)
+        problems.append(
+            f"{request.prefix}{OPTION} gathers a weight as codes, but {names} are one parameter; leave all of its "
+            f"users in high precision with {setting}"
+        )
     return problems
 
 
@@ -176,8 +231,9 @@ def mx_request_from_arguments(**arguments: Any) -> tuple[MXRequest, list[str]]:
         reject("filter_fqns", "a list of names")
     elif AUTO_FILTER in filters:
         reject("filter_fqns", f"names of linears; {AUTO_FILTER!r} is a rule of float8")
-    if not isinstance(arguments["grad_weight_in_high_precision"], bool):
-        reject("grad_weight_in_high_precision", "True or False")
+    for name in ("grad_weight_in_high_precision", "cache_weights", OPTION):
+        if not isinstance(arguments[name], bool):
+            reject(name, "True or False")
     try:
         get_mx_recipe(arguments["recipe_name"], arguments["scaling_mode"])
     except UserError as error:

@@ -34,6 +34,8 @@ class Placement:
         offloaded: parameters stay in host memory and come to the device unit by unit.
         tensor: ranks over which each matrix product of our decoder is split.
         expert_tensor: ranks over which each expert is.
+        expert: ranks that experts are dealt out to.
+        expert_shards: ranks over which the experts of a rank, or its part of them, are sharded.
         experts_stay: experts are dealt out to ranks such that each has its own for good, and nobody gathers them.
     """
 
@@ -42,6 +44,8 @@ class Placement:
     offloaded: bool = False
     tensor: int = 1
     expert_tensor: int = 1
+    expert: int = 1
+    expert_shards: int = 1
     experts_stay: bool = False
 
     @property

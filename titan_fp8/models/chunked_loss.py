@@ -10,7 +10,8 @@ the forward pass; those two are kept for the backward pass, which multiplies the
     kept for backward      T V                          T D and V D, in fp32
 
 A chunk's logits are those that `Linear` computes, and the loss is summed in fp32. An output layer in float8 is that of
-`quantization/chunked_head.py`. T tokens, D features, V words. Source: arXiv 2410.10989, section 3.2 (Liger kernels).
+`quantization/chunked_head.py`, one in MXFP8 that of `quantization/mx_chunked_head.py`. T tokens, D features, V words.
+Source: arXiv 2410.10989, section 3.2 (Liger kernels).
 """
 
 from typing import Any
@@ -60,8 +61,8 @@ def chunk_loss(output: Any, chunk_tokens: int) -> None:
         kind = type(output).__name__
         raise UserError(
             f"training.loss_chunk_tokens = {chunk_tokens}: the output layer must be a Linear without a bias, in high "
-            f"precision or float8, and the model's is a {kind}{' with one' if type(output) is Linear else ''}; set the "
-            "key to 0"
+            f"precision, float8 or MXFP8, and the model's is a {kind}{' with one' if type(output) is Linear else ''}; "
+            "set the key to 0"
         )
     head: Any = output  # which the check above has made a Linear for the type checker
     head.__class__ = ChunkedHead

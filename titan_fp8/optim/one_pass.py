@@ -22,7 +22,7 @@ from torch.optim import Adam, AdamW
 
 from titan_fp8.kernels import adam
 from titan_fp8.kernels.adam import Constants
-from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, local_weight
+from titan_fp8.quantization.shardable import ShardableWeight, local_weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOT = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
@@ -92,7 +92,7 @@ class _OnePass(Adam):
         factors = adam.step_factors(steps, group["lr"], constants)
         amaxes = _slots(parameters, device)
         for parameter, state, row, amax in zip(parameters, states, factors.unbind(), amaxes, strict=True):
-            float8 = _float8_weight(parameter)
+            float8 = _quantized_weight(parameter)
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             weight, grad, mean, square = [_plain(tensor) for tensor in tensors]
             adam.update(weight, grad.contiguous(), mean, square, row, constants, clip=self.clip, skip=skip, amax=amax)
@@ -141,12 +141,12 @@ def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: lis
 def _plain(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, as the tensor that a kernel may write to."""
     local = local_weight(tensor)
-    return local.tensor if isinstance(local, ShardableFloat8Weight) else local
+    return local.tensor if isinstance(local, ShardableWeight) else local
 
 
-def _float8_weight(parameter: Any) -> ShardableFloat8Weight | None:
+def _quantized_weight(parameter: Any) -> ShardableWeight | None:
     local = local_weight(parameter)
-    return local if isinstance(local, ShardableFloat8Weight) else None
+    return local if isinstance(local, ShardableWeight) else None
 
 
 def _slots(parameters: list[Any], device: torch.device) -> list[Tensor | None]:
@@ -160,7 +160,7 @@ def _slots(parameters: list[Any], device: torch.device) -> list[Tensor | None]:
 
 def _wants_amax(parameter: Any) -> bool:
     """Whether a cast wants the largest value, and finds it on its device: not if FSDP moves the weight first."""
-    weight = _float8_weight(parameter)
+    weight = _quantized_weight(parameter)
     if weight is None or not weight.state.takes_amax:
         return False
     return not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == weight.device.type

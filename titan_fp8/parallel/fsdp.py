@@ -9,16 +9,16 @@ over ranks while being scattered back to the shards. Units, in the order in whic
 With tied embeddings one parameter belongs to the first and the last unit; then both join the root, which stays gathered
 from the start of the forward pass to the end of the backward pass.
 
-Six decisions:
+Seven decisions:
 
 - **Gradients are sums.** The loss of a rank is already divided by the token count of the global batch, so nothing is
   divided here. Collectives are told to sum, which NCCL and gloo both do.
 - **What is gathered.** Layers cast their weights to the dtype of the activations themselves, so gathering in that
   dtype gives the same values and moves half the bytes. Two kinds of unit are gathered in the master dtype: one with a
-  Float8Linear, because scales and codes are computed from master weights, with or without FSDP; and the one with the
-  embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in the master
-  dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the right
-  dtype.
+  linear in float8 or MXFP8, because scales and codes are computed from master weights, with or without FSDP; and the
+  one with the embedding, whose gradient adds up a row for every occurrence of a token, which a process alone does in
+  the master dtype. So every mesh computes what one process computes. `fully_shard` casts no activations: they have the
+  right dtype.
 - **Rows in place of the table.** Where the rows of a batch's tokens are fewer bytes than the table, the embedding is no
   unit. Its table has the same shards as every parameter, but they stay where they are, and the rows of the tokens are
   exchanged (`sharded_embedding.py`). Its gradient is one sum over the tokens of all ranks, in the master dtype at
@@ -28,6 +28,8 @@ Six decisions:
   (`quantization/fsdp_weight.py`), so its unit is gathered in the dtype of the activations, codes aside. The weight's
   gradient is rounded to that dtype, too, before it is summed in the reduce dtype. Where it leaves its product in a
   wider one, or a bias is added, which happens in the master dtype, the unit stays in the master dtype.
+- **MXFP8 all-gather** is the same with the four tensors of `quantization/mx_sharded.py`. The gradient leaves its
+  product in the dtype of the activations, so that nothing is rounded that would not be.
 - **How it travels.** Weights and gradients of the blocks and of the output layer move between GPUs of one host by
   copies from memory to memory, which leave all multiprocessors to the computation (`fsdp_exchange.py`); everything
   else, and on CPUs all, by the collectives of the process group.

@@ -53,10 +53,9 @@ from titan_fp8.parallel.tensor_whole import (
     SequenceParallelGate,
     SequenceParallelLinear,
     SequenceParallelRMSNorm,
-    SumGradient,
 )
 from titan_fp8.quantization.linear import Float8Linear, shared_codes_recipe
-from titan_fp8.quantization.mx_linear import MXFP8Linear, mx_linear
+from titan_fp8.quantization.mx_linear import MXFP8Linear
 from titan_fp8.quantization.tensor_parallel import (
     GatherTokens,
     ScatterSum,
@@ -150,6 +149,8 @@ def _make_parallel_linear(linear: nn.Linear, split: Split, axis: Axis) -> None:
             linear.fsdp_weight_state.axis = linear.config.weight_axis
         return
     assert type(linear) in (Linear, Gate, MXFP8Linear), type(linear)
+    if isinstance(linear, MXFP8Linear) and linear.fsdp_weight_state is not None and split is not Split.WHOLE:
+        linear.fsdp_weight_state.parts = (axis,)
     kinds = _MX_KINDS if type(linear) is MXFP8Linear else _KINDS
     _become(linear, SequenceParallelGate if type(linear) is Gate else kinds[split], axis=axis)
 
@@ -179,7 +180,7 @@ class ColumnParallelMXFP8Linear(MXFP8Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return mx_linear(input, local_weight(self), None, self.config, self.weight_sink)
+        return self.multiply(input, local_weight(self), self.weight_sink)
 
 
 class RowParallelMXFP8Linear(MXFP8Linear):
@@ -188,16 +189,18 @@ class RowParallelMXFP8Linear(MXFP8Linear):
     axis: Axis
 
     def forward(self, input: Tensor) -> Tensor:
-        return ScatterSum.apply(mx_linear(input, local_weight(self), None, self.config, self.weight_sink), self.axis)
+        return ScatterSum.apply(self.multiply(input, local_weight(self), self.weight_sink), self.axis)
 
 
 class SequenceParallelMXFP8Linear(MXFP8Linear):
     """`SequenceParallelLinear` in MXFP8."""
 
     axis: Axis
+    # Its weight's gradient is a sum over ranks, which nobody rounds before FSDP adds it up.
+    reads_master_weights = True  # pyright: ignore[reportAssignmentType]
 
     def forward(self, input: Tensor) -> Tensor:
-        return mx_linear(input, SumGradient.apply(local_weight(self), self.axis), None, self.config, None)
+        return self.multiply(input, local_weight(self), None, self.axis)
 
 
 _MX_KINDS: dict[Split, type[nn.Module]] = {

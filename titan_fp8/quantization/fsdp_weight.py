@@ -2,6 +2,7 @@
 
     wrap_weights_for_fsdp(linears)                          at conversion, before `fully_shard`
     wrap_experts_for_fsdp(experts, names)                   likewise, weights of experts `[E, N, K]`
+    wrap_mx_weights_for_fsdp(weights)                       likewise, of linears and experts in MXFP8 (`mx_sharded.py`)
     precompute_float8_dynamic_scale_for_fsdp(model)         after each optimizer step, if wanted
 
 The codes are those that one process would compute from the whole weight (`shard_cast.py`), and forward, recomputation
@@ -12,7 +13,7 @@ Checkpoints are unaffected: a state dict holds plain high-precision tensors unde
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from titan_fp8.quantization.mx_sharded import MXWeightState, ShardableMXWeight
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.shard_cast import ShardAxis
-from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, local_weight, refresh
-from titan_fp8.quantization.weight_state import Float8WeightState
+from titan_fp8.quantization.shardable import ShardableWeight, local_weight
+from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+from titan_fp8.quantization.weight_state import Float8WeightState, WeightState
 from titan_fp8.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,16 +86,49 @@ def wrap_experts_for_fsdp(modules: Iterable[nn.Module], names: Sequence[str]) ->
     _watch_optimizers()
 
 
-def states_of(module: nn.Module) -> list[tuple[str, Float8WeightState]]:
-    """(parameter, its state) of each weight of a module that is made for float8 all-gather: `fsdp_weight_state` is that
-    of a linear's, `fsdp_weight_states` those of several."""
-    state: Float8WeightState | None = getattr(module, "fsdp_weight_state", None)
-    several: dict[str, Float8WeightState] = getattr(module, "fsdp_weight_states", None) or {}
+def wrap_mx_weights_for_fsdp(
+    modules: Mapping[str, nn.Module], mode: str, *, names: Sequence[str] = ("weight",), kernel: str, cache: bool
+) -> None:
+    """Make the weights of linears or experts in MXFP8 such that FSDP2 gathers them as codes, as `wrap_weights_for_fsdp`
+    does. Each shard must be whole blocks of 32 rows; of experts, which `fully_shard` may cut by experts too, whole
+    experts or such.
+
+    Args:
+        modules: name -> `MXFP8Linear`, which gets a `fsdp_weight_state`, or experts, which get `fsdp_weight_states`.
+        mode: how scales are rounded, one of `titan_fp8.kernels.mx.MODES`.
+        names: of the parameters.
+        kernel: what casts along N, one of `titan_fp8.kernels.mx.DIM1_KERNELS`.
+        cache: see `wrap_weights_for_fsdp`.
+    """
+    wrapped: dict[int, tuple[nn.Parameter, MXWeightState]] = {}
+    for fqn, module in modules.items():
+        states: dict[str, MXWeightState] = {}
+        for name in names:
+            weight = getattr(module, name)
+            if id(weight) not in wrapped:
+                state = MXWeightState(mode, kernel, name=f"{fqn}.{name}", caches=cache)
+                wrapped[id(weight)] = _wrap(weight, state), state
+            parameter, states[name] = wrapped[id(weight)]
+            setattr(module, name, parameter)
+            _keep_checkpoints_plain(module, name)
+        of_a_linear = list(names) == ["weight"]
+        module.__dict__["fsdp_weight_state" if of_a_linear else "fsdp_weight_states"] = (
+            states["weight"] if of_a_linear else states
+        )
+    _watch_optimizers()
+
+
+def states_of(module: nn.Module) -> list[tuple[str, WeightState]]:
+    """(parameter, its state) of each weight of a module that is made to be gathered as codes: `fsdp_weight_state` is
+    that of a linear's, `fsdp_weight_states` those of several."""
+    state: WeightState | None = getattr(module, "fsdp_weight_state", None)
+    several: dict[str, WeightState] = getattr(module, "fsdp_weight_states", None) or {}
     return [*([] if state is None else [("weight", state)]), *several.items()]
 
 
 def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
-    """Cast all weights that FSDP gathers as float8 codes now, with one all-reduce for each distinct mesh.
+    """Cast all weights that FSDP gathers as codes now: in float8 with one all-reduce for each distinct mesh, in MXFP8
+    with no exchange, but for one gather of the scales of experts that are cut by rows.
 
     Call it on every rank after each optimizer step. Left out are weights that are unchanged since they were cast, and
     those that are gathered at the moment or offloaded to host memory: they are cast when they are gathered next, when
@@ -104,21 +140,21 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
 @torch.no_grad()
 def cast_ahead(modules: Iterable[nn.Module]) -> None:
     """`precompute_float8_dynamic_scale_for_fsdp` of the weights that these modules have themselves."""
-    groups: dict[ShardAxis, list[tuple[ShardableFloat8Weight, Sequence[int]]]] = {}
+    groups: dict[tuple[type[ShardableWeight], ShardAxis], list[tuple[ShardableWeight, Sequence[int]]]] = {}
     for parameter, state in _wrapped_parameters(modules):
         if not isinstance(parameter, DTensor):
             state.mark_stale()
             continue
         weight = local_weight(parameter)
-        if not isinstance(weight, ShardableFloat8Weight):
+        if not isinstance(weight, ShardableWeight):
             state.mark_stale()  # gathered at the moment, a DTensor where other parallelism has divided it
             continue
         if weight.device.type == parameter.device_mesh.device_type and not state.serves(weight):
             shards, shape = _shards_of(parameter, state)
-            groups.setdefault(shards, []).append((weight, shape))
-    for axis, stale in groups.items():
+            groups.setdefault((type(weight), shards), []).append((weight, shape))
+    for (kind, axis), stale in groups.items():
         weights, shapes = zip(*stale, strict=True)
-        refresh(weights, shapes, axis, ahead=True)
+        kind.cast_all(weights, shapes, axis, ahead=True)
 
 
 def mark_fsdp_weights_stale(modules: Iterable[nn.Module], *, but_told: bool = False) -> None:
@@ -129,34 +165,41 @@ def mark_fsdp_weights_stale(modules: Iterable[nn.Module], *, but_told: bool = Fa
             state.mark_stale()
 
 
-def check_gathered(weight: Tensor, of: str = "a linear") -> None:
-    """Raise RuntimeError unless `weight`, of a module made for float8 all-gather, is one that it can compute with."""
-    if not isinstance(weight, ShardableFloat8Weight):
+def check_gathered(weight: Tensor, of: str = "a linear", *, codes: str = "float8") -> None:
+    """Raise RuntimeError unless `weight`, of a module made to be gathered as codes, is one that it can compute with."""
+    if not isinstance(weight, ShardableWeight):
         raise RuntimeError(
-            f"{of} that was converted for float8 all-gather (enable_fsdp_float8_all_gather) has found a "
+            f"{of} that was converted for {codes} all-gather (enable_fsdp_{codes.lower()}_all_gather) has found a "
             f"{type(weight).__name__} as its weight, neither one that FSDP2 gathered as codes nor the one that "
             "conversion made: its parameter was replaced, or something else than fully_shard gathers it. Shard the "
             "converted model with fully_shard, load weights by load_state_dict, or convert without it"
         )
 
 
-def _wrap(weight: Tensor, state: Float8WeightState) -> nn.Parameter:
-    return nn.Parameter(ShardableFloat8Weight(weight.detach(), state), requires_grad=weight.requires_grad)
+def _wrap(weight: Tensor, state: WeightState) -> nn.Parameter:
+    return nn.Parameter(_shardable(weight.detach(), state), requires_grad=weight.requires_grad)
 
 
-def _wrapped_parameters(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Float8WeightState]]:
-    """Each weight of `modules` that is made for float8 all-gather, as its module has it now, with its state."""
-    found: dict[int, tuple[Tensor, Float8WeightState]] = {}
+def _shardable(tensor: Tensor, state: WeightState) -> ShardableWeight:
+    if isinstance(state, MXWeightState):
+        return ShardableMXWeight(tensor, state)
+    assert isinstance(state, Float8WeightState)
+    return ShardableFloat8Weight(tensor, state)
+
+
+def _wrapped_parameters(modules: Iterable[nn.Module]) -> list[tuple[Tensor, WeightState]]:
+    """Each weight of `modules` that is made to be gathered as codes, as its module has it now, with its state."""
+    found: dict[int, tuple[Tensor, WeightState]] = {}
     for module in modules:
         for name, state in states_of(module):
             found[id(state)] = getattr(module, name), state
     return list(found.values())
 
 
-def _shards_of(parameter: DTensor, state: Float8WeightState) -> tuple[ShardAxis, Sequence[int]]:
+def _shards_of(parameter: DTensor, state: WeightState) -> tuple[ShardAxis, Sequence[int]]:
     """The axis of its mesh over which FSDP shards `parameter`, or this rank's part of it; and that part's shape."""
     mesh, shards, shape = parameter.device_mesh, ShardAxis(None, 0, 1), list(parameter.shape)
-    parts = {axis.ranks for axis in (*state.parts, state.axis) if axis is not None}
+    parts = {axis.ranks for axis in state.axes}
     for number, placement in enumerate(parameter.placements):
         group = mesh.get_group(number)
         # Not by the group itself: PyTorch takes meshes of the same ranks for one, and may hand out an earlier one's.
@@ -181,7 +224,7 @@ def _save_plain(name: str, module: nn.Module, state_dict: dict[str, Any], prefix
     dict(states_of(module))[name].forget_amax()  # whoever has the plain tensor may write to it
     if key in state_dict and state_dict[key] is not weight:
         local = local_weight(weight)
-        if not isinstance(local, ShardableFloat8Weight):
+        if not isinstance(local, ShardableWeight):
             raise RuntimeError(f"{key} is gathered; call reshard() of the FSDP module before state_dict()")
         # Not the tensor that is there already: its version counter would be another one than the weight's.
         state_dict[key] = _with_local(state_dict[key], local.tensor.detach())
@@ -196,7 +239,7 @@ def _load_plain(
     value = state_dict.get(key)
     if isinstance(value, Tensor) and local_metadata.get("assign_to_params_buffers", False):
         local = value.to_local() if isinstance(value, DTensor) else value.detach()
-        state_dict[key] = _with_local(value, ShardableFloat8Weight(local, dict(states_of(module))[name]))
+        state_dict[key] = _with_local(value, _shardable(local, dict(states_of(module))[name]))
 
 
 def _with_local(tensor: Tensor | None, local: Tensor) -> Tensor:
@@ -223,11 +266,11 @@ def _watch_optimizers() -> None:
 @torch.no_grad()
 def _mark_updated_stale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: the weights that the optimizer updates are stale, also if compiled code did it. Not if the
-    optimizer says by itself what it has written (`ShardableFloat8Weight.written`)."""
+    optimizer says by itself what it has written (`ShardableWeight.written`)."""
     if getattr(optimizer, "reports_writes", False):
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             local = local_weight(parameter)
-            if isinstance(local, ShardableFloat8Weight):
+            if isinstance(local, ShardableWeight):
                 local.state.mark_stale()

@@ -1,13 +1,13 @@
-"""A weight that FSDP has gathered as float8 codes: what its layers find in place of the parameter.
+"""A weight that FSDP has gathered as codes: what its layers find in place of the parameter.
 
-To autograd it is a tensor of the dtype that its gradient has; what it holds is codes and their scale. Only a
-`Float8Linear` or, of experts, a `Float8Experts` can use it. Any other operation on it is an error, since the numbers
-that it stands for exist on no rank.
+To autograd it is a tensor of the dtype that its gradient has; what it holds is codes and their scale, in float8 here
+and in MXFP8 in `mx_sharded.py`. Only a linear, or experts, of that format can use it. Any other operation on it is an
+error, since the numbers that it stands for exist on no rank.
 
 E experts, N out features, K in features.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,37 @@ _PLAIN = frozenset(
 )
 
 
-class GatheredFloat8Weight(torch.Tensor):
-    """A weight `[N, K]`, or the weights of experts `[E, N, K]`, as codes.
+class GatheredWeight(torch.Tensor):
+    """A weight `[N, K]`, or the weights of experts `[E, N, K]`, of which there are codes alone, in some format.
+
+    Attributes:
+        codes: one of its tensors.
+    """
+
+    codes: Tensor
+
+    user: ClassVar[str]
+    """What can compute with it, and what to do where something else must, in words."""
+
+    def same(self) -> "GatheredWeight":
+        """Another tensor of the same codes."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = args[0]
+        same_shape = func is _aten.view.default and list(args[1]) == list(weight.shape)
+        if func in _SAME or same_shape or (func is _aten.as_strided.default and _is_same_geometry(weight, *args[1:])):
+            return weight.same()
+        if func in _PLAIN:
+            stand_in = weight.codes.new_empty((), dtype=weight.dtype).expand(weight.shape)
+            return func(stand_in, *args[1:], **kwargs)
+        raise NotImplementedError(f"{func} on a weight that was gathered as {cls.user}, or call dequantize()")
+
+
+class GatheredFloat8Weight(GatheredWeight):
+    """A weight `[N, K]`, or the weights of experts `[E, N, K]`, as float8 codes.
 
     Args:
         codes: float8, of its shape.
@@ -33,9 +62,13 @@ class GatheredFloat8Weight(torch.Tensor):
         dtype: the dtype that autograd sees.
     """
 
-    codes: Tensor
     scale: Tensor
     recipe: Float8Recipe
+
+    user = (
+        "float8 codes, which only a Float8Linear can use, or experts in float8; leave the layer out of the conversion "
+        "(filter_fqns; of experts: fqns), turn enable_fsdp_float8_all_gather off"
+    )
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor, recipe: Float8Recipe, dtype: torch.dtype) -> "GatheredFloat8Weight":
@@ -56,6 +89,10 @@ class GatheredFloat8Weight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"GatheredFloat8Weight({list(self.shape)}, {self.recipe.name}, dtype={self.dtype})"
 
+    def same(self) -> "GatheredFloat8Weight":
+        """See `GatheredWeight`."""
+        return GatheredFloat8Weight(self.codes, self.scale, self.recipe, self.dtype)
+
     def dequantize(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The numbers that the codes stand for, fp32, of its shape."""
         values = to_float(self.codes)
@@ -63,22 +100,6 @@ class GatheredFloat8Weight(torch.Tensor):
             scale = self.scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
             return values * scale[: values.shape[0], : values.shape[1]]
         return values * (self.scale if values.dim() == 2 else self.scale.unsqueeze(-1))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        weight = args[0]
-        same_shape = func is _aten.view.default and list(args[1]) == list(weight.shape)
-        if func in _SAME or same_shape or (func is _aten.as_strided.default and _is_same_geometry(weight, *args[1:])):
-            return GatheredFloat8Weight(weight.codes, weight.scale, weight.recipe, weight.dtype)
-        if func in _PLAIN:
-            stand_in = weight.codes.new_empty((), dtype=weight.dtype).expand(weight.shape)
-            return func(stand_in, *args[1:], **kwargs)
-        raise NotImplementedError(
-            f"{func} on a weight that was gathered as float8 codes, which only a Float8Linear can use, or "
-            "experts in float8; leave the layer out of the conversion (filter_fqns; of experts: fqns), turn "
-            "enable_fsdp_float8_all_gather off, or call dequantize()"
-        )
 
 
 def _is_same_geometry(weight: Tensor, size: Any, stride: Any, offset: int | None = None) -> bool:

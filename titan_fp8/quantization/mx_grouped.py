@@ -13,7 +13,7 @@ precision. Kept for backward are gate and up, and x: its codes along M on tensor
 where products are emulated; hidden is made again.
 
 Where the hidden features of each expert are divided over ranks, a rank has whole blocks of them, so that nothing
-differs from one process but the order of sums.
+differs from one process but the order of sums. Where the weights' operands come from is told in `mx_weight.py`.
 
 M rows, K features of the stream, H hidden features, E experts.
 """
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from titan_fp8.quantization import mx_grouped_ops as ops
 from titan_fp8.quantization.function import differentiable_once
+from titan_fp8.quantization.mx_ops import TRITON
+from titan_fp8.quantization.mx_weight import Cast, Made, column_operand, row_operand
 
 _Operand = Sequence[Tensor]
 """Codes and swizzled scale; or, emulated, what they stand for."""
@@ -45,8 +47,18 @@ class MXGroupedConfig:
     mode: str
     emulate: bool = False
 
+    @property
+    def weight_cast(self) -> Cast:
+        """How weights are cast."""
+        return Cast(self.mode, TRITON, self.emulate)
 
-def mx_grouped_feed_forward(x: Tensor, weights: Sequence[Tensor], ends: Tensor, config: MXGroupedConfig) -> Tensor:
+
+_CAST_NOW = (Made(), Made(), Made())
+
+
+def mx_grouped_feed_forward(
+    x: Tensor, weights: Sequence[Tensor], ends: Tensor, config: MXGroupedConfig, made: Sequence[Made] = _CAST_NOW
+) -> Tensor:
     """`w2(silu(w1 x) * w3 x)` for each expert's rows.
 
     Args:
@@ -54,11 +66,14 @@ def mx_grouped_feed_forward(x: Tensor, weights: Sequence[Tensor], ends: Tensor, 
         weights: w1 and w3 `[E, H, K]` and w2 `[E, K, H]` in high precision.
         ends: int32 `[E]`, the row behind each expert's rows.
         config: how to compute.
+        made: what there is of each weight's operands.
 
     Returns:
         `[M, K]` in x's dtype; rows behind the last group may be anything.
     """
-    return _GroupedFeedForward.apply(x, *weights, ends, config, torch.is_grad_enabled())
+    tensors = [tensor for each in made for tensor in each[:4]]
+    plain = [each.plain for each in made]
+    return _GroupedFeedForward.apply(x, *weights, *tensors, ends, plain, config, torch.is_grad_enabled())
 
 
 class _GroupedFeedForward(torch.autograd.Function):
@@ -69,23 +84,29 @@ class _GroupedFeedForward(torch.autograd.Function):
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
-        ends: Tensor,
-        config: MXGroupedConfig,
-        with_grad: bool,
+        *others: Any,
     ) -> Tensor:
+        # Four tensors of what is made of each weight; then what is no weight.
+        *tensors, ends, plain, config, with_grad = others
+        weights = w1, w3, w2
+        of_each = zip((tensors[:4], tensors[4:8], tensors[8:]), plain, strict=True)
+        made = [Made(t[0], t[1], t[2], t[3], is_plain) for t, is_plain in of_each]
         needs_columns = with_grad and (w1.requires_grad or w3.requires_grad)
         rows, columns = _input(x, ends, config, needs_columns)
-        gate, up = (_by_rows(rows, _weight(w, config), ends, x.dtype) for w in (w1, w3))
+        gate, up = (_by_rows(rows, _along(weights[i], made[i], config), ends, x.dtype) for i in (0, 1))
         hidden = _hidden(gate, up)
-        output = _by_rows(_rows(hidden, ends, config), _weight(w2, config), ends, x.dtype)
-        ctx.save_for_backward(*columns, gate, up, ends, w1, w3, w2)
-        ctx.config = config
+        output = _by_rows(_rows(hidden, ends, config), _along(w2, made[2], config), ends, x.dtype)
+        kept = [w if each.columns is None else None for w, each in zip(weights, made, strict=True)]
+        ctx.save_for_backward(*columns, gate, up, ends, *kept, *(t for each in made for t in each[2:4]))
+        ctx.config, ctx.plain, ctx.dtypes = config, plain, [w.dtype for w in weights]
         return output
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_scale, gate, up, ends, w1, w3, w2 = ctx.saved_tensors
+        x, x_scale, gate, up, ends, *saved = ctx.saved_tensors
+        weights, of_each = saved[:3], zip(saved[3::2], saved[4::2], ctx.plain, strict=True)
+        made = [Made(None, None, columns, scale, is_plain) for columns, scale, is_plain in of_each]
         config: MXGroupedConfig = ctx.config
         needs_x, *needs = ctx.needs_input_grad[:4]
         dtype, grad = gate.dtype, grad.contiguous()
@@ -96,19 +117,22 @@ class _GroupedFeedForward(torch.autograd.Function):
             hidden = _columns(_hidden(gate, up), ends, config, grad)
             grads[2] = _by_columns(g_columns, hidden, ends, dtype)
         if not g_rows:
-            return None, *[g if g is None else g.to(w2.dtype) for g in grads], None, None, None
-        grad_hidden = _by_rows(g_rows, _weight(w2, config, along_rows=False, after=grad), ends, dtype)
+            return None, *_in_dtypes(grads, ctx.dtypes), *[None] * 16
+        grad_hidden = _by_rows(g_rows, _across(weights[2], made[2], config, grad), ends, dtype)
         of_gate, of_up = _gradients(grad_hidden, gate, up)
-        for number, (each, w) in enumerate(((of_gate, w1), (of_up, w3))):
+        for number, each in enumerate((of_gate, of_up)):
             each_rows, each_columns = _either(each, ends, config, rows=needs_x, columns=needs[number])
             if needs_x:
-                part = _by_rows(each_rows, _weight(w, config, along_rows=False, after=grad), ends, dtype)
+                part = _by_rows(each_rows, _across(weights[number], made[number], config, grad), ends, dtype)
                 of_x = part if of_x is None else of_x + part
             if needs[number]:
                 kept = _columns(x, ends, config, grad) if x_scale is None else (x, x_scale)
                 grads[number] = _by_columns(each_columns, kept, ends, dtype)
-        of_weights = [g if g is None else g.to(w.dtype) for g, w in zip(grads, (w1, w3, w2), strict=True)]
-        return of_x, *of_weights, None, None, None
+        return of_x, *_in_dtypes(grads, ctx.dtypes), *[None] * 16
+
+
+def _in_dtypes(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    return [grad if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def _hidden(gate: Tensor, up: Tensor) -> Tensor:
@@ -162,12 +186,16 @@ def _either(
     return (codes, scale), (codes_t, scale_t)
 
 
-def _weight(w: Tensor, config: MXGroupedConfig, *, along_rows: bool = True, after: Tensor | None = None) -> _Operand:
-    """A weight `[E, N, K]` as the right operand of a product that sums over K (`along_rows`), or over N."""
-    if config.emulate:
-        values = ops.weight_values(w, config.mode, along_rows, after)
-        return (values.transpose(1, 2) if along_rows else values,)
-    return ops.experts(w, config.mode, along_rows, after)
+def _along(w: Tensor, made: Made, config: MXGroupedConfig) -> _Operand:
+    """A weight `[E, N, K]` as the right operand of a product that sums over K."""
+    codes, scale = row_operand(w, made, config.weight_cast)
+    return (codes.transpose(1, 2),) if scale is None else (codes, scale)
+
+
+def _across(w: Tensor | None, made: Made, config: MXGroupedConfig, after: Tensor) -> _Operand:
+    """A weight `[E, N, K]` as the right operand of a product that sums over N; after: as for `column_operand`."""
+    codes, scale = column_operand(w, made, config.weight_cast, after)
+    return (codes,) if scale is None else (codes, scale)
 
 
 def _by_rows(a: _Operand, w: _Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:

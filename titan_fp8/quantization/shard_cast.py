@@ -115,6 +115,13 @@ def cut_dim(shard: Sequence[int], whole: Sequence[int]) -> int:
     return 1 if len(whole) == 3 and tuple(shard[1:]) != tuple(whole[1:]) else 0
 
 
+def is_cut_by_rows(shard: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether FSDP may have made a shard of this shape of a weight `[N, K]` or `[E, N, K]` without cutting rows."""
+    if len(whole) not in (2, 3) or len(shard) != len(whole) or shard[-1] != whole[-1]:
+        return False
+    return len(whole) == 2 or shard[1] == whole[1] or shard[0] == whole[0]
+
+
 def chunk_length(length: int, ranks: int) -> int:
     """Length of a full shard, to which the codes of a shorter one are padded."""
     return -(-length // ranks)

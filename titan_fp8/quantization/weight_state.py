@@ -1,9 +1,11 @@
-"""What is known of a weight that FSDP gathers as float8 codes: its codes, and whether they still belong to it.
+"""What is known of a weight that FSDP gathers as codes: these, and whether they still belong to it.
 
-It is kept with the parameter that `ShardableFloat8Weight` (`sharded_weight.py`) is a tensor of.
+It is kept with the parameter that a `ShardableWeight` (`shardable.py`) is a tensor of. `WeightState` says when codes
+belong to a weight; what they are is each format's own: `Float8WeightState` here, `MXWeightState` in `mx_sharded.py`.
 """
 
 import weakref
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.runtime.collectives import Axis
 
 if TYPE_CHECKING:
-    from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
+    from titan_fp8.quantization.shardable import ShardableWeight
 
 
 class Contents:
@@ -46,65 +48,73 @@ class _State(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, weight: "ShardableFloat8Weight") -> "_State":
+    def of(cls, weight: "ShardableWeight") -> "_State":
         return cls(weight.contents.value, weakref.ref(weight.tensor), _version(weight.tensor))
 
-    def is_of(self, weight: "ShardableFloat8Weight") -> bool:
+    def is_of(self, weight: "ShardableWeight") -> bool:
         """Whether nothing has been written to the weight since."""
         written_around = self.tensor() is weight.tensor and self.version != _version(weight.tensor)
         return self.contents is weight.contents.value and not written_around
 
 
-class Float8WeightState:
-    """The codes of one weight on this rank, and what they were made from.
+class WeightState:
+    """Whether the codes of one weight on this rank are those of the weight as it is.
 
     Args:
-        recipe: how the weight is cast.
         caches: codes serve until the weight changes. Otherwise they are made for every gather, unless they were
             computed ahead.
 
     Attributes:
-        codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends; of experts in the shape of
-            the shard.
-        scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
-            used older codes is an error of autograd.
-        axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
-            rank's part.
-        parts: further axes of ranks that hold other parts, such as other experts.
+        parts: axes of ranks that hold other parts of the same weight, such as other experts.
     """
 
-    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
-        self.recipe = recipe
+    takes_amax: bool = False
+    """Whether the cast needs no more of the weight than its largest value, which whoever writes it may know."""
+
+    def __init__(self, *, caches: bool) -> None:
         self.caches = caches
-        self.axis = axis
         self.parts: tuple[Axis, ...] = ()
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
         self._made_from: _State | None = None
         self._ahead = False
         self._amax: tuple[Tensor, _State] | None = None
+
+    @property
+    def format(self) -> Hashable:
+        """How the weight is cast; what was compiled for one weight serves others of the same format."""
+        raise NotImplementedError
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes of ranks that hold other parts of the weight."""
+        return self.parts
 
     def mark_stale(self) -> None:
         """The weight may have changed."""
         self._made_from = self._amax = None
 
-    def is_fresh(self, weight: "ShardableFloat8Weight") -> bool:
+    def is_fresh(self, weight: "ShardableWeight") -> bool:
         """Whether the codes are those of `weight` as it is now."""
         return self._made_from is not None and self._made_from.is_of(weight)
 
-    @property
-    def takes_amax(self) -> bool:
-        """Whether the cast needs no more of the weight than its largest value, which whoever writes it may know."""
-        return self.recipe.granularity is Granularity.TENSOR
+    def serves(self, weight: "ShardableWeight") -> bool:
+        """Whether a gather can send the codes that there are."""
+        return (self.caches or self._ahead) and self.is_fresh(weight)
 
-    def amax_of(self, weight: "ShardableFloat8Weight") -> Tensor | None:
+    def recorded(self, weight: "ShardableWeight", *, ahead: bool) -> None:
+        """The codes that there are were made from the weight as it is now. ahead: they serve every gather until a write
+        is seen."""
+        self._made_from = _State.of(weight)
+        self._amax = None  # told for one cast
+        self._ahead = ahead
+
+    def amax_of(self, weight: "ShardableWeight") -> Tensor | None:
         """The bits of the largest |w| of `weight` as it is now, int32 `[]` on its device, if who wrote it has told."""
         if self._amax is None:
             return None
         amax, state = self._amax
         return amax if state.is_of(weight) and amax.device == weight.device else None
 
-    def tell(self, amax: Tensor | None, weight: "ShardableFloat8Weight") -> None:
+    def tell(self, amax: Tensor | None, weight: "ShardableWeight") -> None:
         """What has been written to the weight has this largest value, or nobody knows."""
         self._amax = None if amax is None else (amax, _State.of(weight))
 
@@ -113,15 +123,51 @@ class Float8WeightState:
         """Whether the last to write the weight told its largest value, and no cast has followed."""
         return self._amax is not None
 
-    def serves(self, weight: "ShardableFloat8Weight") -> bool:
-        """Whether a gather can send the codes that there are."""
-        return (self.caches or self._ahead) and self.is_fresh(weight)
-
     def forget_amax(self) -> None:
         """What was told of the weight's largest value serves no cast any more."""
         self._amax = None
 
-    def record(self, weight: "ShardableFloat8Weight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
+
+class Float8WeightState(WeightState):
+    """The float8 codes of one weight on this rank, and what they were made from.
+
+    Args:
+        recipe: how the weight is cast.
+        caches: see `WeightState`.
+        axis: see below.
+
+    Attributes:
+        codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends; of experts in the shape of
+            the shard.
+        scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
+            used older codes is an error of autograd.
+        axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
+            rank's part.
+    """
+
+    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
+        super().__init__(caches=caches)
+        self.recipe = recipe
+        self.axis = axis
+        self.codes: Tensor | None = None
+        self.scale: Tensor | None = None
+
+    @property
+    def format(self) -> Hashable:
+        """The recipe."""
+        return self.recipe
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """See `WeightState`."""
+        return self.parts if self.axis is None else (*self.parts, self.axis)
+
+    @property
+    def takes_amax(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `WeightState`."""
+        return self.recipe.granularity is Granularity.TENSOR
+
+    def record(self, weight: "ShardableWeight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
         """The weight as it is now has these codes, which are padded to so many rows (of experts: so many experts).
         ahead: they serve every gather until a write is seen."""
         rows = codes.shape[0]
@@ -133,9 +179,7 @@ class Float8WeightState:
             padded[:rows].copy_(data)
             data = padded
         self.codes = data
-        self._made_from = _State.of(weight)
-        self._amax = None  # told for one cast
-        self._ahead = ahead
+        self.recorded(weight, ahead=ahead)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
         copied = memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches, axis=self.axis))

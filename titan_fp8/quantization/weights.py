@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
 from titan_fp8.quantization.fsdp_weight import mark_fsdp_weights_stale
 from titan_fp8.quantization.recipes import Float8Recipe
-from titan_fp8.quantization.sharded_weight import local_weight
+from titan_fp8.quantization.shardable import local_weight
 
 if TYPE_CHECKING:
     from titan_fp8.quantization.linear import Float8Linear
@@ -56,27 +56,25 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
     return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
-class WeightCache:
-    """The codes of one weight `[N, K]`, valid for one epoch: from one change of the weight to the next.
+class CodesCache:
+    """The codes of one weight, valid for one epoch: from one change of the weight to the next.
 
     Args:
-        recipe: how the weight is cast.
-        keep_columns: keep its codes by columns too; otherwise backward derives them each time.
         watch: tells of optimizer steps; None makes one.
 
     Attributes:
-        rows: codes `[N, K]`, for `output`.
-        columns: codes `[K, N]`, for `grad_input`, or None.
+        rows: for `output`.
+        columns: for `grad_input`.
     """
 
-    def __init__(self, recipe: Float8Recipe, *, keep_columns: bool, watch: "StepWatch | None" = None) -> None:
-        self.recipe = recipe
-        self.keep_columns = keep_columns
+    rows: Any
+    columns: Any
+
+    def __init__(self, watch: "StepWatch | None" = None) -> None:
         self.freshness = Freshness()
         self._watch = StepWatch() if watch is None else watch
         self._watch.add(self.freshness)
-        self.rows: Codes | None = None
-        self.columns: Codes | None = None
+        self.rows = self.columns = None
 
     def refresh(self, weight: Tensor) -> None:
         """Cast `weight`, unless the codes are fresh.
@@ -86,8 +84,9 @@ class WeightCache:
         """
         if hasattr(weight, "device_mesh"):
             raise RuntimeError(
-                "cached float8 weights (cache_weights=True) found a sharded weight; under FSDP convert with "
-                "enable_fsdp_float8_all_gather=True, which keeps the codes of shards, or with cache_weights=False"
+                "cached codes of weights (cache_weights=True) found a sharded weight; under FSDP convert with "
+                "FP8 all-gather (enable_fsdp_float8_all_gather=True, of MXFP8 enable_fsdp_mxfp8_all_gather=True), "
+                "which keeps the codes of shards, or with cache_weights=False"
             )
         if self.freshness.is_fresh(weight):
             return
@@ -96,6 +95,32 @@ class WeightCache:
         with torch.no_grad():
             self.cast(weight)
         self.freshness.record(weight)
+
+    def cast(self, weight: Tensor) -> None:
+        """Make the codes of `weight`."""
+        raise NotImplementedError
+
+
+class WeightCache(CodesCache):
+    """The float8 codes of one weight `[N, K]`.
+
+    Args:
+        recipe: how the weight is cast.
+        keep_columns: keep its codes by columns too; otherwise backward derives them each time.
+        watch: see `CodesCache`.
+
+    Attributes:
+        rows: codes `[N, K]`.
+        columns: codes `[K, N]`, or None.
+    """
+
+    rows: Codes | None
+    columns: Codes | None
+
+    def __init__(self, recipe: Float8Recipe, *, keep_columns: bool, watch: "StepWatch | None" = None) -> None:
+        super().__init__(watch)
+        self.recipe = recipe
+        self.keep_columns = keep_columns
 
     def cast(self, weight: Tensor) -> None:
         """Make the codes of `weight`."""
@@ -177,11 +202,11 @@ def _refresh_all(model: nn.Module, args: Any) -> None:
             cache.refresh(local_weight(getattr(module, name)))
 
 
-def caches_of(module: nn.Module) -> list[tuple[str, WeightCache]]:
+def caches_of(module: nn.Module) -> list[tuple[str, CodesCache]]:
     """(parameter, its cache) of each weight of which a module keeps the codes: `weight_cache` is that of a linear's,
     `weight_caches` those of several."""
-    cache: WeightCache | None = getattr(module, "weight_cache", None)
-    several: dict[str, WeightCache] = getattr(module, "weight_caches", None) or {}
+    cache: CodesCache | None = getattr(module, "weight_cache", None)
+    several: dict[str, CodesCache] = getattr(module, "weight_caches", None) or {}
     return [*([] if cache is None else [("weight", cache)]), *several.items()]
 
 

@@ -220,21 +220,6 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.seen.values())
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of blocks on a CPU: of what codes and unswizzled scales stand for, summed in fp32."""
-
-    def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-        operands = [
-            mx.from_mx(mx.unswizzle(scale, codes.shape[0], codes.shape[1] // mx.BLOCK), codes, torch.float32)
-            for codes, scale in ((a, scale_a), (b, scale_b))
-        ]
-        return mx_ops.emulated_mm(operands[0], operands[1].t(), dtype)
-
-    monkeypatch.setattr(mx_ops, "scaled_mm_op", scaled_mm)
-    monkeypatch.setattr("titan_fp8.quantization.mx_linear.runs_natively_on", lambda device: True)
-
-
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("high_precision", [False, True])
 @pytest.mark.parametrize("tokens", [1, 32, 50])
