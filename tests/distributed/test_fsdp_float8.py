@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tests.distributed.float8_linears import BLOCK_SHAPES, SHAPES, Linears, Wire, counted_casts
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import SEQ_LEN, Case, spread
+from titan_fp8.converters.api import convert_to_float8_training, convert_to_mxfp8_training
 from titan_fp8.kernels import float8
 from titan_fp8.optim.one_pass import OnePassAdamW
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp
@@ -297,3 +299,42 @@ def test_a_step_tells_the_largest_values_and_no_later_write_is_missed(ranks: int
 @pytest.mark.parametrize(("ranks", "ahead"), [(2, False), (2, True), (3, False), (3, True)])
 def test_no_stale_code_is_gathered_after_a_weight_has_changed(ranks: int, ahead: bool) -> None:
     run_distributed(_change_weights, ranks, ahead)
+
+
+def _shard_cached(rank: int, world_size: int, convert: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    convert(model, emulate=True, cache_weights=True)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for linear in model:
+        fully_shard(linear, mesh=mesh)
+    if world_size == 1:
+        model(torch.randn(32, 64))
+        return
+    with pytest.raises(RuntimeError, match=r"0\.weight: cached codes of weights .* that FSDP shards; convert with"):
+        model(torch.randn(32, 64))
+
+
+@pytest.mark.parametrize("convert", [convert_to_float8_training, convert_to_mxfp8_training])
+def test_codes_of_whole_weights_that_fsdp_shards_are_not_kept(convert: Callable[..., Any]) -> None:
+    run_distributed(_shard_cached, 2, convert)
+    run_distributed(_shard_cached, 1, convert)
+
+
+def _write_to_a_dtensor(rank: int, world_size: int, convert: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    convert(model, emulate=True, cache_weights=True)
+    mesh = init_device_mesh("cpu", (world_size,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Replicate()]))
+    x = torch.randn(32, 64)
+    first = model(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert torch.equal(model(x), 2 * first)
+    with torch.no_grad():
+        model[0].weight.to_local().mul_(2)
+    assert torch.equal(model(x), 4 * first)
+
+
+@pytest.mark.parametrize("convert", [convert_to_float8_training, convert_to_mxfp8_training])
+def test_a_write_to_a_dtensor_makes_the_codes_stale(convert: Callable[..., Any]) -> None:
+    run_distributed(_write_to_a_dtensor, 1, convert)

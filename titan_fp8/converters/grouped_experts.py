@@ -12,7 +12,6 @@ from titan_fp8.quantization.fsdp_weight import check_gathered, wrap_experts_for_
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.grouped import ExpertCache, Float8GroupedConfig, cast_experts, grouped_feed_forward
 from titan_fp8.quantization.linear import with_state_of
-from titan_fp8.quantization.shardable import local_weight
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import StepWatch, refresh_before_forward, watch_module
 
@@ -54,7 +53,7 @@ class Float8Experts(Experts):
             cache = self.weight_caches[name]
             if not torch.compiler.is_compiling():
                 # Compiled code relies on the hook of the model, which runs before it.
-                cache.refresh(local_weight(getattr(self, name)))
+                cache.refresh(getattr(self, name))
             assert cache.rows is not None
             codes.append(cache.rows)
         return codes

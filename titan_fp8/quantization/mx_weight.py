@@ -26,7 +26,6 @@ from titan_fp8.kernels.mx.layout import padded_shape
 from titan_fp8.quantization import mx_grouped_ops, mx_ops
 from titan_fp8.quantization.fsdp_weight import check_gathered
 from titan_fp8.quantization.mx_sharded import GatheredMXWeight
-from titan_fp8.quantization.shardable import local_weight
 from titan_fp8.quantization.weights import CodesCache, StepWatch
 from titan_fp8.runtime.operators import register_operator
 
@@ -109,8 +108,8 @@ def made_of(module: nn.Module, name: str, weight: Tensor, cache: "MXWeightCache 
     if cache is None:
         return Made()
     if not torch.compiler.is_compiling():
-        # Compiled code relies on the hook of the model, which runs before it and looks at the same tensor.
-        cache.refresh(local_weight(getattr(module, name)))
+        # Compiled code relies on the hook of the model, which runs before it and looks at the same parameter.
+        cache.refresh(getattr(module, name))
     assert cache.rows is not None
     assert cache.columns is not None
     return Made(*cache.rows, *cache.columns)

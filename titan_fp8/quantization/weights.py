@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
@@ -34,26 +35,29 @@ if TYPE_CHECKING:
 
 
 class Freshness:
-    """Whether something made from a tensor still belongs to it."""
+    """Whether something made from a parameter, or from what this rank holds of one, still belongs to it."""
 
     def __init__(self) -> None:
-        self._made_from: tuple[int, int] | None = None
+        self._made_from: tuple[int, ...] | None = None
 
     def mark_stale(self) -> None:
-        """The tensor may have changed."""
+        """The parameter may have changed."""
         self._made_from = None
 
-    def is_fresh(self, tensor: Tensor) -> bool:
-        """Whether nothing has happened to `tensor` since `record`."""
-        return self._made_from is not None and self._made_from == _state_of(tensor)
+    def is_fresh(self, parameter: Tensor) -> bool:
+        """Whether nothing has happened to `parameter` since `record`."""
+        return self._made_from is not None and self._made_from == _state_of(parameter)
 
-    def record(self, tensor: Tensor) -> None:
-        """What there is now was made from `tensor` as it is now."""
-        self._made_from = _state_of(tensor)
+    def record(self, parameter: Tensor) -> None:
+        """What there is now was made from `parameter` as it is now."""
+        self._made_from = _state_of(parameter)
 
 
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+def _state_of(parameter: Tensor) -> tuple[int, ...]:
+    # A write to a DTensor counts there, and not in the tensor that it holds; one to that tensor counts in it alone.
+    local = local_weight(parameter)
+    versions = (-1 if tensor.is_inference() else tensor._version for tensor in (parameter, local))
+    return *versions, local.data_ptr()
 
 
 class CodesCache:
@@ -76,25 +80,15 @@ class CodesCache:
         self._watch.add(self.freshness)
         self.rows = self.columns = None
 
-    def refresh(self, weight: Tensor) -> None:
-        """Cast `weight`, unless the codes are fresh.
-
-        Raises:
-            RuntimeError: the weight is sharded; each rank would keep the codes of the whole weight.
-        """
-        if hasattr(weight, "device_mesh"):
-            raise RuntimeError(
-                "cached codes of weights (cache_weights=True) found a sharded weight; under FSDP convert with "
-                "FP8 all-gather (enable_fsdp_float8_all_gather=True, of MXFP8 enable_fsdp_mxfp8_all_gather=True), "
-                "which keeps the codes of shards, or with cache_weights=False"
-            )
-        if self.freshness.is_fresh(weight):
+    def refresh(self, parameter: Tensor) -> None:
+        """Cast what this rank holds of `parameter`, unless the codes are fresh."""
+        if self.freshness.is_fresh(parameter):
             return
         # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
         self.rows = self.columns = None
         with torch.no_grad():
-            self.cast(weight)
-        self.freshness.record(weight)
+            self.cast(local_weight(parameter))
+        self.freshness.record(parameter)
 
     def cast(self, weight: Tensor) -> None:
         """Make the codes of `weight`."""
@@ -197,9 +191,31 @@ def _mark_module_stale(module: nn.Module, incompatible_keys: Any) -> None:
 
 @torch.compiler.disable
 def _refresh_all(model: nn.Module, args: Any) -> None:
+    _check_not_sharded(model)
     for module in model.modules():
         for name, cache in caches_of(module):
-            cache.refresh(local_weight(getattr(module, name)))
+            cache.refresh(getattr(module, name))
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    """Refuse to keep codes of weights that `fully_shard` cuts: there is no whole weight yet to cast.
+
+    Raises:
+        RuntimeError: it names the weight.
+    """
+    for unit in model.modules():
+        group: Any = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+        if group is None or getattr(group.mesh_info, "shard_mesh_size", 1) == 1:
+            continue
+        for parameter in group.fsdp_params:
+            owner, weight = parameter._module_info.module, parameter._module_info.param_name
+            if any(name == weight for name, _ in caches_of(owner)):
+                fqn = next(fqn for fqn, module in model.named_modules() if module is owner)
+                raise RuntimeError(
+                    f"{fqn}.{weight}: cached codes of weights (cache_weights=True) found a weight that FSDP "
+                    "shards; convert with FP8 all-gather (enable_fsdp_float8_all_gather=True, of MXFP8 "
+                    "enable_fsdp_mxfp8_all_gather=True), which keeps the codes of shards, or with cache_weights=False"
+                )
 
 
 def caches_of(module: nn.Module) -> list[tuple[str, CodesCache]]:

@@ -226,14 +226,6 @@ def test_hooks_on_optimizers_go_with_the_model() -> None:
     assert len(optimizer._global_optimizer_post_hooks) == before
 
 
-def test_a_sharded_weight_is_refused() -> None:
-    class Sharded:
-        device_mesh = "mesh"
-
-    with pytest.raises(RuntimeError, match="enable_fsdp_float8_all_gather"):
-        cached("rowwise")[0].weight_cache.refresh(Sharded())
-
-
 def test_a_model_with_cached_weights_is_freed() -> None:
     model = cached("rowwise")
     model(torch.randn(4, K))

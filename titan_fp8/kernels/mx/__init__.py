@@ -285,7 +285,6 @@ def _quantize_dequantize(
         kernel = _kernel()
         of = kernel.dense(x) if ends is None else kernel.Rows(kernel.GROUPS, x.shape[0], ends.shape[0])
         ends = None if ends is None else ends.contiguous()
-        ends = None if ends is None else ends.contiguous()
         found = kernel.quantize_dequantize(x, of, ends, mode, rows=rows, columns=columns)
         return found[0] if rows else None, found[-1] if columns else None
     by_rows, by_columns = reference.quantize_dequantize(x if ends is None else reference.without_tail(x, ends), mode)
