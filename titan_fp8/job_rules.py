@@ -23,6 +23,7 @@ from titan_fp8.family_rules import (
     experts_exist,
 )
 from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.effect import without_effect
 from titan_fp8.models.families import FLAVORS
 from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.parallel.context_rules import check_load_balancer, check_rotate_method, check_sequence
@@ -107,6 +108,9 @@ def model_exists(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     yield from _domain_problems(
         "model.overrides", lambda: dims.append(resolve_dims(model.name, model.flavor, overrides))
     )
+    if dims:
+        for name, text in without_effect(flavors[model.flavor], dims[0], overrides):
+            yield Problem(f"model.overrides.{name}", text)
     lengths = {"training.seq_len": job.training.seq_len}
     if job.validation.enable:
         lengths["validation.seq_len"] = job.validation.seq_len

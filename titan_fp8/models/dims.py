@@ -299,6 +299,7 @@ def _attention_problems(dims: ModelDims) -> Iterator[str]:
 def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
     if dims.top_k > n_experts:
         yield f"model.overrides.top_k = {dims.top_k}: there are only {n_experts} experts"
+        return
     if n_experts % dims.expert_groups:
         yield (
             f"model.overrides: n_experts {n_experts} is not a multiple of expert_groups {dims.expert_groups}; "

@@ -1,7 +1,8 @@
 """The product of rows that are sorted by expert with the experts' weights, in high precision.
 
-In bf16 it is PyTorch's grouped product, which waits for nothing. In other dtypes, which PyTorch multiplies on some
-devices and compiles on none, it is one product an expert, whose rows have to be known first: that waits for the device.
+In bf16 it is PyTorch's grouped product, which waits for nothing and wants K and N to be multiples of 8. Otherwise, and
+in other dtypes, which PyTorch multiplies on some devices and compiles on none, it is one product an expert, whose rows
+have to be known first: that waits for the device. Autocast changes neither.
 
 M rows, K in features, N out features, E experts.
 """
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from titan_fp8.runtime.operators import register_operator
 
+_MULTIPLE = 8
+"""16 bytes, of which strides of a grouped product are multiples."""
+
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`x[rows of e] @ weight[e].T` for each expert e, weights cast to x's dtype.
@@ -30,7 +34,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         `[M, N]` in x's dtype; rows behind the last group may be anything, and so may their gradients.
     """
     weight = weight.to(x.dtype)
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and not (weight.shape[1] % _MULTIPLE or weight.shape[2] % _MULTIPLE):
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return _OneByOne.apply(x, weight, ends)
 
@@ -58,13 +62,15 @@ def _rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _multiply_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     result = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, rows in _rows_of_experts(ends):
-        result[rows] = x[rows] @ weight[expert].t()
+    with torch.autocast(x.device.type, enabled=False):
+        for expert, rows in _rows_of_experts(ends):
+            result[rows] = x[rows] @ weight[expert].t()
     return result
 
 
 def _multiply_columns(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return torch.stack([grad[rows].t() @ x[rows] for _, rows in _rows_of_experts(ends)])
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.stack([grad[rows].t() @ x[rows] for _, rows in _rows_of_experts(ends)])
 
 
 multiply_rows = register_operator(

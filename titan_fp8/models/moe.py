@@ -68,17 +68,19 @@ class Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        if x.is_cuda and x.dtype != torch.float32:
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             return torch.mm(x, w.t(), out_dtype=torch.float32)
-        return x.float() @ w.t().float()
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float() @ w.t().float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
         grad = grad.to(x.dtype)
-        grad_x = grad @ w if ctx.needs_input_grad[0] else None
-        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = grad @ w if ctx.needs_input_grad[0] else None
+            return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None
 
 
 class Router(nn.Module):
@@ -227,12 +229,21 @@ class MoE(nn.Module):
         )
         self.dispatcher: Dispatcher = LocalDispatcher(dims.n_experts)
         self.token_axis: Axis | None = None
-        # In fp32 whatever dtype parameters are trained in.
+        # In fp32 whatever dtype parameters are trained in (`_apply`).
         per_expert, number = torch.zeros(dims.n_experts, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
         self.register_buffer("expert_bias", per_expert.clone() if dims.balance_rate else None)
         self.register_buffer("tokens_per_expert", per_expert, persistent=False)
         self.register_buffer("aux_loss_sum", number, persistent=False)
         self.register_buffer("aux_loss_scale", number.clone(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):  # the hook behind to(), to_empty(), cuda(), half()...
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta or new.is_meta else old.to(new.device)
+        return self
 
     def init_rules(self) -> dict[str, Distribution]:
         """See `titan_fp8.models.initialization`."""

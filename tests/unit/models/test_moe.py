@@ -525,3 +525,61 @@ def test_the_state_dict_of_a_family_has_the_names_of_the_field_and_nothing_else(
         expected |= {f"layers.{layer}.{name}" for name in names}
     assert set(model.state_dict()) == expected
     assert {name for name, _ in model.named_parameters()} == {n for n in expected if not n.endswith("expert_bias")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_was_moved_to_another_dtype_trains_and_keeps_counts_and_biases_in_fp32(dtype: torch.dtype) -> None:
+    model = Decoder(resolve_dims("deepseek_v3", "debugmodel", {"n_layers": 2}))
+    initialize(model, seed=0)
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        assert layer.expert_bias is not None
+        layer.expert_bias.fill_(1.001)  # which bf16 cannot hold
+    model.to(dtype)
+    tokens = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
+    cross_entropy_sum(model(tokens), tokens).backward()
+    for layer in layers:
+        assert {name: buffer.dtype for name, buffer in layer.named_buffers()} == dict.fromkeys(
+            ("expert_bias", "tokens_per_expert", "aux_loss_sum", "aux_loss_scale"), torch.float32
+        )
+        assert torch.equal(layer.expert_bias, torch.full_like(layer.expert_bias, 1.001))
+        assert layer.tokens_per_expert.sum() == 2 * 16 * layer.dims.top_k
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_moving_a_model_moves_its_counts() -> None:
+    layer = build(balance_rate=1e-3)
+    assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
+    assert all(buffer.dtype == torch.float32 for buffer in layer.to_empty(device="cpu").bfloat16().buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_neither_choices_nor_products_of_experts(dtype: torch.dtype) -> None:
+    layer, x = build(), inputs().to(dtype)
+    layer.shared_experts = None
+    expected, gradients = [], []
+    for enabled in (False, True):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(leaf)
+        y.backward(torch.ones_like(y))
+        expected.append(y.detach())
+        gradients.append([leaf.grad, *(p.grad for p in layer.parameters())])
+    assert expected[0].dtype == expected[1].dtype == dtype
+    assert torch.equal(*expected)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 12, "moe_ffn_dim": 8}, {"moe_ffn_dim": 12}])
+def test_in_bf16_sizes_that_strides_of_grouped_products_do_not_fit_are_computed_too(sizes: dict[str, int]) -> None:
+    layer = build(n_heads=2, **sizes)
+    x = inputs(dim=layer.dims.dim)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.zero_grad()
+        y = layer(x.to(dtype))
+        y.float().square().sum().backward()
+        results.append([y.detach().float(), *(p.grad.clone() for p in layer.experts.parameters())])
+    for exact, rounded in zip(*results, strict=True):
+        assert (exact - rounded).norm() < 0.03 * exact.norm()
