@@ -127,7 +127,8 @@ def _with_experts(degrees: MeshDegrees, parallelism: ParallelismSection) -> Mesh
         raise UserError(
             f"expert_parallel_degree = {expert} takes its ranks from data_parallel_shard_degree "
             f"{degrees.data_parallel_shard} x context_parallel_degree {degrees.context}{tensor} = {ranks}, which is "
-            f"no multiple of it; {f'choose a divisor of {ranks}' if ranks > 1 else 'set it to 1'}"
+            f"no multiple of it; {f'choose a divisor of {ranks}' if ranks > 1 else 'set it to 1'}, or raise "
+            "data_parallel_shard_degree"
         )
     return degrees
 

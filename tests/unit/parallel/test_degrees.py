@@ -116,21 +116,21 @@ def test_experts_take_their_ranks_from_other_axes_and_make_none(
             8,
             3,
             "expert_parallel_degree = 3 takes its ranks from data_parallel_shard_degree 8 x context_parallel_degree 1 "
-            "= 8, which is no multiple of it; choose a divisor of 8",
+            "= 8, which is no multiple of it; choose a divisor of 8, or raise data_parallel_shard_degree",
         ),
         (
             {"data_parallel_replicate_degree": 4, "context_parallel_degree": 2},
             8,
             4,
             "expert_parallel_degree = 4 takes its ranks from data_parallel_shard_degree 1 x context_parallel_degree 2 "
-            "= 2, which is no multiple of it; choose a divisor of 2",
+            "= 2, which is no multiple of it; choose a divisor of 2, or raise data_parallel_shard_degree",
         ),
         (
             {},
             1,
             2,
             "expert_parallel_degree = 2 takes its ranks from data_parallel_shard_degree 1 x context_parallel_degree 1 "
-            "= 1, which is no multiple of it; set it to 1",
+            "= 1, which is no multiple of it; set it to 1, or raise data_parallel_shard_degree",
         ),
         (
             {"data_parallel_shard_degree": 4},
@@ -143,14 +143,14 @@ def test_experts_take_their_ranks_from_other_axes_and_make_none(
             4,
             3,
             "expert_parallel_degree = 3 takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 "
-            "x tensor_parallel_degree 2 = 4, which is no multiple of it; choose a divisor of 4",
+            "x tensor_parallel_degree 2 = 4, which is no multiple of it; choose a divisor of 4, or raise data_parallel_shard_degree",
         ),
         (
             {"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2},
             4,
             4,
             "expert_parallel_degree = 4 takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 "
-            "= 2, which is no multiple of it; choose a divisor of 2",
+            "= 2, which is no multiple of it; choose a divisor of 2, or raise data_parallel_shard_degree",
         ),
         (
             {"tensor_parallel_degree": 4, "expert_tensor_parallel_degree": 2},
