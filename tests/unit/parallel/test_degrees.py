@@ -143,7 +143,8 @@ def test_experts_take_their_ranks_from_other_axes_and_make_none(
             4,
             3,
             "expert_parallel_degree = 3 takes its ranks from data_parallel_shard_degree 2 x context_parallel_degree 1 "
-            "x tensor_parallel_degree 2 = 4, which is no multiple of it; choose a divisor of 4, or raise data_parallel_shard_degree",
+            "x tensor_parallel_degree 2 = 4, which is no multiple of it; choose a divisor of 4, or raise "
+            "data_parallel_shard_degree",
         ),
         (
             {"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2},
