@@ -78,6 +78,10 @@ CASES = {
         first_dense_layers=1, router_score="sigmoid", router_norm=True, router_scale=2.5, expert_groups=4,
         expert_groups_per_token=2, balance_rate=1e-3,
     ),
+    "deepseek_v3 wide values": ModelDims(
+        **SMALL, **{**LATENT, "v_head_dim": 32}, n_layers=2, n_experts=4, moe_ffn_dim=48, top_k=2, n_shared_experts=1,
+        first_dense_layers=1, router_score="sigmoid", balance_rate=1e-3,
+    ),
     "deepseek_v2": ModelDims(
         **SMALL, **LATENT, n_layers=3, n_experts=8, moe_ffn_dim=48, top_k=3, n_shared_experts=2, first_dense_layers=1,
         router_scale=2.0, expert_groups=4, expert_groups_per_token=2, expert_group_score="max",
