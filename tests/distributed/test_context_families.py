@@ -260,6 +260,8 @@ FAMILIES = {
 }
 RING = {"parallelism.context_parallel_rotate_method": "alltoall"}
 WIDE_VALUES = {"model.overrides.v_head_dim": "32"}
+YARN = {"model.overrides.yarn_factor": "4", "model.overrides.rope_original_max_position": "16"}
+YARN |= {"model.overrides.rope_scaling_factor": "1", "model.overrides.qk_norm": "none"}  # a norm would even it out
 CONTIGUOUS = {"parallelism.context_parallel_load_balancer": "None"}
 DOCUMENTS = {"training.document_masking": "true"}
 LONG_VALIDATION = {
@@ -299,8 +301,8 @@ def same_as_alone(case: Case, folder: Path) -> Run:
 
 CASES = {
     "llama4 cp2": Case("llama4", "cp2"),
-    "llama4 cp2 contiguous ring": Case("llama4", "cp2", RING | CONTIGUOUS),
-    "llama4 cp2 documents": Case("llama4", "cp2", DOCUMENTS),
+    "llama4 cp2 contiguous ring yarn": Case("llama4", "cp2", RING | CONTIGUOUS | YARN),
+    "llama4 cp2 documents yarn": Case("llama4", "cp2", DOCUMENTS | YARN),
     "llama4 fsdp2 cp2 ring full ac": Case("llama4", "fsdp2 cp2", RING | FULL),
     "llama4 cp2 ep2": Case("llama4", "cp2 ep2"),
     "deepseek cp2 compiled op ac": Case("deepseek_v3", "cp2", PER_OP | COMPILED),

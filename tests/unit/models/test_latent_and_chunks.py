@@ -262,8 +262,49 @@ def test_yarn_stretches_all_pairs_of_a_short_context_and_none_of_an_endless_one(
     assert ratio[1:].tolist() == pytest.approx(expected[1:], rel=1e-12)
 
 
-def test_yarn_sharpens_attention_by_the_square_of_its_factor() -> None:
+YARN = replace(CHUNKED, yarn_factor=4.0, rope_original_max_position=16)
+SHARPENING = 1 + 0.1 * math.log(4)
+
+
+def test_yarn_multiplies_rotated_queries_and_keys_by_its_factor_and_none_without_positions() -> None:
+    model = build(replace(YARN, nope_interval=2))
+    rope = model.rope(SEQ_LEN, CPU)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, SEQ_LEN, 4, 12, generator=generator) for _ in range(2))
+    for heads, placed in zip((q, k), model.layers["0"].attention.place(q, k, rope), strict=True):
+        torch.testing.assert_close(placed.norm(dim=-1), SHARPENING * heads.norm(dim=-1))
+    for heads, placed in zip((q, k), model.layers["1"].attention.place(q, k, rope), strict=True):
+        assert torch.equal(placed, heads)
+
+
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [
+        ({}, SHARPENING),
+        ({"yarn_mscale": 0.7}, 1 + 0.07 * math.log(4)),
+        ({"yarn_mscale": 0.7, "yarn_mscale_all_dim": 0.7}, 1.0),
+        ({"yarn_mscale_all_dim": 0.5}, SHARPENING / (1 + 0.05 * math.log(4))),
+        ({"yarn_factor": 1.0}, 1.0),
+        ({"yarn_factor": 0.5}, 1.0),
+    ],
+)
+def test_tables_of_yarn_have_the_factor_of_its_two_scales(given: dict[str, float], factor: float) -> None:
+    model = build(replace(YARN, **given))
+    model.to(torch.bfloat16)
+    torch.testing.assert_close(model.rope.cos[0], torch.full((6,), factor))
+    torch.testing.assert_close(torch.hypot(model.rope.cos, model.rope.sin), torch.full((64, 6), factor))
+
+
+@BACKENDS
+def test_documents_in_chunks_with_yarn_equal_each_piece_run_alone(backend: str) -> None:
+    model = build(YARN, attention_backend=backend, document_masking=True)
+    assert_equals_spans_alone(model, DOCUMENTS, [_runs(CHUNKS, row) for row in DOCUMENTS])
+
+
+def test_yarn_sharpens_latent_attention_by_the_square_of_its_factor() -> None:
     (block, *_) = build(replace(LATENT, yarn_mscale=0.7)).layers.values()
     (unscaled, *_) = build(replace(LATENT, yarn_factor=1.0)).layers.values()
     assert unscaled.attention.scale == pytest.approx(1 / math.sqrt(24))
     assert block.attention.scale == pytest.approx((1 + 0.07 * math.log(4)) ** 2 / math.sqrt(24))
+    tables = build(LATENT).rope
+    torch.testing.assert_close(torch.hypot(tables.cos, tables.sin), torch.ones(64, 4))
