@@ -44,7 +44,7 @@ from tests.distributed.trainings import (
 )
 from titan_fp8.models.attention_backends import attention_mask, documents_in_chunks
 from titan_fp8.parallel import context_attention
-from titan_fp8.parallel.attention_blocks import block_kernels
+from titan_fp8.parallel.attention_blocks import _with_zeros, block_kernels
 from titan_fp8.parallel.context import ContextParallel
 from titan_fp8.parallel.context_blocks import gathered_blocks, is_seen_by_its_holder_alone, ring_blocks
 
@@ -92,12 +92,14 @@ def test_keys_travel_unless_chunks_are_whole_windows() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("backend", ["flash", "math"])
-def test_a_block_of_narrow_values_has_the_output_and_gradients_of_the_formula(
-    backend: str, scale: float | None, causal: bool
+@pytest.mark.parametrize("values", [12, 20, 27])
+@pytest.mark.parametrize("backend", ["flash", "math", "efficient", "cudnn"])
+def test_a_block_of_values_of_any_width_has_the_output_and_gradients_of_the_formula(
+    backend: str, values: int, scale: float | None, causal: bool
 ) -> None:
+    """Of kernels of a GPU it is what they are given, with the reference in their place."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 9, 20), (2, 2, 9, 20), (2, 2, 9, 12))
+    shapes = ((2, 4, 9, 20), (2, 2, 9, 20), (2, 2, 9, values))
     q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
     products = q @ k.repeat_interleave(2, 1).mT * (20**-0.5 if scale is None else scale)
     if causal:
@@ -105,7 +107,8 @@ def test_a_block_of_narrow_values_has_the_output_and_gradients_of_the_formula(
     expected, expected_lse = products.softmax(-1) @ v.repeat_interleave(2, 1), products.logsumexp(-1)
     grad = torch.randn(expected.shape, generator=generator)
     wanted = torch.autograd.grad(expected, (q, k, v), grad)
-    kernels = block_kernels(backend, CPU)
+    on_gpu = backend in ("efficient", "cudnn")
+    kernels = _with_zeros(backend, block_kernels("math", CPU)) if on_gpu else block_kernels(backend, CPU)
     inputs = [x.detach() for x in (q, k, v)]
     out, lse = kernels.forward(*inputs, causal, scale)
     torch.testing.assert_close(out, expected.detach())
@@ -143,6 +146,7 @@ def test_documents_in_chunks_differ_where_document_or_chunk_does() -> None:
 # ---- attention on ranks
 
 LATENT = Attended("allgather", "headtail", head_dim=24, value_dim=16, scale=0.3)
+WIDE = replace(LATENT, value_dim=40)
 WINDOWS = (2, 3, 5, 8, 12, 23, 24, 40)
 """Of 24 tokens: within chunks of 3 or 6, across them, of several ranks, of all."""
 
@@ -151,13 +155,14 @@ WINDOWS = (2, 3, 5, 8, 12, 23, 24, 40)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("balancer", BALANCERS)
 @pytest.mark.parametrize("backend", ["flash", "math"])
-def test_attention_over_narrow_values_equals_one_process(
+def test_attention_over_narrow_and_wide_values_equals_one_process(
     degree: int, method: str, balancer: str | None, backend: str
 ) -> None:
-    for dtype, tolerance in TOLERANCES.items():
-        case = replace(LATENT, method=method, balancer=balancer, backend=backend, dtype=dtype)
-        parts = run_distributed(attend_on_ranks, degree, case)
-        assert_same_attention(parts, attend_alone(case), case, tolerance)
+    given = {"method": method, "balancer": balancer, "backend": backend}
+    cases = [replace(case, dtype=dtype, **given) for case in (LATENT, WIDE) for dtype in TOLERANCES]
+    cases += [replace(WIDE, scale=None, **given)]
+    for case, parts in zip(cases, _attend_all(degree, cases), strict=True):
+        assert_same_attention(parts, attend_alone(case), case, TOLERANCES[case.dtype])
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -173,9 +178,11 @@ def test_attention_in_windows_equals_one_process(degree: int, method: str, balan
 
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("balancer", BALANCERS)
-def test_documents_in_windows_and_with_narrow_values_equal_one_process(degree: int, balancer: str | None) -> None:
+def test_documents_in_windows_and_with_narrow_and_wide_values_equal_one_process(
+    degree: int, balancer: str | None
+) -> None:
     cases = [Attended("allgather", balancer, documents=True, window=window) for window in WINDOWS]
-    cases += [replace(LATENT, balancer=balancer, documents=True)]
+    cases += [replace(case, balancer=balancer, documents=True) for case in (LATENT, WIDE)]
     for case, parts in zip(cases, _attend_all(degree, cases), strict=True):
         assert_same_attention(parts, attend_alone(case), case, TOLERANCES[case.dtype])
 
@@ -217,10 +224,12 @@ def _travelled(rank: int, world_size: int, case: Attended) -> Counter[str]:
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_what_travels_is_keys_and_values_and_no_padding(documents: bool) -> None:
-    """k and v of a rank: 2 rows, 12 tokens, 2 heads, 24 + 16 features. Without a mask a second time in backward."""
-    each = 2 * 12 * 2 * (24 + 16)
-    for sent in run_distributed(_travelled, 2, replace(LATENT, documents=documents)):
-        assert sent == {"all_gather": each if documents else 2 * each, "reduce_scatter": each}
+    """k and v of a rank: 2 rows, 12 tokens, 2 heads, 24 + 16 features or, with wide values, 24 + 40. Without a mask a
+    second time in backward."""
+    for case in (LATENT, WIDE):
+        each = 2 * 12 * 2 * (24 + (case.value_dim or 0))
+        for sent in run_distributed(_travelled, 2, replace(case, documents=documents)):
+            assert sent == {"all_gather": each if documents else 2 * each, "reduce_scatter": each}
 
 
 def _collectives_of_windows(rank: int, world_size: int, case: Attended) -> tuple[Counter[str], Counter[str]]:
@@ -250,6 +259,9 @@ FAMILIES = {
     "q_lora_rank=24 qk_nope_head_dim=16 qk_rope_head_dim=8 v_head_dim=12",
 }
 RING = {"parallelism.context_parallel_rotate_method": "alltoall"}
+WIDE_VALUES = {"model.overrides.v_head_dim": "32"}
+YARN = {"model.overrides.yarn_factor": "4", "model.overrides.rope_original_max_position": "16"}
+YARN |= {"model.overrides.rope_scaling_factor": "1", "model.overrides.qk_norm": "none"}  # a norm would even it out
 CONTIGUOUS = {"parallelism.context_parallel_load_balancer": "None"}
 DOCUMENTS = {"training.document_masking": "true"}
 LONG_VALIDATION = {
@@ -289,12 +301,12 @@ def same_as_alone(case: Case, folder: Path) -> Run:
 
 CASES = {
     "llama4 cp2": Case("llama4", "cp2"),
-    "llama4 cp2 contiguous ring": Case("llama4", "cp2", RING | CONTIGUOUS),
-    "llama4 cp2 documents": Case("llama4", "cp2", DOCUMENTS),
+    "llama4 cp2 contiguous ring yarn": Case("llama4", "cp2", RING | CONTIGUOUS | YARN),
+    "llama4 cp2 documents yarn": Case("llama4", "cp2", DOCUMENTS | YARN),
     "llama4 fsdp2 cp2 ring full ac": Case("llama4", "fsdp2 cp2", RING | FULL),
     "llama4 cp2 ep2": Case("llama4", "cp2 ep2"),
     "deepseek cp2 compiled op ac": Case("deepseek_v3", "cp2", PER_OP | COMPILED),
-    "deepseek cp2 ring": Case("deepseek_v3", "cp2", RING),
+    "deepseek cp2 ring wide values": Case("deepseek_v3", "cp2", RING | WIDE_VALUES),
     "deepseek cp2 documents": Case("deepseek_v3", "cp2", DOCUMENTS | CONTIGUOUS),
     "deepseek fsdp2 cp2": Case("deepseek_v3", "fsdp2 cp2"),
     "deepseek cp2 ep2 ring": Case("deepseek_v3", "cp2 ep2", RING),

@@ -40,13 +40,16 @@ def _runnable(backend: str, dtype: torch.dtype, head_dim: int, document_masking:
     return True
 
 
-def _qkv(seq_len: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+def _qkv(
+    seq_len: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, value_dim: int | None = None
+) -> list[Tensor]:
     generator = torch.Generator(CUDA).manual_seed(0)
+    shapes = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim or head_dim))
     return [
-        torch.randn(2, seq_len, h, head_dim, device=CUDA, dtype=dtype, generator=generator)
+        torch.randn(2, seq_len, h, width, device=CUDA, dtype=dtype, generator=generator)
         .transpose(1, 2)  # the layout that the model hands over
         .requires_grad_()
-        for h in (heads, kv_heads, kv_heads)
+        for h, width in shapes
     ]
 
 
@@ -84,6 +87,21 @@ def test_causal_attention_equals_the_formula(
     actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, seq_len, CUDA, None))
     assert actual.dtype == dtype
     _assert_equals_formula(inputs, actual, torch.ones(seq_len, seq_len, dtype=torch.bool, device=CUDA).tril())
+
+
+@pytest.mark.parametrize("backend", ["math", "flash", "efficient", "cudnn", "flex"])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (24, 32), (12, 14), (64, 128), (192, 128), (192, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_over_values_of_another_width_equals_the_formula(
+    backend: str, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    if not _runnable(backend, dtype, max(head_dim, value_dim), document_masking=False):
+        pytest.skip(f"{backend} does not run in {dtype} here")
+    torch.compiler.reset()
+    inputs = _qkv(200, 4, 2, head_dim, dtype, value_dim)
+    actual = causal_attention(*inputs, backend=backend, mask=attention_mask(backend, 200, CUDA, None))
+    assert actual.shape == (2, 4, 200, value_dim)
+    _assert_equals_formula(inputs, actual, torch.ones(200, 200, dtype=torch.bool, device=CUDA).tril())
 
 
 @pytest.mark.parametrize("backend", ["math", "efficient", "flex"])

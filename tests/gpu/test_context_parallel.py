@@ -51,11 +51,12 @@ ATTENDED = {
     )
 }
 LATENT = {"head_dim": 96, "value_dim": 64, "scale": 0.2, "device_type": "cuda", "seq_len": 4 * 200}
+WIDE = {**CUDA, "value_dim": 96}
 FAMILIES = {
     f"{kind}_{backend}_{method}_{str(dtype).removeprefix('torch.')}": Attended(
         method, "headtail", dtype, backend, **options
     )
-    for kind, options in (("latent", LATENT), ("windows", {**CUDA, "window": 136}))
+    for kind, options in (("latent", LATENT), ("wide", WIDE), ("windows", {**CUDA, "window": 136}))
     for method in METHODS
     for backend, dtype in (
         ("flash", torch.bfloat16),
@@ -66,10 +67,11 @@ FAMILIES = {
     )
 } | {
     "latent_flex_documents": Attended("allgather", "headtail", torch.bfloat16, "flex", documents=True, **LATENT),
+    "wide_flex_documents": Attended("allgather", "headtail", torch.bfloat16, "flex", documents=True, **WIDE),
     "windows_flex": Attended("allgather", "headtail", torch.bfloat16, "flex", window=136, **CUDA),
     "windows_flash4": Attended("allgather", "headtail", torch.bfloat16, "flash4", window=136, **CUDA),
 }
-"""Values narrower than keys, and windows that end within the ranks' chunks of 200 tokens."""
+"""Values narrower and wider than keys, and windows that end within the ranks' chunks of 200 tokens."""
 MASKED = {
     "flex": Attended("allgather", "headtail", torch.bfloat16, "flex", **CUDA),
     "flex_documents": Attended("allgather", "headtail", torch.bfloat16, "flex", documents=True, **CUDA),

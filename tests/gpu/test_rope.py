@@ -7,7 +7,7 @@ from torch import Tensor
 from titan_fp8.kernels.rope import reference, rotate
 from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.dims import ModelDims, YarnScaling
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.models.rope import RopeTables, RotaryEmbedding, apply_rope, rotate_queries_and_keys
@@ -23,8 +23,8 @@ CUDA = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 
 
-def _tables(seq_len: int, head_dim: int) -> RopeTables:
-    return RotaryEmbedding(head_dim, seq_len, theta=500000.0)(seq_len, CUDA)
+def _tables(seq_len: int, head_dim: int, scaling: YarnScaling | None = None) -> RopeTables:
+    return RotaryEmbedding(head_dim, seq_len, theta=500000.0, scaling=scaling)(seq_len, CUDA)
 
 
 def _projected(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seq_len: int = 63) -> list[Tensor]:
@@ -63,7 +63,7 @@ def test_tensors_beyond_32_bits_are_turned_to_their_end() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_outputs_and_gradients_are_those_of_the_plain_rotation(dtype: torch.dtype, compiled: bool) -> None:
     torch._dynamo.reset()
-    tables = _tables(63, 128)
+    tables = _tables(63, 128, YarnScaling(4.0, 32.0, 1.0, original_max_position=16, sharpening=1.14))
     ours = torch.compile(rotate_queries_and_keys, fullgraph=True) if compiled else rotate_queries_and_keys
     results = []
     for function in (ours, lambda q, k, tables: (apply_rope(q, tables), apply_rope(k, tables))):

@@ -21,7 +21,11 @@
 
 flash4 is there where its package is installed, so all machines of a job should have the same packages.
 
-Legend: B sequences, S tokens, H query heads, G key and value heads (H is a multiple of G), D head width.
+Latent attention has values narrower or wider than queries and keys. Kernels of one width, and those that cannot do some
+widths, are given heads with zeros beside them (`kernel_widths`), which change no product.
+
+Legend: B sequences, S tokens, H query heads, G key and value heads (H is a multiple of G), D head width of queries and
+keys, D' that of values.
 """
 
 from collections.abc import Callable
@@ -52,8 +56,13 @@ _SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _HALF = (torch.bfloat16, torch.float16)
+_OF_ANY_WIDTHS = ("math", "flash4")
+"""They get heads as they are: `math` takes any, and `flash4` no latent attention."""
 _OF_ONE_WIDTH = ("flash", "cudnn")
 """Kernels whose values must be as wide as queries and keys."""
+_NARROWEST_IN_FLEX = 16
+_GRANULE_OF_EFFICIENT = 8
+"""Its rows are read in 16 bytes."""
 _MAX_HEAD_DIM = {"flash": 256, "cudnn": 128, "flash4": flash4.MAX_HEAD_DIM}
 
 
@@ -64,8 +73,9 @@ class AttentionTask:
     device: DeviceCapabilities
     dtype: torch.dtype
     head_dim: int
+    """The wider of the heads of queries and of values."""
     scaled: bool = False
-    """Values are narrower than queries, and products have a factor of their own, as in latent attention."""
+    """Values have a width and products a factor of their own, as in latent attention."""
     document_masking: bool = False
     deterministic: bool = False
 
@@ -164,18 +174,21 @@ def causal_attention(
 
     Args:
         q: `[B, H, S, D]`.
-        k, v: `[B, G, S, D]`; query head h uses head `h // (H / G)` of them. Values may be narrower, `[B, G, S, D']`.
+        k, v: `[B, G, S, D]` and `[B, G, S, D']`; query head h uses head `h // (H / G)` of them.
         backend: a resolved backend.
         mask: what `attention_mask` returned for this backend.
         scale: factor on the products of queries and keys; None: `1 / sqrt(D)`.
 
     Returns:
-        `[B, H, S, D]`, as wide as the values, in the dtype of `q`.
+        `[B, H, S, D']` in the dtype of `q`.
     """
+    widths = q.shape[-1], v.shape[-1]
+    given = kernel_widths(backend, *widths)
+    if given != widths:
+        q, k, v = widen(q, given[0]), widen(k, given[0]), widen(v, given[1])
+        scale = widths[0] ** -0.5 if scale is None else scale
+        return causal_attention(q, k, v, backend, mask, scale=scale)[..., : widths[1]]
     is_grouped = q.shape[1] != k.shape[1]
-    width = v.shape[-1]
-    if width < q.shape[-1] and backend in _OF_ONE_WIDTH:
-        return causal_attention(q, k, F.pad(v, (0, q.shape[-1] - width)), backend, mask, scale=scale)[..., :width]
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attention needs the block mask that attention_mask makes"
         return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped, scale=scale)
@@ -192,6 +205,28 @@ def causal_attention(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped, scale=scale
         )
+
+
+def kernel_widths(backend: str, width: int, value_width: int) -> tuple[int, int]:
+    """The head widths, of queries and keys and of values, that a backend's kernel is given for heads of `width` and
+    `value_width` features; a head that is narrower gets zeros."""
+    if backend in _OF_ANY_WIDTHS:
+        return width, value_width
+    width = max(width, value_width)
+    if backend in _OF_ONE_WIDTH:
+        return width, width
+    if backend == "flex":
+        return max(width, _NARROWEST_IN_FLEX), max(value_width, _NARROWEST_IN_FLEX)
+    return _round_up(width, _GRANULE_OF_EFFICIENT), _round_up(value_width, _GRANULE_OF_EFFICIENT)
+
+
+def _round_up(width: int, granule: int) -> int:
+    return -(-width // granule) * granule
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """x `[..., D]` with zeros up to `[..., width]`."""
+    return F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
 
 
 def attention_mask(

@@ -70,7 +70,12 @@ class ModelOverrides(Section):
     """Lower bound of YaRN's scaling, see `YarnScaling`."""
 
     yarn_mscale: float | None = key(None, gt=0)
-    """Attention is sharpened by `(1 + 0.1 yarn_mscale ln(yarn_factor))^2`."""
+    """YaRN sharpens attention: products of rotated queries and keys are multiplied by `(1 + 0.1 yarn_mscale
+    ln(yarn_factor))^2`, in latent attention those of features without positions too."""
+
+    yarn_mscale_all_dim: float | None = key(None, gt=0)
+    """In latent attention it takes the place of `yarn_mscale` for features without positions; elsewhere its factor, of
+    the same formula, divides that of `yarn_mscale`; unset: neither."""
 
     qk_norm: Literal["none", "head", "l2"] | None = None
     """RMSNorm of each head of queries and keys: `head` with a learned scale before they are rotated (Qwen3),

@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         task = AttentionTask(
             device=detect_device() if device is None else device,
             dtype=compute_dtype or torch.get_default_dtype(),
-            head_dim=dims.head_width,
+            head_dim=max(dims.head_width, dims.value_width),
             scaled=dims.is_latent,
             document_masking=document_masking,
             deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -4,6 +4,7 @@
 have is off by default: grouped-query attention with rotary positions in every layer, and a dense feed-forward.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class YarnScaling:
     """Pairs that turn less often than this are stretched in full; between the bounds it is blended."""
     original_max_position: int
     """Context length, in tokens, that the model was first trained for."""
+    sharpening: float = 1.0
+    """Factor on cosines and sines, and so on each rotated query and key."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ class ModelDims:
     yarn_beta_slow: float = 1.0
     """Lower bound of YaRN's scaling, see `YarnScaling`."""
     yarn_mscale: float = 1.0
-    """Attention is sharpened by `(1 + 0.1 yarn_mscale ln(yarn_factor))^2`."""
+    """YaRN sharpens attention: products of rotated queries and keys are multiplied by `(1 + 0.1 yarn_mscale
+    ln(yarn_factor))^2`, in latent attention those of features without positions too."""
+    yarn_mscale_all_dim: float | None = None
+    """In latent attention it takes the place of `yarn_mscale` for features without positions; elsewhere its factor, of
+    the same formula, divides that of `yarn_mscale`; unset: neither."""
 
     # Attention
     qk_norm: QKNorm = "none"
@@ -203,7 +210,11 @@ class ModelDims:
         """The frequency scaling, or None where its factor is 1."""
         if self.yarn_factor != 1.0:
             return YarnScaling(
-                self.yarn_factor, self.yarn_beta_fast, self.yarn_beta_slow, self.rope_original_max_position
+                self.yarn_factor,
+                self.yarn_beta_fast,
+                self.yarn_beta_slow,
+                self.rope_original_max_position,
+                self._yarn_sharpening(self.yarn_mscale) / self._yarn_sharpening(self._mscale_all_dim),
             )
         if self.rope_scaling_factor == 1.0:
             return None
@@ -213,6 +224,21 @@ class ModelDims:
             self.rope_high_freq_factor,
             self.rope_original_max_position,
         )
+
+    @property
+    def latent_sharpening(self) -> float:
+        """Factor on the products of whole queries and keys in latent attention; YaRN's, as in DeepSeek's code."""
+        return self._yarn_sharpening(self._mscale_all_dim) ** 2 if self.is_latent else 1.0
+
+    @property
+    def _mscale_all_dim(self) -> float:
+        if self.yarn_mscale_all_dim is None:
+            return self.yarn_mscale if self.is_latent else 0.0
+        return self.yarn_mscale_all_dim
+
+    def _yarn_sharpening(self, mscale: float) -> float:
+        """Section 3.4 of arXiv 2309.00071, in which mscale is 1."""
+        return 1.0 + 0.1 * mscale * math.log(max(self.yarn_factor, 1.0))
 
     def recorded(self) -> dict[str, Any]:
         """The dimensions by name, for a checkpoint to be compared by; of what a model may lack, only what this one

@@ -43,8 +43,7 @@ class LatentAttention(nn.Module):
             dims.qk_rope_head_dim,
             dims.v_head_dim,
         )
-        sharper = 1.0 + 0.1 * dims.yarn_mscale * math.log(dims.yarn_factor)
-        self.scale = sharper**2 / math.sqrt(dims.head_width)
+        self.scale = dims.latent_sharpening / math.sqrt(dims.head_width)
         heads = dims.n_heads * dims.head_width
         if dims.q_lora_rank is None:
             self.wq = Linear(dims.dim, heads, bias=False)

@@ -17,7 +17,10 @@ YaRN (arXiv 2309.00071) blends by the pair's number instead. Pair `n(t)` turns `
 
     n(t) = width ln(context / (2 pi t)) / (2 ln theta),  low = floor(n(beta_fast)),  high = ceil(n(beta_slow))
 
-Pairs up to `low` stay, those from `high` on are divided by the factor, in between it is blended in proportion.
+Pairs up to `low` stay, those from `high` on are divided by the factor, in between it is blended in proportion. YaRN
+also sharpens attention: cosines and sines, and so rotated queries and keys, are multiplied by `1 + 0.1 ln(factor)`.
+Layers without positions stay as they are, and a norm after the rotation takes the factor away again. Latent attention
+has features without positions, and sharpens the products of whole queries and keys instead (`mla.py`).
 
 Tables are computed in float64 on the CPU and rounded to float32, so they are the same on every device.
 
@@ -38,7 +41,7 @@ from titan_fp8.runtime.operators import register_operator
 
 
 class RopeTables:
-    """Cosines and sines of the angles, float32 `[S, head_dim / 2]` each.
+    """Cosines and sines of the angles, times YaRN's factor where there is one; float32 `[S, head_dim / 2]` each.
 
     A plain object rather than a tuple or a dataclass: FSDP2 casts a module's floating-point inputs to the compute dtype
     and looks into both, and tables in bfloat16 confuse neighbouring positions.
@@ -153,7 +156,7 @@ class RotaryEmbedding(nn.Module):
         head_dim: width of a head, even.
         max_positions: number of positions in the tables.
         theta: base of the wavelengths.
-        scaling: frequency scaling, or None.
+        scaling: frequency scaling, YaRN's with a factor on the tables, or None.
     """
 
     cos: Tensor
@@ -174,8 +177,9 @@ class RotaryEmbedding(nn.Module):
             return
         positions = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, rope_frequencies(self.head_dim, self.theta, self.scaling))
-        self.cos = angles.cos().float().to(device)
-        self.sin = angles.sin().float().to(device)
+        factor = self.scaling.sharpening if isinstance(self.scaling, YarnScaling) else 1.0
+        self.cos = (factor * angles.cos()).float().to(device)
+        self.sin = (factor * angles.sin()).float().to(device)
 
     def _apply(self, fn, recurse: bool = True):  # the hook behind to(), to_empty(), cuda(), half()...
         super()._apply(fn, recurse)

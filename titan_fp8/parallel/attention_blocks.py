@@ -4,8 +4,8 @@ A kernel's forward gives the output and the logarithm of its softmax's denominat
 be merged; its backward takes those of the whole softmax, and so gives a block's part of the whole gradients. Causal
 blocks are aligned at the last query and the last key.
 
-Products of queries and keys are multiplied by a scale, None for `1 / sqrt(D)`. Values may be narrower than keys, as
-those of latent attention are; kernels of one width are given zeros beside them, here and not before they travel.
+Products of queries and keys are multiplied by a scale, None for `1 / sqrt(D)`. Values may be narrower or wider than
+keys, as those of latent attention are; kernels of one width are given zeros, here and not before heads travel.
 
 Legend: B sequences, T tokens of a block, H query heads, G key and value heads (H is a multiple of G), D head width of
 queries and keys, D' that of values.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_fp8.models import flash4
+from titan_fp8.models.attention_backends import kernel_widths, widen
 
 _aten = torch.ops.aten
 Scale = float | None
@@ -165,30 +166,30 @@ def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
     return grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
-def _of_one_width(kernels: BlockKernels) -> BlockKernels:
-    """Kernels whose values must be as wide as queries and keys, for narrower ones too."""
+def _with_zeros(backend: str, kernels: BlockKernels) -> BlockKernels:
+    """Kernels of the head widths that a backend can do (`kernel_widths`), for others too."""
+
+    def fit(q: Tensor, k: Tensor, v: Tensor, scale: Scale) -> tuple[Tensor, Tensor, Tensor, float]:
+        width, value_width = kernel_widths(backend, q.shape[-1], v.shape[-1])
+        return widen(q, width), widen(k, width), widen(v, value_width), _factor(q, scale)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: Scale):
-        out, lse = kernels.forward(q, k, _widen(v, q), causal, scale)
+        wide_q, wide_k, wide_v, factor = fit(q, k, v, scale)
+        out, lse = kernels.forward(wide_q, wide_k, wide_v, causal, factor)
         return out[..., : v.shape[-1]], lse
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: Scale):
-        grad, wide, out = (_widen(x, q) for x in (grad, v, out))
-        grad_q, grad_k, grad_v = kernels.backward(grad, q, k, wide, out, lse, causal, scale)[:3]
-        return grad_q, grad_k, grad_v[..., : v.shape[-1]]
+        wide_q, wide_k, wide_v, factor = fit(q, k, v, scale)
+        grad, out = (widen(x, wide_v.shape[-1]) for x in (grad, out))
+        gradients = kernels.backward(grad, wide_q, wide_k, wide_v, out, lse, causal, factor)[:3]
+        return tuple(each[..., : x.shape[-1]] for each, x in zip(gradients, (q, k, v), strict=True))
 
     return BlockKernels(forward, backward, kernels.rectangular)
 
 
-def _widen(x: Tensor, q: Tensor) -> Tensor:
-    """x with zeros up to the head width of q."""
-    missing = q.shape[-1] - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing > 0 else x
-
-
-_CPU_FLASH = _of_one_width(BlockKernels(_cpu_flash, _cpu_flash_backward, rectangular=False))
-_FLASH = _of_one_width(BlockKernels(_flash, _flash_backward, rectangular=True))
-_CUDNN = _of_one_width(BlockKernels(_cudnn, _cudnn_backward, rectangular=False))
+_CPU_FLASH = _with_zeros("flash", BlockKernels(_cpu_flash, _cpu_flash_backward, rectangular=False))
+_FLASH = _with_zeros("flash", BlockKernels(_flash, _flash_backward, rectangular=True))
+_CUDNN = _with_zeros("cudnn", BlockKernels(_cudnn, _cudnn_backward, rectangular=False))
 _FLASH4 = BlockKernels(_flash4, _flash4_backward, rectangular=False)
-_EFFICIENT = BlockKernels(_efficient, _efficient_backward, rectangular=False)
+_EFFICIENT = _with_zeros("efficient", BlockKernels(_efficient, _efficient_backward, rectangular=False))
 _MATH = BlockKernels(_math, _math_backward, rectangular=True)

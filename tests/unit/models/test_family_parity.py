@@ -1,5 +1,6 @@
 """Our decoder computes what transformers' models with experts compute: logits and every gradient, in float32."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
 }
+YARN: dict[str, Any] = {"rope_original_max_position": 16, "yarn_factor": 4.0}
 CASES = {
     "llama4 16e": LLAMA4,
     "llama4 128e": ModelDims(
@@ -72,11 +74,26 @@ CASES = {
         **SMALL, **EXPERTS, n_layers=2, n_kv_heads=2, head_dim=24, norm_eps=1e-6, qk_norm="head", top_k=3,
         router_norm=True,
     ),
+    "qwen3_moe yarn": ModelDims(
+        **SMALL, **EXPERTS, **YARN, n_layers=2, n_kv_heads=2, head_dim=24, norm_eps=1e-6, qk_norm="head", top_k=3,
+        router_norm=True,
+    ),
+    "llama4 yarn before norms": ModelDims(**{**vars(LLAMA4), **YARN}),
+    "llama4 yarn of another factor": ModelDims(**{**vars(LLAMA4), **YARN, "qk_norm": "none", "yarn_mscale": 3.0}),
     "mixtral": ModelDims(**SMALL, n_layers=2, n_kv_heads=2, n_experts=6, top_k=2, router_norm=True),
+    "mixtral yarn of two factors": ModelDims(
+        **SMALL, **YARN, n_layers=2, n_kv_heads=2, n_experts=6, top_k=2, router_norm=True, yarn_mscale=2.5,
+        yarn_mscale_all_dim=0.5,
+    ),
     "deepseek_v3": ModelDims(
         **SMALL, **LATENT, n_layers=3, q_lora_rank=20, n_experts=8, moe_ffn_dim=48, top_k=3, n_shared_experts=1,
         first_dense_layers=1, router_score="sigmoid", router_norm=True, router_scale=2.5, expert_groups=4,
         expert_groups_per_token=2, balance_rate=1e-3,
+    ),
+    "deepseek_v3 wide values and two factors": ModelDims(
+        **SMALL, **{**LATENT, "v_head_dim": 32, "yarn_mscale": 2.5, "yarn_mscale_all_dim": 0.5}, n_layers=2,
+        n_experts=4, moe_ffn_dim=48, top_k=2, n_shared_experts=1, first_dense_layers=1, router_score="sigmoid",
+        balance_rate=1e-3,
     ),
     "deepseek_v2": ModelDims(
         **SMALL, **LATENT, n_layers=3, n_experts=8, moe_ffn_dim=48, top_k=3, n_shared_experts=2, first_dense_layers=1,
@@ -85,7 +102,23 @@ CASES = {
 }  # fmt: skip
 
 
+def _yarn(dims: ModelDims) -> dict[str, Any]:
+    rope = {
+        "rope_type": "yarn",
+        "factor": dims.yarn_factor,
+        "beta_fast": dims.yarn_beta_fast,
+        "beta_slow": dims.yarn_beta_slow,
+        "original_max_position_embeddings": dims.rope_original_max_position,
+    }
+    if dims.is_latent or dims.yarn_mscale_all_dim is not None:
+        return rope | {"mscale": dims.yarn_mscale, "mscale_all_dim": dims.yarn_mscale_all_dim or dims.yarn_mscale}
+    if dims.yarn_mscale != 1.0:
+        return rope | {"attention_factor": 1.0 + 0.1 * dims.yarn_mscale * math.log(dims.yarn_factor)}
+    return rope
+
+
 def _common(dims: ModelDims, rope: dict[str, Any] | None = None) -> dict[str, Any]:
+    rope = _yarn(dims) if dims.yarn_factor != 1.0 else rope
     return {
         "hidden_size": dims.dim,
         "num_hidden_layers": dims.n_layers,
@@ -144,22 +177,18 @@ def _qwen3(dims: ModelDims) -> nn.Module:
 
 def _mixtral(dims: ModelDims) -> nn.Module:
     return MixtralForCausalLM(
-        MixtralConfig(**_common(dims), intermediate_size=dims.ffn_hidden_dim, num_local_experts=dims.n_experts)
+        MixtralConfig(
+            **_common(dims),
+            intermediate_size=dims.ffn_hidden_dim,
+            num_local_experts=dims.n_experts,
+            head_dim=dims.head_width,
+        )
     )
 
 
 def _latent(dims: ModelDims) -> dict[str, Any]:
-    rope = {
-        "rope_type": "yarn",
-        "factor": dims.yarn_factor,
-        "beta_fast": dims.yarn_beta_fast,
-        "beta_slow": dims.yarn_beta_slow,
-        "mscale": dims.yarn_mscale,
-        "mscale_all_dim": dims.yarn_mscale,
-        "original_max_position_embeddings": dims.rope_original_max_position,
-    }
     return {
-        **_common(dims, rope),
+        **_common(dims),
         "intermediate_size": dims.ffn_hidden_dim,
         "moe_intermediate_size": dims.expert_hidden_dim,
         "kv_lora_rank": dims.kv_lora_rank,

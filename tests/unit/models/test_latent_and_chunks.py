@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from titan_fp8.models import flash4
 from titan_fp8.models.attention import Attention
-from titan_fp8.models.attention_backends import AttentionTask, attention_mask, causal_attention, resolve_backend
+from titan_fp8.models.attention_backends import AttentionTask, attention_mask, resolve_backend
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims, YarnScaling
 from titan_fp8.models.initialization import initialize
@@ -160,41 +160,11 @@ def test_masked_documents_equal_each_document_run_alone_in_latent_attention(back
     assert_equals_spans_alone(model, DOCUMENTS, [_runs(row) for row in DOCUMENTS])
 
 
-def _heads(values: int, kv_heads: int = 4) -> list[Tensor]:
-    """q, k, v `[2, H or G, 33, D]` with D = 20 but for values, leaves."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((4, 20), (kv_heads, 20), (kv_heads, values))
-    return [torch.randn(2, heads, 33, width, generator=generator).requires_grad_() for heads, width in shapes]
-
-
-@pytest.mark.parametrize("values", [4, 12, 20])
-@pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("masked", [False, True])
-@BACKENDS
-def test_attention_over_narrower_values_and_its_gradients_are_those_of_the_formula(
-    backend: str, masked: bool, scale: float | None, values: int
-) -> None:
-    mask = attention_mask("math", 33, CPU, documents((9, 24), (30, 3))) if masked else None
-    inputs = _heads(values)
-    q, k, v = inputs
-    visible = torch.ones(33, 33, dtype=torch.bool).tril() if mask is None else mask
-    products = q @ k.transpose(-1, -2) * (1 / math.sqrt(20) if scale is None else scale)
-    expected = products.masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
-    actual = causal_attention(*inputs, backend=backend, mask=mask, scale=scale)
-    assert actual.shape == (2, 4, 33, values)
-    torch.testing.assert_close(actual, expected)
-    for name, gradient, reference in zip(
-        "qkv", torch.autograd.grad((actual * weight).sum(), inputs), wanted, strict=True
-    ):
-        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_math_and_flash_agree_for_a_whole_latent_model() -> None:
+@pytest.mark.parametrize("dims", [{}, {"v_head_dim": 32}], ids=["narrow", "wide"])
+def test_math_and_flash_agree_for_a_whole_latent_model(dims: dict[str, Any]) -> None:
     results = []
     for backend in ("math", "flash"):
-        model = build(LATENT, attention_backend=backend)
+        model = build(replace(LATENT, **dims), attention_backend=backend)
         logits = model(tokens_of())
         logits.square().mean().backward()
         results.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
@@ -292,8 +262,49 @@ def test_yarn_stretches_all_pairs_of_a_short_context_and_none_of_an_endless_one(
     assert ratio[1:].tolist() == pytest.approx(expected[1:], rel=1e-12)
 
 
-def test_yarn_sharpens_attention_by_the_square_of_its_factor() -> None:
+YARN = replace(CHUNKED, yarn_factor=4.0, rope_original_max_position=16)
+SHARPENING = 1 + 0.1 * math.log(4)
+
+
+def test_yarn_multiplies_rotated_queries_and_keys_by_its_factor_and_none_without_positions() -> None:
+    model = build(replace(YARN, nope_interval=2))
+    rope = model.rope(SEQ_LEN, CPU)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, SEQ_LEN, 4, 12, generator=generator) for _ in range(2))
+    for heads, placed in zip((q, k), model.layers["0"].attention.place(q, k, rope), strict=True):
+        torch.testing.assert_close(placed.norm(dim=-1), SHARPENING * heads.norm(dim=-1))
+    for heads, placed in zip((q, k), model.layers["1"].attention.place(q, k, rope), strict=True):
+        assert torch.equal(placed, heads)
+
+
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [
+        ({}, SHARPENING),
+        ({"yarn_mscale": 0.7}, 1 + 0.07 * math.log(4)),
+        ({"yarn_mscale": 0.7, "yarn_mscale_all_dim": 0.7}, 1.0),
+        ({"yarn_mscale_all_dim": 0.5}, SHARPENING / (1 + 0.05 * math.log(4))),
+        ({"yarn_factor": 1.0}, 1.0),
+        ({"yarn_factor": 0.5}, 1.0),
+    ],
+)
+def test_tables_of_yarn_have_the_factor_of_its_two_scales(given: dict[str, float], factor: float) -> None:
+    model = build(replace(YARN, **given))
+    model.to(torch.bfloat16)
+    torch.testing.assert_close(model.rope.cos[0], torch.full((6,), factor))
+    torch.testing.assert_close(torch.hypot(model.rope.cos, model.rope.sin), torch.full((64, 6), factor))
+
+
+@BACKENDS
+def test_documents_in_chunks_with_yarn_equal_each_piece_run_alone(backend: str) -> None:
+    model = build(YARN, attention_backend=backend, document_masking=True)
+    assert_equals_spans_alone(model, DOCUMENTS, [_runs(CHUNKS, row) for row in DOCUMENTS])
+
+
+def test_yarn_sharpens_latent_attention_by_the_square_of_its_factor() -> None:
     (block, *_) = build(replace(LATENT, yarn_mscale=0.7)).layers.values()
     (unscaled, *_) = build(replace(LATENT, yarn_factor=1.0)).layers.values()
     assert unscaled.attention.scale == pytest.approx(1 / math.sqrt(24))
     assert block.attention.scale == pytest.approx((1 + 0.07 * math.log(4)) ** 2 / math.sqrt(24))
+    tables = build(LATENT).rope
+    torch.testing.assert_close(torch.hypot(tables.cos, tables.sin), torch.ones(64, 4))

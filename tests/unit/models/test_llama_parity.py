@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.dims import ModelDims, YarnScaling
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.loss import cross_entropy_sum
 
@@ -44,7 +44,13 @@ def _to_hf(name: str, tensor: torch.Tensor, dims: ModelDims) -> torch.Tensor:
 
 def _hf_model(dims: ModelDims) -> LlamaForCausalLM:
     rope = {"rope_type": "default", "rope_theta": dims.rope_theta}
-    if dims.rope_scaling is not None:
+    if isinstance(dims.rope_scaling, YarnScaling):
+        rope |= {
+            "rope_type": "yarn",
+            "factor": dims.yarn_factor,
+            "original_max_position_embeddings": dims.rope_original_max_position,
+        }
+    elif dims.rope_scaling is not None:
         rope |= {
             "rope_type": "llama3",
             "factor": dims.rope_scaling.factor,
@@ -70,8 +76,8 @@ def _hf_model(dims: ModelDims) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scaling", [1.0, 8.0])
-def test_logits_and_all_gradients_equal_transformers(tied: bool, scaling: float) -> None:
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling_factor": 8.0}, {"yarn_factor": 4.0}], ids=str)
+def test_logits_and_all_gradients_equal_transformers(tied: bool, scaling: dict[str, float]) -> None:
     dims = ModelDims(
         dim=64,
         n_layers=2,
@@ -81,10 +87,10 @@ def test_logits_and_all_gradients_equal_transformers(tied: bool, scaling: float)
         ffn_dim=112,
         norm_eps=1e-5,
         rope_theta=100.0,
-        rope_scaling_factor=scaling,
         rope_original_max_position=CONTEXT,
         max_seq_len=64,
         tied_embeddings=tied,
+        **scaling,  # pyright: ignore[reportArgumentType]
     )
     ours, theirs = Decoder(dims), _hf_model(dims)
     initialize(ours, seed=0)
