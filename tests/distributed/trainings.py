@@ -23,6 +23,8 @@ from tests.distributed.meshes import mesh_of
 from titan_fp8 import building
 from titan_fp8.job_config import load_job_config
 from titan_fp8.model_plan import plan_model
+from titan_fp8.models.effect import without_effect
+from titan_fp8.models.flavors import resolve_dims
 from titan_fp8.runtime.device import detect_device
 
 Options = dict[str, str]
@@ -82,7 +84,18 @@ class Mesh:
         keys = {KEYS[axis]: str(degree) for axis, degree in degrees.items()}
         keys.setdefault(KEYS["fsdp"], "1")
         keys["training.local_batch_size"] = str(SEQUENCES // data if "pp" in degrees else 1)
-        return [f"--{key}={value}" for key, value in {**COMMON, **keys, **dict(self.options)}.items()]
+        options = {**COMMON, **keys, **dict(self.options)}
+        if _has_no_dense_layer(options):
+            options.pop("model.overrides.ffn_dim", None)  # which all models are given, and would be refused
+        return [f"--{key}={value}" for key, value in options.items()]
+
+
+def _has_no_dense_layer(options: Options) -> bool:
+    family, flavor, prefix = options.get("model.name", "llama3"), options["model.flavor"], "model.overrides."
+    given = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+    numbers = {name: int(value) for name, value in given.items() if value.isdecimal()}
+    dims = resolve_dims(family, flavor, numbers)
+    return "ffn_dim" in dict(without_effect(resolve_dims(family, flavor), dims, numbers))
 
 
 @dataclass
