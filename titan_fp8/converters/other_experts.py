@@ -182,12 +182,19 @@ class _GroupedProductsInFloat8(TorchFunctionMode):
                 f"{self.products.fqn}: a grouped product of {list(x.shape)} with {list(weight.shape)}, and in float8 "
                 "there is that of rows [T, K] with weights [E, K, N] and the ends of groups, offs; leave it out of fqns"
             )
-        _check(self.products.fqn, x, weight, given.get("bias"))
+        _check(self.products.fqn, x, weight, ends, given.get("bias"))
         return self.products.compute(x, weight, ends, given.get("out_dtype"))
 
 
-def _check(fqn: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(fqn: str, x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> None:
+    """What a product has to be; of ends shapes and dtype alone, so that nobody waits for the device."""
     leave = "; leave it out of fqns"
+    if ends.dim() != 1 or ends.dtype != torch.int32 or ends.shape[0] != weight.shape[0]:
+        raise UserError(
+            f"{fqn}: offs is {ends.dtype} {list(ends.shape)} for weights {list(weight.shape)}, and a grouped product "
+            f"takes torch.int32 [{weight.shape[0]}], the row behind each expert's rows; give it offs.to(torch.int32) "
+            "with one end for each expert"
+        )
     if bias is not None:
         raise UserError(f"{fqn}: a grouped product with a bias, which float8 has not: add it afterwards{leave}")
     if isinstance(weight, DTensor) or isinstance(x, DTensor):

@@ -488,6 +488,29 @@ def test_what_only_runs_otherwise_is_refused_when_it_runs(experts: nn.Module, me
     assert torch.equal(layer.others(x, ends), Stacked()(x, ends)), "and nothing else is in float8 afterwards"
 
 
+@pytest.mark.parametrize(
+    ("ends", "given"),
+    [
+        (torch.tensor([5, 22, 22], dtype=torch.int32), r"torch.int32 \[3\]"),
+        (torch.tensor([5, 22, 22, 30, 53], dtype=torch.int32), r"torch.int32 \[5\]"),
+        (torch.tensor([[5, 22, 22, 53]], dtype=torch.int32), r"torch.int32 \[1, 4\]"),
+        (torch.tensor([5, 22, 22, 53]), r"torch.int64 \[4\]"),
+        (torch.tensor([5.5, 22, 22, 53]), r"torch.float32 \[4\]"),
+    ],
+)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_ends_of_groups_that_pytorch_refuses_are_refused(ends: Tensor, given: str, aligned: bool) -> None:
+    x, layer = random(64, K, seed=7), converted(aligned_groups=aligned)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        Stacked()(x, ends)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with (
+            context,
+            pytest.raises(UserError, match=rf"^experts: offs is {given} for weights \[4, 64, 48\].*int32 \[4\]"),
+        ):
+            layer(x, ends)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_groups_that_break_the_promise_are_a_value_error_on_the_cpu(compiled: bool) -> None:
     torch._dynamo.reset()
