@@ -226,6 +226,26 @@ def test_weights_may_be_stored_either_way_round_and_results_leave_as_asked() -> 
         assert layer.experts.w.grad.shape == (E, K, H)
 
 
+class AddsInPlace(Transposed):
+    """A bias that is added to the product where the product is."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        output = F.grouped_mm(x, self.w.to(x.dtype), offs=ends)
+        output += 1
+        return output.mul_(2)
+
+
+@DTYPES
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_product_may_be_written_to(dtype: torch.dtype, aligned: bool) -> None:
+    case = inputs(SIZES["aligned"], dtype)
+    case = case[0], case[1], case[2][:, :H].contiguous()
+    plain, written = (run(converted(cls(), aligned_groups=aligned), *case) for cls in (Transposed, AddsInPlace))
+    expected = {name: 2 * value for name, value in plain.items()}
+    expected["output"] = (plain["output"] + 1) * 2
+    assert_same(written, expected)
+
+
 # ---- what it costs
 
 
