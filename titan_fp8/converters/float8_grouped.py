@@ -21,6 +21,8 @@ from titan_fp8.converters.grouped_experts import (
 )
 from titan_fp8.converters.other_experts import (
     convert_other_experts,
+    holder_problems,
+    holders_of,
     other_experts_of,
     weight_problems,
     weights_of,
@@ -116,6 +118,7 @@ def convert_grouped(
     experts, others = experts_of(model), other_experts_of(model)
     problems = _problems(model, experts, others, fqns, f"{prefix}fqns", ranks)
     others = {fqn: module for fqn, module in others.items() if _is_named(fqns, fqn)}
+    problems += holder_problems(holders_of(model), lambda fqn: _is_named(fqns, fqn), f"{prefix}fqns")
     problems += _problems_of_others(others, f"{prefix}fqns", weights, aligned=aligned_groups)
     emulated, mode = False, "native"
     try:
@@ -156,7 +159,8 @@ def _problems(
     if not fqns:
         return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
     problems = check_patterns(fqns, list(modules), setting=setting, may_match_nothing=False)
-    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in [*experts, *others])]
+    known = [*experts, *others, *holders_of(model)]
+    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in known)]
     if not problems and without:
         unfit = [module for name, module in modules.items() if _is_named(without, name)]
         problems.append(f"{setting}: {', '.join(map(repr, without))} matches no {_what_is_missing(experts, unfit)}")
@@ -182,7 +186,7 @@ def _what_is_missing(experts: dict[str, tuple[MoE, Experts]], unfit: Sequence[nn
     if experts:
         return "experts of the model; set it to experts"
     linears = any(isinstance(module, nn.Linear) for module in unfit)
-    return "module that has weights of experts itself, parameters of three dimensions [E, ...]; " + (
+    return "module that has weights of experts, parameters of three dimensions [E, ...]; " + (
         "linears are converted by convert_to_float8_training" if linears else "correct it or take it out"
     )
 

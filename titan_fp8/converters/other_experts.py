@@ -1,6 +1,7 @@
 """Experts of other people's models: modules that hold weights of several experts and call PyTorch's grouped product.
 
-    w1, w2, w3 [E, ...]                         parameters, under any names and in any order of their dimensions
+    w1, w2, w3 [E, ...]                         parameters, under any names and in any order of their dimensions; its
+                                                own, or those of modules in it that have no forward pass
     torch._grouped_mm(x, w, offs=offs)          rows x [T, K] sorted by expert, w [E, K, N], offs int32 [E]
     torch.nn.functional.grouped_mm(x, w, ...)   the same
 
@@ -41,18 +42,43 @@ _NAMES = {"self": "a", "input": "a", "mat_a": "a", "mat2": "b", "mat_b": "b"}
 """What the arguments are called in PyTorch."""
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module computes anything, or holds what another one computes with."""
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
+
+
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module has itself and that may be weights of experts: of three dimensions, the last two
-    longer than 1, which a bias's are not."""
+    """The parameters that may be weights of experts to a module's forward pass: of three dimensions, the last two
+    longer than 1, which a bias's are not; its own, and those of modules in it that have no forward pass."""
     own = module.named_parameters(recurse=False)
-    return {name: each for name, each in own if each.dim() == 3 and min(each.shape[1:]) > 1}
+    found = {name: each for name, each in own if each.dim() == 3 and min(each.shape[1:]) > 1}
+    for name, child in module.named_children():
+        if not has_forward(child):
+            found |= {f"{name}.{inner}": each for inner, each in weights_of(child).items()}
+    return found
 
 
 def other_experts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of all modules of a model that have weights as experts have them and are not this package's."""
+    """Name -> module of all modules of a model that have a forward pass and weights as experts have them, and are not
+    this package's."""
     return {
-        fqn: module for fqn, module in model.named_modules() if not isinstance(module, Experts) and weights_of(module)
+        fqn: module
+        for fqn, module in model.named_modules()
+        if has_forward(module) and not isinstance(module, Experts) and weights_of(module)
     }
+
+
+def holders_of(model: nn.Module) -> dict[str, str]:
+    """Name of each module that holds weights of experts and has no forward pass -> that of the module around it which
+    has one, empty if it is the model itself."""
+    modules, holders = dict(model.named_modules()), {}
+    for fqn, module in modules.items():
+        if fqn and not has_forward(module) and weights_of(module):
+            around = fqn.rpartition(".")[0]
+            while around and not has_forward(modules[around]):
+                around = around.rpartition(".")[0]
+            holders[fqn] = around
+    return holders
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -214,4 +240,21 @@ def weight_problems(fqn: str, module: nn.Module, setting: str) -> Iterable[str]:
             yield (
                 f"{fqn}.{name}: an expert is {shape}, and float8 needs multiples of {ALIGNMENT}; leave it out of "
                 f"{setting}"
+            )
+
+
+def holder_problems(holders: dict[str, str], named: Callable[[str], bool], setting: str) -> Iterable[str]:
+    """What is wrong with naming some of `holders_of`, of which nothing runs, one message each.
+
+    Args:
+        holders: from `holders_of`.
+        named: whether a module of that name is.
+        setting: what names them.
+    """
+    for fqn, around in holders.items():
+        if named(fqn) and not named(around):
+            which = f"{around}, in {setting}" if around else "the model itself, as a module of another one"
+            yield (
+                f"{fqn}: it holds weights of experts and has no forward pass, so nothing of it would run in float8; "
+                f"name the module whose forward pass multiplies by them, {which}, or multiply in one of its own"
             )

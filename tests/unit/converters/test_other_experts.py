@@ -246,6 +246,36 @@ def test_a_product_may_be_written_to(dtype: torch.dtype, aligned: bool) -> None:
     assert_same(written, expected)
 
 
+class Holder(nn.Module):
+    """Weights that another module multiplies by."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(random(E, K, H, seed=0))
+
+
+class Multiplies(nn.Module):
+    """What holds its weights in a module without a forward pass, or in a dict."""
+
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self.experts = held
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.experts.get_parameter("w").to(x.dtype), offs=ends)
+
+
+@pytest.mark.parametrize("holder", [Holder, lambda: nn.ParameterDict({"w": random(E, K, H, seed=0)})])
+def test_weights_that_a_module_holds_in_another_are_multiplied_in_float8(holder: Callable[[], nn.Module]) -> None:
+    x, ends, grad = inputs(RAGGED)
+    model = nn.ModuleDict({"moe": Multiplies(holder())})
+    report = convert(model, fqns=["moe"])
+    assert [row.fqn for row in report.rows] == ["moe.experts.w"]
+    result = run(model["moe"], x, ends, grad[:, :H].contiguous(), experts=model["moe"].get_submodule("experts"))
+    expected = run(converted(Transposed()), x, ends, grad[:, :H].contiguous())
+    assert_same(result, expected)
+
+
 # ---- what it costs
 
 
@@ -437,6 +467,9 @@ class WithSizes(nn.Module):
         self.w = nn.Parameter(torch.zeros(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0], 1, shape[2]))
 
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return grouped_mm(x, self.w, offs=ends) + self.bias[0]
+
 
 LINEARS = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
 
@@ -460,6 +493,18 @@ def test_what_cannot_be_converted_is_refused_and_stays(
     with pytest.raises(ValueError, match=message):
         convert(layer, **options)
     assert "forward" not in layer.experts.__dict__
+
+
+def test_modules_without_a_forward_pass_are_refused_and_who_multiplies_is_named() -> None:
+    within = nn.ModuleDict({"first": Layer(), "second": Multiplies(Holder())})
+    for model, message in (
+        (within, r"^second\.experts: it holds .* no forward pass.*multiplies by them, second, in fqns"),
+        (Multiplies(Holder()), r"^experts: it holds .* no forward pass.*multiplies by them, the model itself"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert(model, fqns=["experts"])
+    assert "forward" not in within["first"].experts.__dict__
+    assert len(convert(within, fqns=["first.experts", "second"]).rows) == 4
 
 
 def test_converting_twice_is_refused() -> None:
