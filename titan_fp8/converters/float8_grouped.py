@@ -99,6 +99,7 @@ def convert_grouped(
     ranks: int = 1,
     aligned_groups: bool = False,
     prefix: str = "",
+    problems: Sequence[str] = (),
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
 
@@ -111,12 +112,13 @@ def convert_grouped(
         ranks: over which the hidden features of each expert will be divided.
         aligned_groups: groups of other people's experts are multiples of 16 rows.
         prefix: what stands before a setting's name in messages.
+        problems: what is wrong already, to be raised with all else.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
     experts, others = experts_of(model), other_experts_of(model)
-    problems = _problems(model, experts, others, fqns, f"{prefix}fqns", ranks)
+    problems = [*problems, *_problems(model, experts, others, fqns, f"{prefix}fqns", ranks)]
     others = {fqn: module for fqn, module in others.items() if _is_named(fqns, fqn)}
     problems += holder_problems(holders_of(model), lambda fqn: _is_named(fqns, fqn), f"{prefix}fqns")
     problems += _problems_of_others(others, f"{prefix}fqns", weights, aligned=aligned_groups)

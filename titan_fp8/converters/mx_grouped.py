@@ -107,6 +107,7 @@ def convert_mx_grouped(
     gathers_codes: bool = False,
     cache_weights: bool = False,
     prefix: str = "",
+    problems: Sequence[str] = (),
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in MXFP8, in place.
 
@@ -119,13 +120,14 @@ def convert_mx_grouped(
         gathers_codes: FSDP gathers codes.
         cache_weights: keep the codes of weights from one optimizer step to the next.
         prefix: what stands before a setting's name in messages.
+        problems: what is wrong already, to be raised with all else.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
     experts, whole = experts_of(model), placement or Placement()
     ranks = whole.expert_tensor
-    problems = _problems(model, experts, fqns, f"{prefix}fqns", ranks)
+    problems = [*problems, *_problems(model, experts, fqns, f"{prefix}fqns", ranks)]
     if gathers_codes and not problems:
         problems = _gather_problems(
             {fqn: each for fqn, (_, each) in experts.items() if _is_named(fqns, fqn)}, whole, prefix
