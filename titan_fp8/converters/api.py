@@ -266,19 +266,23 @@ def convert_to_mxfp8_grouped_training(
     *,
     fqns: Sequence[str] = ("experts",),
     emulate: bool | Literal["auto"] = False,
+    aligned_groups: bool = False,
     cache_weights: bool = False,
     enable_fsdp_mxfp8_all_gather: bool = False,
 ) -> ConversionReport:
     """Let the experts of `model` multiply in MXFP8, in place: all three products, groups of 32 rows.
 
+    Experts are the same as for `convert_to_float8_grouped_training`: those of this package, and modules whose forward
+    pass calls PyTorch's grouped product; K and N are multiples of 32.
+
     Args:
-        model: has layers with experts, `titan_fp8.models.moe.MoE`, such as a `Decoder` of a family with experts; on any
-            device, the meta device included. Its parameters stay the same objects.
+        model: has experts; on any device, the meta device included. Its parameters stay the same objects.
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
         emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
             has no products of blocks; False is an error there.
-        cache_weights, enable_fsdp_mxfp8_all_gather: as for `convert_to_mxfp8_training`. Shards are whole experts, or of
-            each expert whole blocks of 32 rows.
+        aligned_groups: as for `convert_to_float8_grouped_training`, with 32 in the place of 16.
+        cache_weights, enable_fsdp_mxfp8_all_gather: as for `convert_to_mxfp8_training`, of this package's experts
+            alone. Shards are whole experts, or of each expert whole blocks of 32 rows.
 
     Returns:
         A report with a row for each weight of experts; `print(report)` shows the table.
@@ -289,10 +293,13 @@ def convert_to_mxfp8_grouped_training(
     """
     check_model(model)
     checked = Arguments(
-        fqns=fqns, cache_weights=cache_weights, enable_fsdp_mxfp8_all_gather=enable_fsdp_mxfp8_all_gather
+        fqns=fqns,
+        aligned_groups=aligned_groups,
+        cache_weights=cache_weights,
+        enable_fsdp_mxfp8_all_gather=enable_fsdp_mxfp8_all_gather,
     )
     checked.names("fqns", or_one=True)
-    checked.flags("cache_weights", "enable_fsdp_mxfp8_all_gather")
+    checked.flags("aligned_groups", "cache_weights", "enable_fsdp_mxfp8_all_gather")
     settings = checked.settings
     settings.setdefault("fqns", ["experts"])
     gathers = settings.pop("enable_fsdp_mxfp8_all_gather", False)

@@ -50,10 +50,11 @@ RAGGED = SIZES["ragged"]
 class Stacked(nn.Module):
     """Experts as torchtitan has them."""
 
-    def __init__(self, call: Callable[..., Tensor] = grouped_mm):
+    def __init__(self, call: Callable[..., Tensor] = grouped_mm, hidden: int = H):
         super().__init__()
         self.call = call
-        for seed, (name, shape) in enumerate({"w1": (E, H, K), "w2": (E, K, H), "w3": (E, H, K)}.items()):
+        shapes = {"w1": (E, hidden, K), "w2": (E, K, hidden), "w3": (E, hidden, K)}
+        for seed, (name, shape) in enumerate(shapes.items()):
             self.register_parameter(name, nn.Parameter(random(*shape, seed=seed) / 8))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -482,7 +483,11 @@ LINEARS = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
         (WithSizes(4, 48, 40), {}, r"^experts.w: an expert is 48 x 40, and float8 needs multiples of 16"),
         (None, {"fqns": ["expertz"]}, r"fqns: 'expertz' matches no module of the model.*experts"),
         (None, {"fqns": []}, r"fqns names nothing"),
-        (None, {"cache_weights": True}, r"^experts: weights of experts that are not this package's are cast in each"),
+        (
+            None,
+            {"cache_weights": True},
+            r"^experts: weights of experts that are not this package's are cast in each pass",
+        ),
         (None, {"enable_fsdp_float8_all_gather": True}, r"turn cache_weights and enable_fsdp_float8_all_gather off"),
     ],
 )
