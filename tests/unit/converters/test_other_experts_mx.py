@@ -221,6 +221,15 @@ def test_what_is_frozen_costs_no_columns_and_no_product() -> None:
         assert counter.calls[ops.values] == counter.calls[ops.column_values] == 0
 
 
+def test_weights_have_the_same_gradients_where_the_input_needs_none() -> None:
+    layer, (x, ends, grad) = converted(Transposed()), inputs(RAGGED)
+    grad = random(x.shape[0], H, seed=8)
+    expected = run(layer, x, ends, grad)
+    layer.experts.zero_grad()
+    layer(x, ends).backward(grad)
+    assert_same({"w": layer.experts.w.grad}, {"w": expected["w"]})  # pyright: ignore[reportArgumentType]
+
+
 def test_the_optimizer_made_before_the_conversion_trains_it() -> None:
     layer, (x, ends, target) = Layer(), inputs(RAGGED)
     optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=1e-2)
