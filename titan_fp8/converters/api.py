@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from titan_fp8.converters.config import emulation_problems
 from titan_fp8.converters.float8_grouped import ExpertWeights, convert_grouped
 from titan_fp8.converters.float8_linear import convert_linears
 from titan_fp8.converters.mx_grouped import convert_mx_grouped
 from titan_fp8.converters.mx_linear import convert_mx_linears, mx_request_from_arguments
-from titan_fp8.converters.protocol import ConversionError
 from titan_fp8.converters.report import ConversionReport
-from titan_fp8.converters.request import is_list_of_names, request_from_arguments
+from titan_fp8.converters.request import Arguments, check_model, request_from_arguments
 from titan_fp8.runtime.device import detect_device
 
 
@@ -53,7 +53,8 @@ def convert_to_float8_training(
         kernels: "triton" or "torch" is an error where something else would cast; "auto" takes Triton on a GPU. Both
             compute the same bits.
         round_scales_to_power_of_2: round the scales of "blockwise" to powers of two.
-        fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients too.
+        fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients too; an error with
+            emulate=True, which has none.
         grad_weight_dtype: torch.bfloat16 or torch.float32, the type in which a weight's gradient leaves its product.
         cache_weights: keep the codes of a weight from one optimizer step to the next, instead of casting it in each
             pass. An obligation comes with it: whoever writes to a weight other than by a `torch.optim` optimizer, by
@@ -72,6 +73,7 @@ def convert_to_float8_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
+    check_model(model)
     request, problems = request_from_arguments(
         recipe_name=recipe_name,
         filter_fqns=filter_fqns,
@@ -114,15 +116,17 @@ def convert_to_float8_grouped_training(
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
         emulate: True multiplies the same codes in fp32 on any device, "auto" does so where this machine's accelerator
             has no such grouped product; False is an error there.
-        fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too.
+        fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too;
+            an error with emulate=True, which has none.
         aligned_groups: of experts that are not this package's: all `offs`, and T, are multiples of 16. Without it rows
             are moved to such groups as they are cast, and results moved back, on the device, in memory for
             `T + 15 (E + 1)` rows. `offs` on a GPU that are not as promised give wrong gradients unnoticed, since nobody
             waits for them; on the CPU they are a ValueError.
         cache_weights: keep the codes of a weight from one optimizer step to the next; the obligation that comes with it
             is that of `convert_to_float8_training`. For this package's experts alone, as is the next.
-        enable_fsdp_float8_all_gather: FSDP2 gathers the weights as codes, made once an optimizer step. The parameters
-            become new ones: build the optimizer afterwards, and shard with `fully_shard`.
+        enable_fsdp_float8_all_gather: FSDP2 gathers the weights as codes, made once an optimizer step, so that
+            cache_weights beside it is an error. The parameters become new ones: build the optimizer afterwards, and
+            shard with `fully_shard`.
 
     Returns:
         A report with a row for each weight of experts; `print(report)` shows the table.
@@ -131,15 +135,30 @@ def convert_to_float8_grouped_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
-    kept = ExpertWeights.CACHED if cache_weights else ExpertWeights.CAST
-    return convert_grouped(
-        model,
-        [fqns] if isinstance(fqns, str) else list(fqns),
-        detect_device(),
-        emulate=emulate,
+    check_model(model)
+    checked = Arguments(
+        fqns=fqns,
         fast_accum_in_backward=fast_accum_in_backward,
         aligned_groups=aligned_groups,
-        weights=ExpertWeights.GATHERED if enable_fsdp_float8_all_gather else kept,
+        cache_weights=cache_weights,
+        enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+    )
+    checked.names("fqns", or_one=True)
+    checked.flags("fast_accum_in_backward", "aligned_groups", "cache_weights", "enable_fsdp_float8_all_gather")
+    settings, problems = checked.settings, checked.problems
+    caches, gathers = (settings.pop(name, False) for name in ("cache_weights", "enable_fsdp_float8_all_gather"))
+    accumulation = emulation_problems(settings.get("fast_accum_in_backward", False), emulate)
+    problems += [f"{name}: {problem}" for name, problem in accumulation]
+    if caches and gathers:
+        problems.append(
+            "cache_weights = True has no effect with enable_fsdp_float8_all_gather = True, whose codes are made once "
+            "an optimizer step; leave it out"
+        )
+    kept = ExpertWeights.CACHED if caches else ExpertWeights.CAST
+    weights = ExpertWeights.GATHERED if gathers else kept
+    settings.setdefault("fqns", ["experts"])
+    return convert_grouped(
+        model, device=detect_device(), emulate=emulate, weights=weights, problems=problems, **settings
     )
 
 
@@ -228,6 +247,7 @@ def convert_to_mxfp8_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
+    check_model(model)
     request, problems = mx_request_from_arguments(
         recipe_name=recipe_name,
         scaling_mode=scaling_mode,
@@ -246,19 +266,23 @@ def convert_to_mxfp8_grouped_training(
     *,
     fqns: Sequence[str] = ("experts",),
     emulate: bool | Literal["auto"] = False,
+    aligned_groups: bool = False,
     cache_weights: bool = False,
     enable_fsdp_mxfp8_all_gather: bool = False,
 ) -> ConversionReport:
     """Let the experts of `model` multiply in MXFP8, in place: all three products, groups of 32 rows.
 
+    Experts are the same as for `convert_to_float8_grouped_training`: those of this package, and modules whose forward
+    pass calls PyTorch's grouped product; K and N are multiples of 32.
+
     Args:
-        model: has layers with experts, `titan_fp8.models.moe.MoE`, such as a `Decoder` of a family with experts; on any
-            device, the meta device included. Its parameters stay the same objects.
+        model: has experts; on any device, the meta device included. Its parameters stay the same objects.
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
         emulate: True multiplies what the codes stand for on any device, "auto" does so where this machine's accelerator
             has no products of blocks; False is an error there.
-        cache_weights, enable_fsdp_mxfp8_all_gather: as for `convert_to_mxfp8_training`. Shards are whole experts, or of
-            each expert whole blocks of 32 rows.
+        aligned_groups: as for `convert_to_float8_grouped_training`, with 32 in the place of 16.
+        cache_weights, enable_fsdp_mxfp8_all_gather: as for `convert_to_mxfp8_training`, of this package's experts
+            alone. Shards are whole experts, or of each expert whole blocks of 32 rows.
 
     Returns:
         A report with a row for each weight of experts; `print(report)` shows the table.
@@ -267,14 +291,23 @@ def convert_to_mxfp8_grouped_training(
         ConversionError: (a ValueError) if anything cannot be done as asked, with all reasons; the model is then
             unchanged.
     """
-    patterns = [fqns] if isinstance(fqns, str) else fqns
-    if not is_list_of_names(patterns):
-        raise ConversionError([f"fqns = {fqns!r}: expected a list of names"])
+    check_model(model)
+    checked = Arguments(
+        fqns=fqns,
+        aligned_groups=aligned_groups,
+        cache_weights=cache_weights,
+        enable_fsdp_mxfp8_all_gather=enable_fsdp_mxfp8_all_gather,
+    )
+    checked.names("fqns", or_one=True)
+    checked.flags("aligned_groups", "cache_weights", "enable_fsdp_mxfp8_all_gather")
+    settings = checked.settings
+    settings.setdefault("fqns", ["experts"])
+    gathers = settings.pop("enable_fsdp_mxfp8_all_gather", False)
     return convert_mx_grouped(
         model,
-        list(patterns),
-        detect_device(),
+        device=detect_device(),
         emulate=emulate,
-        gathers_codes=enable_fsdp_mxfp8_all_gather,
-        cache_weights=cache_weights,
+        gathers_codes=gathers,
+        problems=checked.problems,
+        **settings,
     )

@@ -86,8 +86,8 @@ class Float8LinearSection(Section):
 
     def problems(self) -> Iterator[Problem]:
         """What would do nothing, and names that no model has."""
-        if self.fast_accum_in_backward and self.emulate is True:
-            yield Problem("fast_accum_in_backward", "has no effect with emulate = true, which accumulates in float32")
+        for key_name, problem in emulation_problems(self.fast_accum_in_backward, self.emulate):
+            yield Problem(key_name, problem)
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield Problem("precompute_float8_dynamic_scale_for_fsdp", "needs enable_fsdp_float8_all_gather")
         for problem in malformed(pattern for pattern in self.filter_fqns if pattern != AUTO_FILTER):
@@ -115,6 +115,12 @@ def recipe_option_problems(names: set[str], round_scales: bool, fast_accum: bool
             "fast_accum_in_backward",
             "has no effect with blockwise, which adds each block's product in float32; leave it out",
         )
+
+
+def emulation_problems(fast_accum: bool, emulate: object) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of each setting that has no effect on products that are emulated everywhere."""
+    if fast_accum and emulate is True:
+        yield "fast_accum_in_backward", "has no effect with emulate = true, which accumulates in float32; leave it out"
 
 
 class MXLinearSection(Section):
@@ -181,8 +187,8 @@ class Float8GroupedSection(Section):
         """Names that no model has."""
         for problem in malformed(self.patterns()):
             yield Problem("fqns", problem)
-        if self.fast_accum_in_backward and self.emulate is True:
-            yield Problem("fast_accum_in_backward", "has no effect with emulate = true, which accumulates in float32")
+        for key_name, problem in emulation_problems(self.fast_accum_in_backward, self.emulate):
+            yield Problem(key_name, problem)
 
 
 class MXGroupedSection(Section):

@@ -4,13 +4,13 @@ Ours are replaced (`grouped_experts.py`), other people's stay what they are (`ot
 collected and raised at once, with the model unchanged. Experts that no pattern names stay in bf16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from torch import nn
 
 from titan_fp8.converters.config import Float8GroupedSection
-from titan_fp8.converters.filters import check_patterns, first_match
+from titan_fp8.converters.expert_names import expert_rows, is_named, name_problems, problems_of_others
 from titan_fp8.converters.grouped_experts import (
     Float8Experts,
     cache_experts,
@@ -19,25 +19,23 @@ from titan_fp8.converters.grouped_experts import (
     gather_codes_of_experts,
     local_shape,
 )
-from titan_fp8.converters.other_experts import (
-    convert_other_experts,
-    other_experts_of,
-    weight_problems,
-    weights_of,
-)
+from titan_fp8.converters.other_experts import convert_other_experts, other_experts_of
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
-from titan_fp8.converters.report import ConversionReport, ReportRow
+from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.support import resolve_grouped_emulation
 from titan_fp8.kernels.grouped import ALIGNMENT
-from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.models.moe import Experts
 from titan_fp8.quantization.fsdp_weight import cast_ahead
 from titan_fp8.quantization.grouped import Float8GroupedConfig
+from titan_fp8.quantization.grouped_product import Float8Products
 from titan_fp8.quantization.weights import mark_stepped
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
 NAME = "quantize.grouped_mm.float8"
 RECIPE = "rowwise"
+PRODUCTS = Float8Products(Float8GroupedConfig())
+"""What products of other people's experts need, however they compute."""
 
 
 class ExpertWeights(Enum):
@@ -97,6 +95,7 @@ def convert_grouped(
     ranks: int = 1,
     aligned_groups: bool = False,
     prefix: str = "",
+    problems: Sequence[str] = (),
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in float8, in place.
 
@@ -109,14 +108,18 @@ def convert_grouped(
         ranks: over which the hidden features of each expert will be divided.
         aligned_groups: groups of other people's experts are multiples of 16 rows.
         prefix: what stands before a setting's name in messages.
+        problems: what is wrong already, to be raised with all else.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
     experts, others = experts_of(model), other_experts_of(model)
-    problems = _problems(model, experts, others, fqns, f"{prefix}fqns", ranks)
-    others = {fqn: module for fqn, module in others.items() if _is_named(fqns, fqn)}
-    problems += _problems_of_others(others, f"{prefix}fqns", weights, aligned=aligned_groups)
+    problems = [*problems, *name_problems(model, experts, others, fqns, PRODUCTS, prefix)]
+    others = {fqn: module for fqn, module in others.items() if is_named(fqns, fqn)}
+    named = {fqn: each for fqn, (_, each) in experts.items() if is_named(fqns, fqn)}
+    problems += _problems(named, f"{prefix}fqns", ranks)
+    kept = weights is not ExpertWeights.CAST
+    problems += problems_of_others(model, others, fqns, PRODUCTS, prefix, kept=kept, aligned=aligned_groups)
     emulated, mode = False, "native"
     try:
         emulated, mode = resolve_grouped_emulation(emulate, device, setting=f"{prefix}emulate")
@@ -124,13 +127,12 @@ def convert_grouped(
         problems.append(str(error))
     if problems:
         raise ConversionError(problems)
-    rows = _rows(experts, others, fqns, ranks)
+    rows = expert_rows(experts, others, fqns, ranks, RECIPE)
     config = Float8GroupedConfig(emulated, fast_accum_in_backward)
-    for fqn, (layer, _) in experts.items():
-        if _is_named(fqns, fqn):
-            convert_experts(layer, config, ALIGNMENT)
+    for fqn in named:
+        convert_experts(experts[fqn][0], config, ALIGNMENT)
     for fqn, module in others.items():
-        convert_other_experts(fqn, module, config, aligned=aligned_groups)
+        convert_other_experts(fqn, module, Float8Products(config), aligned=aligned_groups)
     if weights is ExpertWeights.CACHED:
         cache_experts(model)
     elif weights is ExpertWeights.GATHERED:
@@ -138,31 +140,10 @@ def convert_grouped(
     return ConversionReport(NAME, {RECIPE: mode}, weights=weights.value, rows=rows, what="weights of experts")
 
 
-def _is_named(fqns: Sequence[str], fqn: str) -> bool:
-    return first_match(fqns, fqn) is not None
-
-
-def _problems(
-    model: nn.Module,
-    experts: dict[str, tuple[MoE, Experts]],
-    others: dict[str, nn.Module],
-    fqns: Sequence[str],
-    setting: str,
-    ranks: int,
-) -> list[str]:
-    modules = {name: module for name, module in model.named_modules() if name}
-    if not experts and not others and not any(_is_named(fqns, name) for name in modules):
-        return ["the model has no experts, so there is nothing to convert; take the converter out of model.converters"]
-    if not fqns:
-        return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
-    problems = check_patterns(fqns, list(modules), setting=setting, may_match_nothing=False)
-    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in [*experts, *others])]
-    if not problems and without:
-        unfit = [module for name, module in modules.items() if _is_named(without, name)]
-        problems.append(f"{setting}: {', '.join(map(repr, without))} matches no {_what_is_missing(experts, unfit)}")
-    for fqn, (_, each) in experts.items():
-        if not _is_named(fqns, fqn):
-            continue
+def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[str]:
+    """What is wrong with experts of ours that are named, one message each."""
+    problems = []
+    for fqn, each in named.items():
         if isinstance(each, Float8Experts):
             problems.append(f"{fqn}: its experts are converted to float8 already; leave it out of {setting}")
         elif type(each) is not Experts:
@@ -176,53 +157,3 @@ def _problems(
                     f"{ALIGNMENT}; leave it out of {setting}"
                 )
     return problems
-
-
-def _what_is_missing(experts: dict[str, tuple[MoE, Experts]], unfit: Sequence[nn.Module]) -> str:
-    if experts:
-        return "experts of the model; set it to experts"
-    linears = any(isinstance(module, nn.Linear) for module in unfit)
-    return "module that has weights of experts itself, parameters of three dimensions [E, ...]; " + (
-        "linears are converted by convert_to_float8_training" if linears else "correct it or take it out"
-    )
-
-
-def _problems_of_others(
-    others: dict[str, nn.Module], setting: str, weights: ExpertWeights, *, aligned: bool
-) -> list[str]:
-    problems = [problem for fqn, module in others.items() for problem in weight_problems(fqn, module, setting)]
-    if others and weights is not ExpertWeights.CAST:
-        problems.append(
-            f"{', '.join(others)}: weights of experts that are not this package's are cast in each forward pass; turn "
-            "cache_weights and enable_fsdp_float8_all_gather off, or convert them by themselves"
-        )
-    if aligned and not others:
-        problems.append(
-            "aligned_groups = True has no effect: it is for experts that are not this package's, and none are named; "
-            "leave it out"
-        )
-    return problems
-
-
-def _rows(
-    experts: dict[str, tuple[MoE, Experts]], others: dict[str, nn.Module], fqns: Sequence[str], ranks: int
-) -> list[ReportRow]:
-    """A row for each weight of all experts of ours, and of others that are converted. What of the latter a grouped
-    product multiplies is known once they run; that runs in float8."""
-    weights = [
-        (fqn, name, weight, True) for fqn, (_, each) in experts.items() for name, weight in each.named_parameters()
-    ]
-    weights += [(fqn, *item, False) for fqn, module in others.items() for item in weights_of(module).items()]
-    total = sum(weight.numel() for _, _, weight, _ in weights)
-    return [
-        ReportRow(
-            f"{fqn}.{name}",
-            tuple(weight.shape),
-            local_shape(name, weight, ranks) if is_ours else tuple(weight.shape),
-            recipe=RECIPE if _is_named(fqns, fqn) else None,
-            reason=None if _is_named(fqns, fqn) else "no pattern of fqns",
-            flop_share=weight.numel() / max(total, 1),
-            assigned=RECIPE,
-        )
-        for fqn, name, weight, is_ours in weights
-    ]

@@ -1,27 +1,30 @@
 """The converter `quantize.grouped_mm.mx`: experts of a mixture of experts multiply in MXFP8.
 
-What becomes of their weights is told in `mx_weights.py`. All problems are collected and raised at once, with the model
+Ours are replaced; other people's stay what they are (`other_experts.py`). What becomes of weights is told in
+`mx_weights.py`. All problems are collected and raised at once, with the model
 unchanged. Experts that no pattern names stay in bf16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from titan_fp8.converters.config import MXGroupedSection
-from titan_fp8.converters.filters import check_patterns, first_match
+from titan_fp8.converters.expert_names import expert_rows, is_named, name_problems, problems_of_others
 from titan_fp8.converters.grouped_experts import ORDER, experts_of, local_shape
 from titan_fp8.converters.mx_weights import MXWeights, gather_problem, plan_weights, prepare_weights
+from titan_fp8.converters.other_experts import convert_other_experts, other_experts_of
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
-from titan_fp8.converters.report import ConversionReport, ReportRow
+from titan_fp8.converters.report import ConversionReport
 from titan_fp8.converters.support import resolve_mx_emulation
 from titan_fp8.kernels.float8 import has_triton
 from titan_fp8.kernels.moe.functions import Rows
 from titan_fp8.kernels.mx import BLOCK
-from titan_fp8.models.moe import Experts, MoE
+from titan_fp8.models.moe import Experts
 from titan_fp8.quantization.fsdp_weight import cast_ahead
 from titan_fp8.quantization.linear import with_state_of
 from titan_fp8.quantization.mx_grouped import MXGroupedConfig, mx_grouped_feed_forward
+from titan_fp8.quantization.mx_grouped_product import MXProducts
 from titan_fp8.quantization.mx_recipes import GROUPED_RECIPE
 from titan_fp8.quantization.mx_sharded import OPTION, MXWeightState, shard_problem
 from titan_fp8.quantization.mx_weight import MXWeightCache, made_of
@@ -30,6 +33,8 @@ from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
 
 NAME = "quantize.grouped_mm.mx"
+PRODUCTS = MXProducts(MXGroupedConfig(GROUPED_RECIPE.mode))
+"""What products of other people's experts need, however they compute."""
 
 
 class MXFP8Experts(Experts):
@@ -106,30 +111,36 @@ def convert_mx_grouped(
     placement: Placement | None = None,
     gathers_codes: bool = False,
     cache_weights: bool = False,
+    aligned_groups: bool = False,
     prefix: str = "",
+    problems: Sequence[str] = (),
 ) -> ConversionReport:
     """Let the experts of `model` that `fqns` names multiply in MXFP8, in place.
 
     Args:
-        model: has layers with experts (`titan_fp8.models.moe.MoE`); on any device.
+        model: has layers with experts (`titan_fp8.models.moe.MoE`), or modules as in `other_experts.py`; on any device.
         fqns: patterns of names.
         device: what training runs on.
         emulate: see `MXGroupedSection`.
         placement: where the parameters will lie; None if nobody knows.
         gathers_codes: FSDP gathers codes.
         cache_weights: keep the codes of weights from one optimizer step to the next.
+        aligned_groups: groups of other people's experts are multiples of 32 rows.
         prefix: what stands before a setting's name in messages.
+        problems: what is wrong already, to be raised with all else.
 
     Raises:
         ConversionError: with everything that is wrong; the model is then unchanged.
     """
-    experts, whole = experts_of(model), placement or Placement()
-    ranks = whole.expert_tensor
-    problems = _problems(model, experts, fqns, f"{prefix}fqns", ranks)
+    experts, others, whole = experts_of(model), other_experts_of(model), placement or Placement()
+    ranks, kept = whole.expert_tensor, gathers_codes or cache_weights
+    problems = [*problems, *name_problems(model, experts, others, fqns, PRODUCTS, prefix)]
+    others = {fqn: module for fqn, module in others.items() if is_named(fqns, fqn)}
+    named = {fqn: each for fqn, (_, each) in experts.items() if is_named(fqns, fqn)}
+    problems += _problems(named, f"{prefix}fqns", ranks)
+    problems += problems_of_others(model, others, fqns, PRODUCTS, prefix, kept=kept, aligned=aligned_groups)
     if gathers_codes and not problems:
-        problems = _gather_problems(
-            {fqn: each for fqn, (_, each) in experts.items() if _is_named(fqns, fqn)}, whole, prefix
-        )
+        problems = _gather_problems(named, whole, prefix)
     emulated, mode = False, "native"
     try:
         emulated, mode = resolve_mx_emulation(emulate, GROUPED_RECIPE, device, setting=f"{prefix}emulate")
@@ -137,23 +148,21 @@ def convert_mx_grouped(
         problems.append(str(error))
     if problems:
         raise ConversionError(problems)
-    rows = [row for fqn, (_, each) in experts.items() for row in _rows(fqn, each, _is_named(fqns, fqn), experts, ranks)]
+    rows = expert_rows(experts, others, fqns, ranks, GROUPED_RECIPE.name)
     config = MXGroupedConfig(GROUPED_RECIPE.mode, emulated)
     converted: dict[str, nn.Module] = {}
-    for fqn, (layer, each) in experts.items():
-        if _is_named(fqns, fqn):
-            layer.experts = converted[fqn] = _converted(each, config)
-            layer.dispatcher.alignment = BLOCK
+    for fqn, each in named.items():
+        layer, _ = experts[fqn]
+        layer.experts = converted[fqn] = _converted(each, config)
+        layer.dispatcher.alignment = BLOCK
+    for fqn, module in others.items():
+        convert_other_experts(fqn, module, MXProducts(config), aligned=aligned_groups)
     weights = _plan(placement, gathers_codes=gathers_codes, caches=cache_weights)
     prepare_weights(model, converted, ORDER, config.weight_cast, weights, cache_weights)
     kernels = "triton" if device.kind == "cuda" and has_triton() else "torch"
     return ConversionReport(
         NAME, {GROUPED_RECIPE.name: mode}, kernels, weights.value, rows=rows, what="weights of experts"
     )
-
-
-def _is_named(fqns: Sequence[str], fqn: str) -> bool:
-    return first_match(fqns, fqn) is not None
 
 
 def _converted(experts: Experts, config: MXGroupedConfig) -> MXFP8Experts:
@@ -187,22 +196,10 @@ def _gather_problems(experts: dict[str, Experts], placement: Placement, prefix: 
     return problems
 
 
-def _problems(
-    model: nn.Module, experts: dict[str, tuple[MoE, Experts]], fqns: Sequence[str], setting: str, ranks: int
-) -> list[str]:
-    if not experts:
-        return ["the model has no experts, so there is nothing to convert; take the converter out of model.converters"]
-    if not fqns:
-        return [f"{setting} names nothing, so nothing would be converted; set it to experts"]
-    names = [name for name, _ in model.named_modules() if name]
-    problems = check_patterns(fqns, names, setting=setting, may_match_nothing=False)
-    without = [pattern for pattern in fqns if not any(_is_named([pattern], fqn) for fqn in experts)]
-    if not problems and without:
-        named = ", ".join(map(repr, without))
-        problems.append(f"{setting}: {named} matches no experts of the model; set it to experts")
-    for fqn, (_, each) in experts.items():
-        if not _is_named(fqns, fqn):
-            continue
+def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[str]:
+    """What is wrong with experts of ours that are named, one message each."""
+    problems = []
+    for fqn, each in named.items():
         if type(each) is not Experts:
             how = getattr(each, "extra_repr", str)()
             problems.append(
@@ -218,22 +215,3 @@ def _problems(
                     f"leave it out of {setting}"
                 )
     return problems
-
-
-def _rows(
-    fqn: str, experts: Experts, is_named: bool, every: dict[str, tuple[MoE, Experts]], ranks: int
-) -> list[ReportRow]:
-    total = sum(weight.numel() for _, each in every.values() for weight in each.parameters())
-    reason = None if is_named else "no pattern of fqns"
-    return [
-        ReportRow(
-            f"{fqn}.{name}",
-            tuple(weight.shape),
-            local_shape(name, weight, ranks),
-            recipe=GROUPED_RECIPE.name if is_named else None,
-            reason=reason,
-            flop_share=weight.numel() / max(total, 1),
-            assigned=GROUPED_RECIPE.name,
-        )
-        for name, weight in experts.named_parameters()
-    ]

@@ -23,7 +23,7 @@ from titan_fp8.converters.linears import (
 from titan_fp8.converters.mx_weights import gather_problem, plan_weights, prepare_weights
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import ConversionReport
-from titan_fp8.converters.request import is_list_of_names
+from titan_fp8.converters.request import Arguments
 from titan_fp8.converters.selection import Choice, choose
 from titan_fp8.converters.support import resolve_dim1_kernel, resolve_mx_emulation
 from titan_fp8.kernels.mx import BLOCK
@@ -219,21 +219,12 @@ def _gather_problems(
 def mx_request_from_arguments(**arguments: Any) -> tuple[MXRequest, list[str]]:
     """The request that arguments of the API make, and what is wrong with their types and values, one message each. What
     is wrong has its default in the request, so that the model can be checked against the rest."""
-    problems: list[str] = []
-    settings = dict(arguments)
-
-    def reject(name: str, expected: str) -> None:
-        problems.append(f"{name} = {arguments[name]!r}: expected {expected}")
-        del settings[name]
-
-    filters = arguments["filter_fqns"]
-    if not is_list_of_names(filters):
-        reject("filter_fqns", "a list of names")
-    elif AUTO_FILTER in filters:
-        reject("filter_fqns", f"names of linears; {AUTO_FILTER!r} is a rule of float8")
-    for name in ("grad_weight_in_high_precision", "cache_weights", OPTION):
-        if not isinstance(arguments[name], bool):
-            reject(name, "True or False")
+    checked = Arguments(**arguments)
+    settings, problems = checked.settings, checked.problems
+    checked.names("filter_fqns")
+    if AUTO_FILTER in settings.get("filter_fqns", ()):
+        checked.reject("filter_fqns", f"names of linears; {AUTO_FILTER!r} is a rule of float8")
+    checked.flags("grad_weight_in_high_precision", "cache_weights", OPTION)
     try:
         get_mx_recipe(arguments["recipe_name"], arguments["scaling_mode"])
     except UserError as error:

@@ -1,13 +1,20 @@
-"""What somebody asks of the float8 conversion, through a section of the configuration or through the API."""
+"""What somebody asks of a conversion, through a section of the configuration or through the API."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
-from titan_fp8.converters.config import RECIPE_NAMES, Float8LinearSection, recipe_option_problems
+from titan_fp8.converters.config import (
+    RECIPE_NAMES,
+    Float8LinearSection,
+    emulation_problems,
+    recipe_option_problems,
+)
 from titan_fp8.converters.filters import parse_recipe_table
+from titan_fp8.converters.protocol import ConversionError
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity, get_recipe
 from titan_fp8.runtime.errors import UserError
 
@@ -69,31 +76,66 @@ class Float8Request:
         return get_recipe(recipe.name, power_of_two_scales=True) if rounds else recipe
 
 
+class Arguments:
+    """Arguments of the API while their types and values are checked.
+
+    Attributes:
+        settings: those that are right; what is wrong has its default.
+        problems: what is wrong, one message each.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        self._given = given
+        self.settings: dict[str, Any] = dict(given)
+        self.problems: list[str] = []
+
+    def reject(self, name: str, expected: str) -> None:
+        """An argument is not what is expected."""
+        self.problems.append(f"{name} = {self._given[name]!r}: expected {expected}")
+        del self.settings[name]
+
+    def flags(self, *names: str) -> None:
+        """These, as far as they are given, are True or False, and no other values that count as such."""
+        for name in names:
+            if name in self.settings and not isinstance(self.settings[name], bool):
+                self.reject(name, "True or False")
+
+    def names(self, name: str, *, or_one: bool = False) -> None:
+        """This is a list of strings. or_one: or a string, which is then a list of one."""
+        value = self.settings[name]
+        if or_one and isinstance(value, str):
+            self.settings[name] = [value]
+        elif not _is_list(value, str):
+            self.reject(name, "a list of names")
+
+
+def check_model(model: object) -> None:
+    """A conversion is of a module.
+
+    Raises:
+        ConversionError: it is something else, of which nothing more can be checked.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError([f"model = {model!r}: expected a torch.nn.Module, an instance of its class"])
+
+
 def request_from_arguments(**arguments: Any) -> tuple[Float8Request, list[str]]:
     """The request that arguments of the API make, and what is wrong with their types and values, one message each.
 
     What is wrong has its default in the request, so that the model can be checked against the rest.
     """
-    problems: list[str] = []
-    settings = dict(arguments)
-
-    def reject(name: str, expected: str) -> None:
-        problems.append(f"{name} = {arguments[name]!r}: expected {expected}")
-        del settings[name]
-
-    if not _is_list(arguments["filter_fqns"], str):
-        reject("filter_fqns", "a list of names")
-    for name in _FLAGS:
-        if name in settings and not isinstance(settings[name], bool):
-            reject(name, "True or False")
+    checked = Arguments(**arguments)
+    settings, problems = checked.settings, checked.problems
+    checked.names("filter_fqns")
+    checked.flags(*_FLAGS)
     for name in _COUNTS:
         count = settings[name]
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            reject(name, "a number of blocks, 0 or more")
+            checked.reject(name, "a number of blocks, 0 or more")
     if settings["grad_weight_dtype"] not in (torch.bfloat16, torch.float32):
-        reject("grad_weight_dtype", "torch.bfloat16 or torch.float32")
+        checked.reject("grad_weight_dtype", "torch.bfloat16 or torch.float32")
     if arguments["recipe_name"] is not None and not isinstance(arguments["recipe_name"], str):
-        reject("recipe_name", "the name of a recipe")
+        checked.reject("recipe_name", "the name of a recipe")
     try:
         get_recipe(settings.get("recipe_name"))
     except UserError as error:
@@ -101,12 +143,15 @@ def request_from_arguments(**arguments: Any) -> tuple[Float8Request, list[str]]:
         del settings["recipe_name"]
     entries = _recipe_entries(arguments["recipe_by_fqn"])
     if entries is None:
-        reject("recipe_by_fqn", 'a dict {"pattern": "recipe"} or a list of "pattern=recipe"')
+        checked.reject("recipe_by_fqn", 'a dict {"pattern": "recipe"} or a list of "pattern=recipe"')
     else:
         table, wrong = parse_recipe_table(entries, RECIPE_NAMES)
         problems += [f"recipe_by_fqn: {problem}" for problem in wrong]
         settings["recipe_by_fqn"] = [] if wrong else table
     request = Float8Request(**settings)
+    problems += [
+        f"{name}: {problem}" for name, problem in emulation_problems(request.fast_accum_in_backward, request.emulate)
+    ]
     names = {get_recipe(request.recipe_name).name, *(recipe for _, recipe in request.recipe_by_fqn)}
     if not problems:
         options = recipe_option_problems(names, request.round_scales_to_power_of_2, request.fast_accum_in_backward)
@@ -125,8 +170,3 @@ def _recipe_entries(value: Any) -> Sequence[str] | None:
         are_names = _is_list([*value.keys(), *value.values()], str)
         return [f"{pattern}={recipe}" for pattern, recipe in value.items()] if are_names else None
     return value if _is_list(value, str) else None
-
-
-def is_list_of_names(value: Any) -> bool:
-    """Whether a value is a list of strings."""
-    return _is_list(value, str)

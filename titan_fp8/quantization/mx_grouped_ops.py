@@ -72,7 +72,10 @@ def _like_values(x: Tensor) -> Tensor:
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
+    known = ends.tolist()
+    if any(end % mx.BLOCK for end in known):
+        raise ValueError(f"expected groups of multiples of {mx.BLOCK} rows, and they end at {known}")
+    for expert, (begin, end) in enumerate(pairwise([0, *known])):
         yield expert, slice(begin, end)
 
 

@@ -12,6 +12,8 @@ import titan_fp8
 from tests.unit.converters.models import H200, Model, converted_names
 from titan_fp8.converters import api
 from titan_fp8.converters.config import Float8LinearSection
+from titan_fp8.models.dims import ModelDims
+from titan_fp8.models.moe import MoE
 from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight
 
 DOC = Path(__file__).parents[3] / "docs" / "float8.md"
@@ -135,7 +137,11 @@ def test_all_arguments_reach_the_layers() -> None:
         ({"fast_accum_in_backward": "no"}, "expected True or False"),
         ({"cache_weights": 1}, "cache_weights = 1: expected True or False"),
         ({"round_scales_to_power_of_2": True}, "round_scales_to_power_of_2: is for blockwise"),
-        ({"recipe_name": "blockwise", "fast_accum_in_backward": True}, "has no effect with blockwise"),
+        (
+            {"recipe_name": "blockwise", "fast_accum_in_backward": True, "emulate": "auto"},
+            "has no effect with blockwise",
+        ),
+        ({"fast_accum_in_backward": True}, "fast_accum_in_backward: has no effect with emulate = true"),
         ({"emulate": "maybe"}, 'expected true, false or "auto"'),
         ({"grad_weight_dtype": torch.float16}, "grad_weight_dtype"),
     ],
@@ -158,6 +164,84 @@ def test_wrong_arguments_come_together_with_what_the_model_breaks() -> None:
     found = error.value.violations
     assert len(found) == len(starts)
     assert all(any(violation.startswith(start) for violation in found) for start in starts), found
+
+
+EVERY = [
+    titan_fp8.convert_to_float8_training,
+    titan_fp8.convert_to_float8_nocompile_training,
+    titan_fp8.convert_to_float8_grouped_training,
+    titan_fp8.convert_to_mxfp8_training,
+    titan_fp8.convert_to_mxfp8_grouped_training,
+]
+every_conversion = pytest.mark.parametrize("convert", EVERY, ids=lambda convert: convert.__name__)
+
+
+def both_kinds() -> nn.ModuleDict:
+    """A model with linears and with experts."""
+    dims = ModelDims(dim=64, n_layers=1, n_heads=2, vocab_size=97, n_experts=4, moe_ffn_dim=32, top_k=2)
+    return nn.ModuleDict({"linear": nn.Linear(64, 64), "moe": MoE(dims, residual_std=0.02)})
+
+
+@every_conversion
+def test_only_a_bool_turns_anything_on_or_off(convert) -> None:
+    flags = [name for name, each in inspect.signature(convert).parameters.items() if each.annotation is bool]
+    assert "cache_weights" in flags
+    for name in flags:
+        for value in ("no", "x", 1, None):
+            model = both_kinds()
+            with pytest.raises(titan_fp8.ConversionError, match=rf"{name} = {value!r}: expected True or False"):
+                convert(model, emulate="auto", **{name: value})
+            assert {type(module) for module in model.modules()} == {type(module) for module in both_kinds().modules()}
+
+
+@every_conversion
+@pytest.mark.parametrize("names", [None, 3, [1], ["experts", None], {"experts": 1}], ids=str)
+def test_names_are_a_list_of_strings(convert, names) -> None:
+    (which,) = {"fqns", "filter_fqns"} & set(inspect.signature(convert).parameters)
+    with pytest.raises(
+        titan_fp8.ConversionError, match=rf"{which} = {re.escape(repr(names))}: expected a list of names"
+    ):
+        convert(both_kinds(), emulate=True, **{which: names})
+
+
+@every_conversion
+@pytest.mark.parametrize("emulate", ["yes", "true", 1, None])
+def test_emulation_is_a_bool_or_auto(convert, emulate) -> None:
+    with pytest.raises(titan_fp8.ConversionError, match=rf'emulate = {emulate!r}: expected true, false or "auto"'):
+        convert(both_kinds(), emulate=emulate)
+
+
+@every_conversion
+def test_what_is_converted_is_a_module(convert) -> None:
+    for model in (nn.Linear, None, [nn.Linear(32, 32)]):
+        with pytest.raises(titan_fp8.ConversionError, match=r"^model = .*: expected a torch.nn.Module"):
+            convert(model, emulate=True)
+
+
+def test_all_wrong_arguments_of_experts_come_together() -> None:
+    with pytest.raises(titan_fp8.ConversionError) as error:
+        titan_fp8.convert_to_float8_grouped_training(
+            both_kinds(), fqns=None, aligned_groups="no", cache_weights=0, emulate="yes"
+        )
+    starts = ["fqns = None", "aligned_groups = 'no'", "cache_weights = 0", "emulate = 'yes'"]
+    found = error.value.violations
+    assert len(found) == len(starts)
+    assert all(violation.startswith(start) for violation, start in zip(found, starts, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"cache_weights": True, "enable_fsdp_float8_all_gather": True},
+            "cache_weights = True has no effect with enable",
+        ),
+        ({"fast_accum_in_backward": True}, "fast_accum_in_backward: has no effect with emulate = true"),
+    ],
+)
+def test_options_of_experts_that_would_do_nothing_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(titan_fp8.ConversionError, match=message):
+        titan_fp8.convert_to_float8_grouped_training(both_kinds(), emulate=True, **arguments)
 
 
 @without_a_gpu

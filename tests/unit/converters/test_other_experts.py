@@ -50,10 +50,11 @@ RAGGED = SIZES["ragged"]
 class Stacked(nn.Module):
     """Experts as torchtitan has them."""
 
-    def __init__(self, call: Callable[..., Tensor] = grouped_mm):
+    def __init__(self, call: Callable[..., Tensor] = grouped_mm, hidden: int = H):
         super().__init__()
         self.call = call
-        for seed, (name, shape) in enumerate({"w1": (E, H, K), "w2": (E, K, H), "w3": (E, H, K)}.items()):
+        shapes = {"w1": (E, hidden, K), "w2": (E, K, hidden), "w3": (E, hidden, K)}
+        for seed, (name, shape) in enumerate(shapes.items()):
             self.register_parameter(name, nn.Parameter(random(*shape, seed=seed) / 8))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -224,6 +225,56 @@ def test_weights_may_be_stored_either_way_round_and_results_leave_as_asked() -> 
         assert sqnr_db(expected, output.detach()) > 45
         output.sum().backward()
         assert layer.experts.w.grad.shape == (E, K, H)
+
+
+class AddsInPlace(Transposed):
+    """A bias that is added to the product where the product is."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        output = F.grouped_mm(x, self.w.to(x.dtype), offs=ends)
+        output += 1
+        return output.mul_(2)
+
+
+@DTYPES
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_product_may_be_written_to(dtype: torch.dtype, aligned: bool) -> None:
+    case = inputs(SIZES["aligned"], dtype)
+    case = case[0], case[1], case[2][:, :H].contiguous()
+    plain, written = (run(converted(cls(), aligned_groups=aligned), *case) for cls in (Transposed, AddsInPlace))
+    expected = {name: 2 * value for name, value in plain.items()}
+    expected["output"] = (plain["output"] + 1) * 2
+    assert_same(written, expected)
+
+
+class Holder(nn.Module):
+    """Weights that another module multiplies by."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(random(E, K, H, seed=0))
+
+
+class Multiplies(nn.Module):
+    """What holds its weights in a module without a forward pass, or in a dict."""
+
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self.experts = held
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.experts.get_parameter("w").to(x.dtype), offs=ends)
+
+
+@pytest.mark.parametrize("holder", [Holder, lambda: nn.ParameterDict({"w": random(E, K, H, seed=0)})])
+def test_weights_that_a_module_holds_in_another_are_multiplied_in_float8(holder: Callable[[], nn.Module]) -> None:
+    x, ends, grad = inputs(RAGGED)
+    model = nn.ModuleDict({"moe": Multiplies(holder())})
+    report = convert(model, fqns=["moe"])
+    assert [row.fqn for row in report.rows] == ["moe.experts.w"]
+    result = run(model["moe"], x, ends, grad[:, :H].contiguous(), experts=model["moe"].get_submodule("experts"))
+    expected = run(converted(Transposed()), x, ends, grad[:, :H].contiguous())
+    assert_same(result, expected)
 
 
 # ---- what it costs
@@ -417,6 +468,9 @@ class WithSizes(nn.Module):
         self.w = nn.Parameter(torch.zeros(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0], 1, shape[2]))
 
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return grouped_mm(x, self.w, offs=ends) + self.bias[0]
+
 
 LINEARS = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
 
@@ -429,7 +483,11 @@ LINEARS = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
         (WithSizes(4, 48, 40), {}, r"^experts.w: an expert is 48 x 40, and float8 needs multiples of 16"),
         (None, {"fqns": ["expertz"]}, r"fqns: 'expertz' matches no module of the model.*experts"),
         (None, {"fqns": []}, r"fqns names nothing"),
-        (None, {"cache_weights": True}, r"^experts: weights of experts that are not this package's are cast in each"),
+        (
+            None,
+            {"cache_weights": True},
+            r"^experts: weights of experts that are not this package's are cast in each pass",
+        ),
         (None, {"enable_fsdp_float8_all_gather": True}, r"turn cache_weights and enable_fsdp_float8_all_gather off"),
     ],
 )
@@ -440,6 +498,18 @@ def test_what_cannot_be_converted_is_refused_and_stays(
     with pytest.raises(ValueError, match=message):
         convert(layer, **options)
     assert "forward" not in layer.experts.__dict__
+
+
+def test_modules_without_a_forward_pass_are_refused_and_who_multiplies_is_named() -> None:
+    within = nn.ModuleDict({"first": Layer(), "second": Multiplies(Holder())})
+    for model, message in (
+        (within, r"^second\.experts: it holds .* no forward pass.*multiplies by them, second, in fqns"),
+        (Multiplies(Holder()), r"^experts: it holds .* no forward pass.*multiplies by them, the model itself"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert(model, fqns=["experts"])
+    assert "forward" not in within["first"].experts.__dict__
+    assert len(convert(within, fqns=["first.experts", "second"]).rows) == 4
 
 
 def test_converting_twice_is_refused() -> None:
@@ -486,6 +556,29 @@ def test_what_only_runs_otherwise_is_refused_when_it_runs(experts: nn.Module, me
     with pytest.raises(UserError, match=message):
         layer(x, ends)
     assert torch.equal(layer.others(x, ends), Stacked()(x, ends)), "and nothing else is in float8 afterwards"
+
+
+@pytest.mark.parametrize(
+    ("ends", "given"),
+    [
+        (torch.tensor([5, 22, 22], dtype=torch.int32), r"torch.int32 \[3\]"),
+        (torch.tensor([5, 22, 22, 30, 53], dtype=torch.int32), r"torch.int32 \[5\]"),
+        (torch.tensor([[5, 22, 22, 53]], dtype=torch.int32), r"torch.int32 \[1, 4\]"),
+        (torch.tensor([5, 22, 22, 53]), r"torch.int64 \[4\]"),
+        (torch.tensor([5.5, 22, 22, 53]), r"torch.float32 \[4\]"),
+    ],
+)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_ends_of_groups_that_pytorch_refuses_are_refused(ends: Tensor, given: str, aligned: bool) -> None:
+    x, layer = random(64, K, seed=7), converted(aligned_groups=aligned)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        Stacked()(x, ends)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with (
+            context,
+            pytest.raises(UserError, match=rf"^experts: offs is {given} for weights \[4, 64, 48\].*int32 \[4\]"),
+        ):
+            layer(x, ends)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -33,12 +33,13 @@ def permute(x: Tensor, source: Tensor, scores: Tensor | None, top_k: int) -> Ten
 
 def unpermute(y: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
     """See `titan_fp8.kernels.moe.unpermute`."""
-    rows = y[position.long()].float()  # [T, k, D]
-    if scores is not None:
-        rows = rows * scores.unsqueeze(-1)
-    total = rows[:, 0]
-    for choice in range(1, position.shape[1]):  # in the kernel's order
-        total = total + rows[:, choice]
+    total: Tensor | None = None
+    for choice in range(position.shape[1]):  # in the kernel's order
+        rows = y[position[:, choice].long()].float()  # [T, D]
+        if scores is not None:
+            rows = rows * scores[:, choice].unsqueeze(-1)
+        total = rows if total is None else total + rows
+    assert total is not None
     return total.to(y.dtype)
 
 
