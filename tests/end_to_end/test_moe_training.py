@@ -46,8 +46,8 @@ COMMON = {
 SMALL = "dim=64 n_layers=3 n_heads=4 vocab_size=320 ffn_dim=96 n_experts=8 moe_ffn_dim=32 max_seq_len=64"
 # Biases that move far enough in a step to change what is chosen in the next one.
 OVERRIDES = {
-    "llama4": "nope_interval=2 attention_chunk=32 temperature_floor=8 balance_rate=0.02",
-    "qwen3_moe": "n_kv_heads=2 head_dim=16 aux_loss_weight=0.05",
+    "llama4": "ffn_dim=None nope_interval=2 attention_chunk=32 temperature_floor=8 balance_rate=0.02",
+    "qwen3_moe": "ffn_dim=None n_kv_heads=2 head_dim=16 aux_loss_weight=0.05",
     "deepseek_v3": "kv_lora_rank=32 q_lora_rank=32 qk_nope_head_dim=16 qk_rope_head_dim=16 v_head_dim=16 "
     "balance_rate=0.02 aux_loss_weight=0.05",
     "mixtral": "n_kv_heads=2 moe_ffn_dim=None",
