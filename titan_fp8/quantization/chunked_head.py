@@ -23,7 +23,7 @@ T tokens, t of them in a chunk, D features, V words.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_fp8.kernels.blockwise import BLOCK
 from titan_fp8.kernels.cross_entropy import cross_entropy_
@@ -66,7 +66,7 @@ class Float8ChunkedHead(Float8Linear):
         return LossWithGradients.apply(hidden, weight, *loss_and_gradients, self.config.grad_weight_dtype)
 
 
-def chunk_float8_loss(output: Float8Linear, chunk_tokens: int) -> None:
+def chunk_float8_loss(output: Any, chunk_tokens: int) -> None:
     """Make a `Float8ChunkedHead` of a model's output layer, in place; before it is sharded.
 
     Args:
@@ -77,16 +77,20 @@ def chunk_float8_loss(output: Float8Linear, chunk_tokens: int) -> None:
     Raises:
         UserError: it has a bias, or is of another class.
     """
-    if type(output) is not Float8Linear or output.bias is not None:
-        raise UserError(
-            f"training.loss_chunk_tokens = {chunk_tokens}: the output layer must be a Float8Linear without a bias, and "
-            f"the model's is a {type(output).__name__}{' with one' if output.bias is not None else ''}; set the key "
-            "to 0"
-        )
-    head: Any = output  # which the check above has made a Float8Linear for the type checker
-    head.__class__ = Float8ChunkedHead
+    make_head(output, Float8Linear, Float8ChunkedHead, chunk_tokens)
     multiple = output.config.recipe.dim_multiple
-    head.chunk_tokens = -(-chunk_tokens // multiple) * multiple
+    output.chunk_tokens = -(-chunk_tokens // multiple) * multiple
+
+
+def make_head(output: Any, linear: type[nn.Linear], head: type[nn.Linear], chunk_tokens: int) -> None:
+    """Make a `head` of an output layer of class `linear`, in place; see `chunk_float8_loss` for what raises."""
+    if type(output) is not linear or output.bias is not None:
+        with_bias = " with one" if output.bias is not None else ""
+        raise UserError(
+            f"training.loss_chunk_tokens = {chunk_tokens}: the output layer must be of class {linear.__name__} without "
+            f"a bias, and the model's is a {type(output).__name__}{with_bias}; set the key to 0"
+        )
+    output.__class__ = head
 
 
 class _Hidden(NamedTuple):

@@ -25,9 +25,9 @@ from titan_fp8.kernels.cross_entropy.chunks import LossWithGradients, add_produc
 from titan_fp8.kernels.mx import BLOCK
 from titan_fp8.quantization import mx_ops
 from titan_fp8.quantization.casts import as_matrix
+from titan_fp8.quantization.chunked_head import make_head
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear, check_device, operands
 from titan_fp8.quantization.mx_weight import Operand, column_operand, made_of, row_operand
-from titan_fp8.runtime.errors import UserError
 
 
 class MXFP8ChunkedHead(MXFP8Linear):
@@ -61,7 +61,7 @@ class MXFP8ChunkedHead(MXFP8Linear):
         return LossWithGradients.apply(hidden, weight, *loss_and_gradients, hidden.dtype)
 
 
-def chunk_mx_loss(output: MXFP8Linear, chunk_tokens: int) -> None:
+def chunk_mx_loss(output: Any, chunk_tokens: int) -> None:
     """Make an `MXFP8ChunkedHead` of a model's output layer, in place; before it is sharded.
 
     Args:
@@ -71,15 +71,8 @@ def chunk_mx_loss(output: MXFP8Linear, chunk_tokens: int) -> None:
     Raises:
         UserError: it has a bias, or is of another class.
     """
-    if type(output) is not MXFP8Linear or output.bias is not None:
-        raise UserError(
-            f"training.loss_chunk_tokens = {chunk_tokens}: the output layer must be an MXFP8Linear without a bias, and "
-            f"the model's is a {type(output).__name__}{' with one' if output.bias is not None else ''}; set the key "
-            "to 0"
-        )
-    head: Any = output  # which the check above has made an MXFP8Linear for the type checker
-    head.__class__ = MXFP8ChunkedHead
-    head.chunk_tokens = -(-chunk_tokens // BLOCK) * BLOCK
+    make_head(output, MXFP8Linear, MXFP8ChunkedHead, chunk_tokens)
+    output.chunk_tokens = -(-chunk_tokens // BLOCK) * BLOCK
 
 
 def _chunked_cross_entropy(

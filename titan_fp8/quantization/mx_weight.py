@@ -14,7 +14,6 @@ All three ways give the same bits. Of experts all shapes have E before the rest.
 N out features, K in features, E experts.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +147,7 @@ class MXWeightCache(CodesCache):
         return MXWeightCache(self._cast, watch=self._watch)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(MXWeightCache), (self._cast,)
+        return MXWeightCache, (self._cast,)
 
 
 def _rows_of(weight: Tensor, cast: Cast) -> Operand:

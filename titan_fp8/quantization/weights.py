@@ -191,10 +191,12 @@ def _mark_module_stale(module: nn.Module, incompatible_keys: Any) -> None:
 
 @torch.compiler.disable
 def _refresh_all(model: nn.Module, args: Any) -> None:
-    _check_not_sharded(model)
-    for module in model.modules():
-        for name, cache in caches_of(module):
-            cache.refresh(getattr(module, name))
+    of_modules = [(getattr(module, name), cache) for module in model.modules() for name, cache in caches_of(module)]
+    stale = [(parameter, cache) for parameter, cache in of_modules if not cache.freshness.is_fresh(parameter)]
+    if stale:
+        _check_not_sharded(model)
+    for parameter, cache in stale:
+        cache.refresh(parameter)
 
 
 def _check_not_sharded(model: nn.Module) -> None:

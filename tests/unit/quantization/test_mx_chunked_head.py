@@ -193,7 +193,7 @@ def test_a_chunk_is_a_whole_number_of_blocks() -> None:
 def test_what_it_cannot_be_made_of_is_refused() -> None:
     head = MXFP8Linear.from_linear(nn.Linear(32, 32), MXConfig(MX_RECIPES["mxfp8_cublas"], emulate=True))
     with pytest.raises(
-        UserError, match=r"training\.loss_chunk_tokens = 7: .* an MXFP8Linear without .* an? MXFP8Linear with one"
+        UserError, match=r"training\.loss_chunk_tokens = 7: .* of class MXFP8Linear without .* a MXFP8Linear with one"
     ):
         chunk_mx_loss(head, 7)
     native = make(64)
