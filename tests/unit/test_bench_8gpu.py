@@ -1,7 +1,6 @@
 """bench_8gpu.py: what it trains on any even number of GPUs, what it leaves out for want of time, and its tables."""
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,9 @@ FOUND = {"versions": {"torch": "2.11.0"}, "devices": ["NVIDIA H200"] * 8}
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """The script as a module; scripts import each other from their own folder."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module("bench_8gpu")
-    for name in set(sys.modules) - before:
-        if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def bench(load):
+    """The script as a module."""
+    return load("bench_8gpu")
 
 
 @pytest.fixture
@@ -193,3 +187,15 @@ def test_tables_compare_each_side_with_its_own_baseline_and_say_why_a_run_failed
     text = make.tables(records)
     assert "| headline | tensorwise-compiled | ours | 9.0 | 1.2 | 7.0 |" in text
     assert "Llama 3 70B" not in text
+
+
+def test_a_trace_that_cannot_be_read_loses_no_speed(bench, parse, executed, monkeypatch, capsys):
+    def missing(run, args):
+        raise FileNotFoundError("no such trace")
+
+    monkeypatch.setattr(bench, "look_at_trace", missing)
+    args = parse("--parts", "experts", "--limit", "9999")
+    records, left_out = bench.run_all(waves(bench, args, 2), args, FOUND)
+    assert [record["tps"] for record in records] == [1000.0] * 4
+    assert not left_out
+    assert "experts/bf16-compiled/peer-1: its trace cannot be read: no such trace" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """bench_fit.py finds the largest size that fits in few runs, and takes no other failure for a full device."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +8,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
-def fit(monkeypatch):
-    """The script as a module; scripts import each other from their own folder."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module("bench_fit")
-    for name in set(sys.modules) - before:
-        if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def fit(load):
+    """The script as a module."""
+    return load("bench_fit")
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(43.0, 3.1), (40.0, 98.0), (10.0, 0.6), (43.0, 9.0)])

@@ -1,6 +1,5 @@
 """The comparison with torchtitan: both sides train the same, in turns; logs, tables, resuming, text, installation."""
 
-import importlib
 import itertools
 import json
 import os
@@ -20,16 +19,6 @@ from titan_fp8.job_config import load_job_config
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FLOAT8 = "quantize.linear.float8"
 FOUND = {"versions": {"torch": "2.11.0", "torchtitan": "0.2.2", "torchao": "0.17.0"}, "devices": ["NVIDIA H100"]}
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """A script, or a module of `scripts/peer`; scripts import each other from their own folder."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module
-    own = ("bench_common", "bench_meshes", "bench_peers", "bench_runs", "peer", "profile_table")
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -233,6 +222,14 @@ def test_a_run_of_the_peer_is_judged_by_its_logged_steps_after_the_warm_up(load,
     assert (record["memory_gib"], record["exit_code"], record["device"]) == (49.2, 0, "NVIDIA H100")
     assert record["losses"][-1] == [20, 8.0]
     assert json.loads(json.dumps(record)) == record
+
+
+def test_steps_in_which_the_profiler_is_at_work_do_not_count(load, parse, monkeypatch):
+    script, jobs = load("bench_peers"), load("peer.jobs")
+    program = f"print({peer_log(2_795_573_248, [(15, 9.0, 44_000), (20, 8.0, 10)])!r})"
+    monkeypatch.setattr(script, "command_of", lambda run, args: [sys.executable, "-c", program])
+    run = jobs.Run(jobs.JOBS["one-gpu"], jobs.ROWS["bf16-compiled"], "peer", 1, traced=True)
+    assert script.execute(run, parse(), FOUND)["tps"] == 44_000
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The parts of the benchmark scripts that compute something from figures: suggestions, differences, choices of rows."""
 
-import importlib
 import os
 import sys
 import threading
@@ -14,23 +13,6 @@ import torch
 from titan_fp8.job_config import load_job_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """A script as a module; scripts import each other from their own folder."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module
-    for name in (
-        "bench_common",
-        "bench_filter",
-        "bench_linear",
-        "bench_meshes",
-        "bench_runs",
-        "loss_parity",
-        "mx_roofline",
-    ):
-        sys.modules.pop(name, None)
 
 
 SIZES = (1024, 2048, 4096)

@@ -1,7 +1,6 @@
 """The table of a profiler trace: categories, what overlaps, and sums a step."""
 
 import gzip
-import importlib
 import json
 from pathlib import Path
 
@@ -11,9 +10,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("profile_table")
+def script(load):
+    return load("profile_table")
 
 
 def _event(category: str, name: str, start: float, length: float, **arguments: object) -> dict:

@@ -158,3 +158,9 @@ def test_the_documented_table_is_the_table() -> None:
             row += f"| {dims.vocab_size:,} |"
             row += f" {'tied' if dims.tied_embeddings else 'separate'} |" if not dims.n_experts else ""
             assert row in text, row
+
+
+def test_more_choices_than_experts_are_one_mistake() -> None:
+    with pytest.raises(UserError) as error:
+        resolve_dims("qwen3_moe", "debugmodel", {"top_k": 99})
+    assert str(error.value) == "model.overrides.top_k = 99: there are only 16 experts"
