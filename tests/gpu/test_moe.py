@@ -123,6 +123,46 @@ def test_native_products_are_the_emulated_ones(load: str) -> None:
     assert_products_agree(native, emulated)
 
 
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(("n", "k"), [(256, 512), (208, 5136), (1408, 80)])
+def test_sums_of_gradients_are_exact_to_fp32(load: str, n: int, k: int) -> None:
+    """Products of whole numbers are whole: in fp32 to the bit, where fast accumulation is not."""
+    counts, ends = LOADS[load], ends_of(load)
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-15, 16, shape, generator=generator).cuda()
+
+    def power(*shape: int) -> Tensor:
+        return torch.exp2(torch.randint(-3, 4, shape, generator=generator)).cuda()
+
+    a, b, a_t, b_t = whole(2112, k), whole(8, n, k), whole(n, 2112), whole(k, 2112)
+    scale_a, scale_b, scale_n, scale_k = power(2112, 1), power(8, n), power(8, n), power(8, k)
+    rows = grouped.exact_mm_rows(a.to(E4M3), b.to(E4M3), scale_a, scale_b, ends, torch.float32)
+    columns = grouped.exact_mm_columns(a_t.to(E4M3), b_t.to(E4M3), scale_n, scale_k, ends, torch.float32)
+    begin = 0
+    for e, count in enumerate(counts):
+        of_e = slice(begin, begin + count)
+        product = (a[of_e].double() @ b[e].double().t()) * scale_a[of_e] * scale_b[e]
+        assert torch.equal(rows[of_e], product.float()), e
+        product = (a_t[:, of_e].double() @ b_t[:, of_e].double().t()) * scale_n[e].unsqueeze(1) * scale_k[e]
+        assert torch.equal(columns[e], product.float()), e
+        begin += count
+
+
+def test_nan_stays_in_its_group() -> None:
+    ends = torch.tensor([48, 64, 112], dtype=torch.int32, device="cuda")
+    a, b, x = random(112, 80).to(E4M3), random(3, 48, 80, seed=1).to(E4M3), random(64, 112, seed=2).to(E4M3)
+    a.view(torch.uint8)[50, 3] = 0x7F
+    ones = torch.ones(112, 1, device="cuda"), torch.ones(3, 48, device="cuda")
+    rows = grouped.exact_mm_rows(a, b, *ones, ends, torch.float32)
+    assert rows.isnan().any(1).nonzero().flatten().tolist() == [50]
+    assert rows[50].isnan().all()
+    ones = torch.ones(3, 80, device="cuda"), torch.ones(3, 64, device="cuda")
+    columns = grouped.exact_mm_columns(a.t().contiguous(), x, *ones, ends, torch.float32)
+    assert columns.isnan().any(2).nonzero().tolist() == [[1, 3]]
+
+
 def decoder(family: str) -> Decoder:
     dims = resolve_dims(family, "debugmodel", {"n_layers": 4})
     model = Decoder(dims, seq_len=128, compute_dtype=torch.bfloat16)

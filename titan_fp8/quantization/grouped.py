@@ -160,11 +160,10 @@ class _GroupedFeedForward(torch.autograd.Function):
             of_x = _of_tokens(next(parts).add_(next(parts)), *of_rows)
         for number, each in ((0, of_gate), (1, of_up)):
             if needs[number]:
-                grads[number] = by_columns(each[2:], (x_codes_t, x_scale_t), ends, config)
+                grads[number] = by_columns(each[2:], (x_codes_t, x_scale_t), ends, weight_dtypes[number], config)
         if needs[2]:
-            grads[2] = by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, config)
-        of_weights = [g if g is None else g.to(d) for g, d in zip(grads, weight_dtypes, strict=True)]
-        return *of_x, None, None, of_factors, *of_weights, *[None] * 9
+            grads[2] = by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, weight_dtypes[2], config)
+        return *of_x, None, None, of_factors, *grads, *[None] * 9
 
 
 def cast_sorted(x: Tensor | Rows, ends: Tensor, *, columns: bool) -> Sequence[Tensor | None]:
@@ -212,7 +211,6 @@ def by_rows(a: Any, w: Any, ends: Tensor, dtype: torch.dtype, config: Float8Grou
     return ops.grouped_mm_rows(a[0], w[0], a[1], w[1], ends, dtype, fast, config.emulate)
 
 
-def by_columns(a: Any, b: Any, ends: Tensor, config: Float8GroupedConfig) -> Tensor:
-    """The product of (codes, scale) `[N, M]` with those of `[K, M]` in each group: `[E, N, K]` in bf16, as the tensor
-    cores give it."""
-    return ops.grouped_mm_columns(a[0], b[0], a[1], b[1], ends, torch.bfloat16, config.emulate)
+def by_columns(a: Any, b: Any, ends: Tensor, dtype: torch.dtype, config: Float8GroupedConfig) -> Tensor:
+    """The product of (codes, scale) `[N, M]` with those of `[K, M]` in each group: `[E, N, K]`."""
+    return ops.grouped_mm_columns(a[0], b[0], a[1], b[1], ends, dtype, config.emulate)

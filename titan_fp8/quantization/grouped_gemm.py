@@ -3,8 +3,9 @@
     by rows      result[rows of e] = (a[rows of e] codes @ b[e] codes .T) * scale_a * scale_b[e]        [M, N]
     by columns   result[e] = (a[:, rows of e] codes @ b[:, rows of e] codes .T) * scale_a[e] * scale_b[e]   [E, N, K]
 
-Both operands have the summed dimension contiguous. Emulated, the codes are multiplied as exact fp32 numbers; that reads
-the groups' ends, so it waits for the device.
+Both operands have the summed dimension contiguous. Products whose sums are exact to fp32 run in kernels of our own on
+Hopper, others in PyTorch's. Emulated, the codes are multiplied as exact fp32 numbers; that reads the groups' ends, so
+it waits for the device.
 
 M rows, K in features, N out features, E experts. `ends` int32 [E]: the row behind each expert's rows.
 """
@@ -15,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from titan_fp8.kernels import grouped
 from titan_fp8.kernels.float8 import reference
 from titan_fp8.quantization.gemm import exact_fp32
 
@@ -35,6 +37,8 @@ def grouped_mm_rows(
     group may be anything."""
     _check_device(a, emulate)
     if not emulate and a.numel():
+        if not fast_accum and grouped.multiplies(a):
+            return grouped.exact_mm_rows(a, b, scale_a, scale_b, ends, out_dtype)
         scales = scale_a.view(-1), scale_b
         result = _scaled_grouped_mm(
             a, b.transpose(-2, -1), *scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=fast_accum
@@ -55,6 +59,8 @@ def grouped_mm_columns(
     without rows."""
     _check_device(a, emulate)
     if not emulate and a.numel():
+        if grouped.multiplies(a):
+            return grouped.exact_mm_columns(a, b, scale_a, scale_b, ends, out_dtype)
         scales = scale_a.flatten(), scale_b.flatten()
         result = _scaled_grouped_mm(a, b.t(), *scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
         return result.to(out_dtype)

@@ -154,8 +154,8 @@ class Float8Products:
         return by_rows(a, w, ends, dtype, self.config, fast=forward or self.config.fast_accum_in_backward)
 
     def by_columns(self, a: Operand, b: Operand, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """In bf16, then in dtype."""
-        return by_columns(a, b, ends, self.config).to(dtype)
+        """Never accumulated fast."""
+        return by_columns(a, b, ends, dtype, self.config)
 
 
 def cast_rows_of(x: Tensor, layout: GroupLayout, products: GroupedFormat, *, columns: bool) -> Cast:

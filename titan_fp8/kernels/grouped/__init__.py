@@ -16,8 +16,21 @@ from torch import Tensor
 from titan_fp8.kernels import float8, moe, producers
 from titan_fp8.kernels.grouped import reference
 
-__all__ = ["ALIGNMENT", "cast_both", "cast_columns", "columns_of_experts", "gather", "swiglu_backward", "swiglu_rows"]
+__all__ = [
+    "ALIGNMENT",
+    "cast_both",
+    "cast_columns",
+    "columns_of_experts",
+    "exact_mm_columns",
+    "exact_mm_rows",
+    "gather",
+    "multiplies",
+    "swiglu_backward",
+    "swiglu_rows",
+]
 
+_HOPPER = 9
+"""Compute capability of the GPUs whose tensor cores the products are for."""
 ALIGNMENT = 16
 """Rows that a group is a multiple of: 16 bytes of codes, where rows are the dimension that is summed over."""
 
@@ -96,13 +109,44 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return _kernel().columns_of_experts(codes.contiguous(), scale)
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether the products here are for the device of x: a GPU of compute capability 9."""
+    return x.is_cuda and torch.version.hip is None and _capability(x.device)[0] == _HOPPER
+
+
+def exact_mm_rows(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Codes a `[M, K]`, scale_a `[M, 1]`, b `[E, N, K]`, scale_b `[E, N]` -> the product of each group's rows with its
+    b, `[M, N]` in `out_dtype`, summed in fp32; rows behind the last group may be anything."""
+    return _gemm_kernel().grouped_mm_rows(a, b, scale_a, scale_b, ends, out_dtype, fast_accum=False)
+
+
+def exact_mm_columns(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Codes a `[N, M]`, scale_a `[E, N]`, b `[K, M]`, scale_b `[E, K]` -> the product over each group's rows,
+    `[E, N, K]` in `out_dtype`, summed in fp32; zero of a group without rows."""
+    return _gemm_kernel().grouped_mm_columns(a, b, scale_a, scale_b, ends, out_dtype, fast_accum=False)
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 @functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.grouped.kernel")
+
+
+@functools.cache
+def _gemm_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.gemm_kernel")
 
 
 @functools.cache
