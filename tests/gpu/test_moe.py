@@ -131,7 +131,7 @@ def test_sums_of_gradients_are_exact_to_fp32(load: str, n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def whole(*shape: int) -> Tensor:
-        return torch.randint(-15, 16, shape, generator=generator).cuda()
+        return torch.randint(0, 8, shape, generator=generator).cuda()
 
     def power(*shape: int) -> Tensor:
         return torch.exp2(torch.randint(-3, 4, shape, generator=generator)).cuda()

@@ -111,7 +111,7 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiplies(x: Tensor) -> bool:
     """Whether the products here are for the device of x: a GPU of compute capability 9."""
-    return x.is_cuda and torch.version.hip is None and _capability(x.device)[0] == _HOPPER
+    return float8.uses_kernel(x) and torch.version.hip is None and _capability(x.device)[0] == _HOPPER
 
 
 def exact_mm_rows(
