@@ -128,7 +128,7 @@ class OneExpert(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, w = ctx.saved_tensors
         of_x = product(rows_of(grad), float8.columns_from_rows(*rows_of(w)), x.dtype)
-        return of_x, product(columns_of(grad), columns_of(x), torch.bfloat16).to(w.dtype)
+        return of_x, product(columns_of(grad), columns_of(x), w.dtype)
 
 
 def one_by_one(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
