@@ -93,7 +93,7 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"codes of groups are in {float8.E4M3}, not in {codes.dtype}")
     if not float8.uses_kernel(codes):
         return reference.columns_of_experts(codes, scale)
-    return _kernel().columns_of_experts(codes.contiguous(), scale)
+    return _experts_kernel().columns_of_experts(codes.contiguous(), scale)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -103,6 +103,11 @@ def _dense(x: Tensor) -> Tensor:
 @functools.cache
 def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.grouped.kernel")
+
+
+@functools.cache
+def _experts_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.experts_kernel")
 
 
 @functools.cache
