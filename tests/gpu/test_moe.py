@@ -99,7 +99,7 @@ def test_codes_of_swiglu_gradients_are_the_references(load: str, monkeypatch: py
     assert [word for one, other in zip(mine, theirs, strict=True) for word in _apart(one, other, ends)] == []
 
 
-@pytest.mark.parametrize("shape", [(4, 256, 512), (3, 1408, 2048)])
+@pytest.mark.parametrize("shape", [(4, 256, 512), (3, 1408, 2048), (2, 208, 144), (5, 16, 16)])
 def test_columns_of_experts_are_the_references(shape: tuple[int, int, int]) -> None:
     codes, scale = grouped_reference.float8.cast_rows(random(*shape).view(-1, shape[2]), E4M3)
     codes, scale = codes.view(shape), scale.view(shape[:2])

@@ -13,7 +13,7 @@ from tests.unit.kernels import interpreter
 from titan_fp8.kernels import moe
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.float8.bits import Tile
-from titan_fp8.kernels.grouped import gather_kernel, kernel, reference, swiglu_kernel
+from titan_fp8.kernels.grouped import experts_kernel, gather_kernel, kernel, reference, swiglu_kernel
 
 ENDS = {
     "uneven": [16, 48, 48, 112],
@@ -30,6 +30,8 @@ def shrink_blocks() -> None:
     """Blocks so small that groups and rows come in several; and memory that shows what is not written."""
     kernel.AMAX_BLOCK_T, kernel.AMAX_BLOCK_K, kernel.AMAX_ROWS, kernel.AMAX_SPLITS = 16, 32, 32, 2
     kernel.TILE, kernel.SCALES_BLOCK = Tile(32, 32, 4, 2), 64
+    experts_kernel.AMAX_BLOCK_N, experts_kernel.AMAX_BLOCK_K, experts_kernel.AMAX_STEPS = 16, 32, 2
+    experts_kernel.TILE = Tile(32, 32, 4, 2)
     gather_kernel.AMAX_BLOCK_T, gather_kernel.AMAX_BLOCK_K = 16, 32
     gather_kernel.AMAX_ROWS, gather_kernel.AMAX_SPLITS, gather_kernel.TILE = 32, 2, Tile(32, 32, 4, 2)
     swiglu_kernel.AMAX_BLOCK_T, swiglu_kernel.AMAX_BLOCK_K = 16, 32
@@ -94,15 +96,39 @@ def case_garbage_behind_the_last_group() -> str:
     return cast(x, ENDS["uneven"])
 
 
+def experts(name: str, w: Tensor) -> str:
+    """w: `[E, N, K]`."""
+    codes, scale = reference.float8.cast_rows(w.view(-1, w.shape[2]), E4M3)
+    codes, scale = codes.view(w.shape), scale.view(w.shape[:2])
+    result = experts_kernel.columns_of_experts(codes, scale)
+    return same(name, result, reference.columns_of_experts(codes, scale))
+
+
 def case_experts() -> str:
-    wrong = []
-    for shape in ((3, 32, 48), (1, 16, 16), (5, 48, 80)):
-        codes, scale = reference.float8.cast_rows(random(*shape).view(-1, shape[2]), E4M3)
-        codes, scale = codes.view(shape), scale.view(shape[:2])
-        wrong.append(
-            same(str(shape), kernel.columns_of_experts(codes, scale), reference.columns_of_experts(codes, scale))
-        )
-    return "; ".join(filter(None, wrong))
+    shapes = (3, 32, 48), (1, 16, 16), (5, 48, 80), (2, 112, 144), (2, 208, 16), (3, 16, 208)
+    return "; ".join(filter(None, (experts(str(shape), random(*shape)) for shape in shapes)))
+
+
+def case_rows_of_experts_of_any_magnitude() -> str:
+    """What a row's scale and a column's come to may overflow where the codes between them are zeros."""
+    w = random(3, 80, 48) * torch.exp2(torch.arange(80.0) % 7 * 11 - 33).unsqueeze(1)
+    w[0, 5], w[0, 7, 1:], w[0, :, 9], w[2] = 1e30, 0, 1e-30, 0
+    w[0, 7, 0], w[0, 5, 2:] = 1e-12, 0
+    return experts("magnitudes", w)
+
+
+def case_nan_and_inf_stay_in_their_expert() -> str:
+    w = random(4, 48, 32)
+    w[1, 20, 3], w[2, 47, 5] = torch.nan, torch.inf
+    codes, scale = (t.view(3, 48, -1) for t in reference.float8.cast_rows(random(3, 48, 32).view(-1, 32), E4M3))
+    # A code of NaN beside a scale that is a number, and the reverse: both signs of it.
+    codes.view(torch.uint8)[0, 3, 4], codes.view(torch.uint8)[1, 5, 6] = 0x7F, 0xFF
+    scale = scale.view(3, 48)
+    scale[2, 9] = -torch.tensor(torch.nan)
+    expected = reference.columns_of_experts(codes, scale)
+    assert expected[1].isnan().sum(1).tolist() == [1, 1, 32]
+    lone = same("lone NaN", experts_kernel.columns_of_experts(codes, scale), expected)
+    return "; ".join(filter(None, (experts("NaN and Inf", w), lone)))
 
 
 def case_gather() -> str:

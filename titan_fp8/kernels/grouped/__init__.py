@@ -106,7 +106,7 @@ def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"codes of groups are in {float8.E4M3}, not in {codes.dtype}")
     if not float8.uses_kernel(codes):
         return reference.columns_of_experts(codes, scale)
-    return _kernel().columns_of_experts(codes.contiguous(), scale)
+    return _experts_kernel().columns_of_experts(codes.contiguous(), scale)
 
 
 def multiplies(x: Tensor) -> bool:
@@ -147,6 +147,11 @@ def _kernel() -> ModuleType:
 @functools.cache
 def _gemm_kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.grouped.gemm_kernel")
+
+
+@functools.cache
+def _experts_kernel() -> ModuleType:
+    return importlib.import_module("titan_fp8.kernels.grouped.experts_kernel")
 
 
 @functools.cache

@@ -96,9 +96,7 @@ def _cast_kernel(
     _store_rows_tile(
         a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, rows, features, False, EXACT_BITS
     )
-    _store_group_columns(
-        a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, rows, 0, EXACT_BITS
-    )
+    _store_group_columns(a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, EXACT_BITS)
 
 
 @planned(_amax_kernel)

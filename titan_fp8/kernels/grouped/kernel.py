@@ -5,8 +5,7 @@
     _cast_kernel     codes of a tile, by rows and by columns
 
 A program of the first belongs to one group, so that it has few maxima to hand over; programs of the last take tiles of
-rows whatever group they are in, and look up the scale of each column for every four rows. That serves weights too, of
-which an expert's rows are a group: there x is their row codes, and the transposed layout is one for each expert.
+rows whatever group they are in, and look up the scale of each column for every four rows.
 
 M rows, K columns, E groups. `ends` int32 [E]: the row behind each group, multiples of 16.
 """
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titan_fp8.kernels.float8 import FP8_MAX, bits
+from titan_fp8.kernels.float8 import bits
 from titan_fp8.kernels.float8.bits import (
     Tile,
     _abs_bits,
@@ -61,9 +60,8 @@ def _groups_of(ends_ptr, rows, groups, GROUPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits"])
 def _amax_kernel(
-    x_ptr, code_scale_ptr, ends_ptr, row_amax_ptr, amax_ptr, rows, features, stride_t, groups, splits,
-    ROWS: tl.constexpr, FROM_CODES: tl.constexpr, EXACT_BITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, ends_ptr, row_amax_ptr, amax_ptr, rows, features, stride_t, groups, splits,
+    ROWS: tl.constexpr, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Integer maxima of |x| of each column in a group, and with ROWS of each row, into zeroed int32."""
     blocks_k = tl.cdiv(features, BLOCK_K)
@@ -75,7 +73,7 @@ def _amax_kernel(
     largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
     for start in range(begin + split * BLOCK_T, end, splits * BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        x = _load_tile(x_ptr, code_scale_ptr, t, k, end, features, stride_t, 1, FROM_CODES, False, EXACT_BITS)
+        x = _load_tile(x_ptr, x_ptr, t, k, end, features, stride_t, 1, False, False, EXACT_BITS)
         magnitudes = _abs_bits(x)
         largest = tl.maximum(largest, magnitudes)
         if ROWS:
@@ -96,8 +94,7 @@ def _scales_kernel(amax_ptr, inv_scale_ptr, scale_ptr, count, BLOCK: tl.constexp
 
 @triton.jit
 def _store_group_columns(
-    a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, stride_k, stride_group,
-    EXACT_BITS: tl.constexpr,
+    a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, EXACT_BITS: tl.constexpr
 ):  # fmt: skip
     """Transposed codes of a tile (fp32, as the four rows of each quad), of which each quad is in one group; zero behind
     the last group."""
@@ -110,17 +107,14 @@ def _store_group_columns(
         tl.where(is_somewhere, c * factor, 0.0), tl.where(is_somewhere, d * factor, 0.0),
     )  # fmt: skip
     word = _pack(a, b, c, d, False, EXACT_BITS)
-    # In words of four codes. Behind the last group there is no expert to shift to, only zeros to write.
-    shift = tl.where(group < groups, group, 0).to(tl.int64) * (stride_group // 4)
-    place = columns_ptr.to(tl.pointer_type(tl.int32)) + k[:, None] * (stride_k // 4) + (quad + shift)[None, :]
+    place = columns_ptr.to(tl.pointer_type(tl.int32)) + k[:, None] * (rows // 4) + quad[None, :]  # words of four codes
     tl.store(place, tl.trans(word), mask=(k < features)[:, None] & (4 * quad < rows)[None, :])
 
 
 @triton.jit
 def _cast_kernel(
-    x_ptr, code_scale_ptr, ends_ptr, row_amax_ptr, inv_scale_ptr, rows_ptr, row_scale_ptr, columns_ptr,
-    rows, features, stride_t, groups, stride_k, stride_group,
-    ROWS: tl.constexpr, FROM_CODES: tl.constexpr, EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, ends_ptr, row_amax_ptr, inv_scale_ptr, rows_ptr, row_scale_ptr, columns_ptr,
+    rows, features, stride_t, groups, ROWS: tl.constexpr, EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile by columns, from known scales, and with ROWS by rows, from known amax."""
@@ -128,33 +122,30 @@ def _cast_kernel(
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
     t = 4 * quad
     # All loads come before any store: pointers may alias, so the compiler keeps their order.
-    a = _load_tile(x_ptr, code_scale_ptr, t, k, rows, features, stride_t, 1, FROM_CODES, False, EXACT_BITS)
-    b = _load_tile(x_ptr, code_scale_ptr, t + 1, k, rows, features, stride_t, 1, FROM_CODES, False, EXACT_BITS)
-    c = _load_tile(x_ptr, code_scale_ptr, t + 2, k, rows, features, stride_t, 1, FROM_CODES, False, EXACT_BITS)
-    d = _load_tile(x_ptr, code_scale_ptr, t + 3, k, rows, features, stride_t, 1, FROM_CODES, False, EXACT_BITS)
+    a = _load_tile(x_ptr, x_ptr, t, k, rows, features, stride_t, 1, False, False, EXACT_BITS)
+    b = _load_tile(x_ptr, x_ptr, t + 1, k, rows, features, stride_t, 1, False, False, EXACT_BITS)
+    c = _load_tile(x_ptr, x_ptr, t + 2, k, rows, features, stride_t, 1, False, False, EXACT_BITS)
+    d = _load_tile(x_ptr, x_ptr, t + 3, k, rows, features, stride_t, 1, False, False, EXACT_BITS)
     group = _groups_of(ends_ptr, t, groups, GROUPS)
     if ROWS:
         _store_rows_tile(
             a, b, c, d, row_amax_ptr, row_scale_ptr, rows_ptr, quad, k, pid_k == 0, rows, features, False, EXACT_BITS
         )
-    _store_group_columns(
-        a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, stride_k, stride_group,
-        EXACT_BITS,
-    )  # fmt: skip
+    _store_group_columns(a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, EXACT_BITS)
 
 
 @planned(_amax_kernel)
 def _launch_amax(
-    device: int, shape: tuple[int, int], stride_t: int, groups: int, dtypes: tuple[torch.dtype, torch.dtype],
-    of_rows: bool, blocks: tuple[int, int, int, int, int],
+    device: int, shape: tuple[int, int], stride_t: int, groups: int, dtype: torch.dtype, of_rows: bool,
+    blocks: tuple[int, int, int, int, int],
 ) -> Plan:  # fmt: skip
-    """dtypes: of x and of its scale, or of x again. blocks: `AMAX_BLOCK_T` and so on."""
+    """dtype: of x. blocks: `AMAX_BLOCK_T` and so on."""
     rows, features = shape
     block_t, block_k, warps, of_program, least = blocks
     splits = max(least, cdiv(rows, groups * of_program))
     constants: dict[str, Any] = {
-        "ROWS": of_rows, "FROM_CODES": dtypes[0] in FP8_MAX, "EXACT_BITS": bits.exact_bits(device),
-        "BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": warps,
+        "ROWS": of_rows, "EXACT_BITS": bits.exact_bits(device), "BLOCK_T": block_t, "BLOCK_K": block_k,
+        "num_warps": warps,
     }  # fmt: skip
     programs = groups * splits * cdiv(features, block_k)
     return Plan(programs, (rows, features, stride_t, groups, splits), constants)
@@ -167,18 +158,17 @@ def _launch_scales(device: int, count: int, block: int) -> Plan:
 
 @planned(_cast_kernel)
 def _launch_cast(
-    device: int, shape: tuple[int, int], stride_t: int, groups: int, layout: tuple[int, int],
-    dtypes: tuple[torch.dtype, torch.dtype], of_rows: bool, tile: Tile,
+    device: int, shape: tuple[int, int], stride_t: int, groups: int, dtype: torch.dtype, of_rows: bool, tile: Tile
 ) -> Plan:  # fmt: skip
-    """dtypes: of x and of its scale, or of x again. layout: strides of columns and, besides, of groups."""
+    """dtype: of x."""
     rows, features = shape
     constants: dict[str, Any] = {
-        "ROWS": of_rows, "FROM_CODES": dtypes[0] in FP8_MAX, "EXACT_BITS": bits.exact_bits(device),
-        "GROUPS": next_power_of_2(groups), "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band,
+        "ROWS": of_rows, "EXACT_BITS": bits.exact_bits(device), "GROUPS": next_power_of_2(groups),
+        "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band,
         "num_warps": tile.warps, "maxnreg": tile.registers,
     }  # fmt: skip
     programs = cdiv(rows, tile.tokens) * cdiv(features, tile.features)
-    return Plan(programs, (rows, features, stride_t, groups, *layout), constants)
+    return Plan(programs, (rows, features, stride_t, groups), constants)
 
 
 def scales_of(amax: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,35 +183,15 @@ def cast(x: Tensor, ends: Tensor, dtype: torch.dtype, *, rows: bool) -> tuple[Te
     (tokens, features), groups, device = x.shape, ends.shape[0], x.device
     row_amax, amax = tiles.new_amaxes(tokens if rows else 0, groups * features, device=device)
     amax = amax[: groups * features].view(groups, features)
-    row_amax = row_amax if rows else amax
     codes_t = bits.new_codes(features, tokens, dtype=dtype, device=device)
     codes = bits.new_codes(tokens, features, dtype=dtype, device=device) if rows else codes_t
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=device) if rows else None
-    scale_t = _cast(x, x, ends, row_amax, amax, codes, scale, codes_t, (tokens, 0))
-    return (codes_t, scale_t) if scale is None else (codes, scale, codes_t, scale_t)
-
-
-def columns_of_experts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `titan_fp8.kernels.grouped.columns_of_experts`."""
-    experts, n, k = codes.shape
-    ends = torch.arange(n, experts * n + 1, n, dtype=torch.int32, device=codes.device)
-    amax = torch.zeros(experts, k, dtype=torch.int32, device=codes.device)
-    codes_t = bits.new_codes(experts, k, n, dtype=codes.dtype, device=codes.device)
-    layout = n, k * n - n
-    flat = codes.view(-1, k)
-    return codes_t, _cast(flat, scale.contiguous(), ends, amax, amax, codes_t, None, codes_t, layout)
-
-
-def _cast(
-    x: Tensor, code_scale: Tensor, ends: Tensor, row_amax: Tensor, amax: Tensor, codes: Tensor, scale: Tensor | None,
-    codes_t: Tensor, layout: tuple[int, int],
-) -> Tensor:  # fmt: skip
-    """Fill codes, scale and codes_t; the scales of columns `[E, K]`. What is not written stands for itself."""
-    shape, groups, dtypes = tuple(x.shape), ends.shape[0], (x.dtype, code_scale.dtype)
+    # A pointer that a variant of the kernels never follows still has to be one.
+    row_amax = row_amax if rows else amax
+    shape, stride_t, dtype = (tokens, features), x.stride(0), x.dtype
     blocks = AMAX_BLOCK_T, AMAX_BLOCK_K, AMAX_WARPS, AMAX_ROWS, AMAX_SPLITS
-    of_rows = scale is not None
-    _launch_amax((x, code_scale, ends, row_amax, amax), shape, x.stride(0), groups, dtypes, of_rows, blocks)
+    _launch_amax((x, ends, row_amax, amax), shape, stride_t, groups, dtype, rows, blocks)
     inv_scale, scale_t = scales_of(amax)
-    tensors = x, code_scale, ends, row_amax, inv_scale, codes, inv_scale if scale is None else scale, codes_t
-    _launch_cast(tensors, shape, x.stride(0), groups, layout, dtypes, of_rows, TILE)
-    return scale_t
+    tensors = x, ends, row_amax, inv_scale, codes, inv_scale if scale is None else scale, codes_t
+    _launch_cast(tensors, shape, stride_t, groups, dtype, rows, TILE)
+    return (codes_t, scale_t) if scale is None else (codes, scale, codes_t, scale_t)

@@ -127,15 +127,15 @@ def _cast_kernel(
         False, EXACT_BITS,
     )  # fmt: skip
     _store_group_columns(
-        a, b, c, d, group, gate_inv_scale_ptr, gate_codes_t_ptr, quad, k, rows, features, groups, rows, 0, EXACT_BITS
+        a, b, c, d, group, gate_inv_scale_ptr, gate_codes_t_ptr, quad, k, rows, features, groups, EXACT_BITS
     )
     _store_group_columns(
-        a_up, b_up, c_up, d_up, group, up_inv_scale_ptr, up_codes_t_ptr, quad, k, rows, features, groups, rows, 0,
+        a_up, b_up, c_up, d_up, group, up_inv_scale_ptr, up_codes_t_ptr, quad, k, rows, features, groups,
         EXACT_BITS,
     )  # fmt: skip
     _store_group_columns(
         a_out, b_out, c_out, d_out, group, output_inv_scale_ptr, output_codes_t_ptr, quad, k, rows, features, groups,
-        rows, 0, EXACT_BITS,
+        EXACT_BITS,
     )  # fmt: skip
 
 
