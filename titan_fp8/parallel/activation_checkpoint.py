@@ -84,7 +84,8 @@ def apply_activation_checkpointing(
         compile_config: how the blocks will be compiled; `memory_budget` is the compiler's work.
         dump_folder: the run's folder, where the picture of `visualize_memory_budget_pareto` goes.
         around_experts: of a block with experts, parts will be compiled and not the whole (`apply_compile`). By
-            operation, these parts and the experts are then checkpointed one by one.
+            operation, these parts and the experts are then checkpointed one by one; otherwise the block is, in eager
+            mode, where nothing has to be said about what to keep.
 
     Raises:
         UserError: from `check_activation_checkpointing`.
@@ -101,17 +102,20 @@ def apply_activation_checkpointing(
         "early_stop": section.early_stop,
         "debug": section.debug,
     }
-    every = 1
-    if _is_per_op(section):
+    is_per_op, every = _is_per_op(section), 1
+    if is_per_op:
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
-    elif compiles(compile_config, "model") and compile_config.backend != "eager":
-        options["context_fn"] = _recompute_all
-    if section.mode == "selective" and not _is_per_op(section):
+    elif section.mode == "selective":
         every = int(section.selective_ac_option)
+    in_graph = options
+    if not is_per_op and compiles(compile_config, "model") and compile_config.backend != "eager":
+        in_graph = options | {"context_fn": _recompute_all}
     for name, block in model.layers.items():
         if (int(name) + 1) % every:  # the number in the whole model, of which this may be a part
             continue
-        if around_experts and isinstance(block, TransformerBlock) and block.moe is not None and _is_per_op(section):
+        if not (around_experts and isinstance(block, TransformerBlock) and block.moe is not None):
+            block.forward = _checkpointed(block.forward, in_graph)
+        elif is_per_op:
             block.attend_and_norm = _checkpointed(block.attend_and_norm, options)
             block.moe.forward = _checkpointed(block.moe.forward, options)
         else:
@@ -157,10 +161,11 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 
 def _recompute_all() -> tuple[Any, Any]:
-    """The pair of contexts that keeps nothing, for the compiler.
+    """The pair of contexts that keeps nothing, for a checkpoint inside of a compiled graph.
 
     That is what checkpointing does without contexts; but then the compiler of PyTorch 2.11 takes the operators inside
-    an autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results.
+    an autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results. Outside
+    of the compiler contexts are dispatch modes, which every operator goes through in Python: not there.
     """
     return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 

@@ -9,6 +9,7 @@ from torch import nn
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
+from titan_fp8.models.moe import Gate
 from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
@@ -40,7 +41,7 @@ def _build(n_layers: int = 3, recipe: str | None = None, **overrides: object) ->
         convert = _conversion(recipe)
         for parent in list(model.layers.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear) and not isinstance(child, Gate):
                     setattr(parent, name, convert(child))
     initialize(model, seed=3)
     return model

@@ -2,21 +2,25 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.backends.common import aot_autograd
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy
 
 from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
 from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
+from titan_fp8.parallel.compile import apply_compile
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.quantization.mx_ops import emulated_mm
 from titan_fp8.quantization.ops import GEMM_OPS
@@ -29,6 +33,11 @@ LAYERS, LINEARS = 3, 7  # linears of a block; the output head is one more, outsi
 GEMMS = {torch.ops.aten.mm.default, *GEMM_OPS, emulated_mm}
 RECIPES = pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "mxfp8_emulated"])
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+# What Dynamo does to trace is not ours.
+IN_THE_COMPILER = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
+    "ignore:.*Function'> should not be instantiated:DeprecationWarning",
+)
 
 
 class _Count(TorchDispatchMode):
@@ -202,6 +211,90 @@ def test_blocks_for_the_compiler_name_what_to_recompute(option: str, tiny_decode
     first_pass, _ = options["context_fn"]()
     for op in (torch.ops.aten.mm.default, *GEMM_OPS):
         assert first_pass.policy_fn(None, op) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+EXPERTS = {"n_experts": 4, "top_k": 2, "n_shared_experts": 1, "moe_ffn_dim": 32, "first_dense_layers": 1}
+KEEPING = "keep_codes_for_a_test"
+
+
+@pytest.fixture
+def codes_of_graphs() -> Iterator[list[StorageWeakRef]]:
+    """The memory of float8 codes that come out of forward graphs compiled by the backend called KEEPING."""
+    codes: list[StorageWeakRef] = []
+
+    def forward_compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            results = graph(*args)
+            codes.extend(StorageWeakRef(t.untyped_storage()) for t in results if isinstance(t, Tensor) and _is_fp8(t))
+            return results
+
+        return make_boxed_func(run)
+
+    def backward_compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler)
+    torch._dynamo.register_backend(backend, name=KEEPING)
+    yield codes
+    registry = torch._dynamo.backends.registry
+    registry._COMPILER_FNS.pop(KEEPING)
+    registry._BACKENDS.pop(KEEPING, None)
+    torch._dynamo.reset()
+
+
+def _is_fp8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def _compiled_in_parts(build: Build, section: ActivationCheckpointSection) -> Decoder:
+    """A dense block and two with experts, checkpointed and compiled as expert parallelism has it."""
+    model = build(LAYERS, "rowwise", **EXPERTS)
+    compiled = CompileSection(enable=True, backend=KEEPING)
+    apply_activation_checkpointing(model, section, compile_config=compiled, around_experts=True)
+    apply_compile(model, compiled, around_experts=True)
+    return model
+
+
+@IN_THE_COMPILER
+@pytest.mark.parametrize("option", ["1", "2"])
+def test_no_mode_watches_a_block_with_experts_of_which_parts_are_compiled(
+    option: str, tiny_decoder: Build, codes_of_graphs: list[StorageWeakRef]
+) -> None:
+    """Every operator between the parts would go through it in Python."""
+    model = _compiled_in_parts(tiny_decoder, _section(selective_ac_option=option))
+    modes: list[int] = []
+    for block in model.layers.values():
+        if block.moe is not None:
+            block.moe.experts.register_forward_pre_hook(
+                lambda *_: modes.append(len(_get_current_dispatch_mode_stack()))
+            )
+    model(torch.randint(67, (2, 16))).sum().backward()
+    recomputed = (LAYERS - 1) // int(option)
+    assert modes == [0] * (LAYERS - 1 + recomputed)
+
+
+@IN_THE_COMPILER
+def test_codes_of_compiled_parts_of_a_block_with_experts_are_computed_again_and_not_kept(
+    tiny_decoder: Build, codes_of_graphs: list[StorageWeakRef]
+) -> None:
+    outputs = {}
+    for mode in ("none", "full"):
+        codes_of_graphs.clear()
+        torch._dynamo.reset()
+        model = _compiled_in_parts(tiny_decoder, _section(mode=mode))
+        loss = model(torch.arange(32).view(2, 16)).sum()
+        made = len(codes_of_graphs)
+        kept = sum(not each.expired() for each in codes_of_graphs)
+        assert made
+        assert kept == (made if mode == "none" else 0)
+        loss.backward()
+        again = len(codes_of_graphs) - made
+        assert again == (0 if mode == "none" else made), "a compiled forward pass that is repeated gives the same"
+        outputs[mode] = loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    assert torch.equal(outputs["none"][0], outputs["full"][0])
+    for name, grad in outputs["none"][1].items():
+        assert torch.equal(grad, outputs["full"][1][name]), name
 
 
 @pytest.mark.parametrize("pattern", ["feed_forward.w4", "w", "layers.1.attention.wq.weight", "ers.0", "attention.w[q]"])
