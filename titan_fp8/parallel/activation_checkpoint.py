@@ -41,6 +41,7 @@ from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.patterns import matches
+from titan_fp8.runtime.recomputation import with_memory
 from titan_fp8.runtime.suggest import did_you_mean
 
 Shape = tuple[int, int]
@@ -119,7 +120,8 @@ def apply_activation_checkpointing(
             block.attend_and_norm = _checkpointed(block.attend_and_norm, options)
             block.moe.forward = _checkpointed(block.moe.forward, options)
         else:
-            block.forward = _checkpointed(block.forward, options)
+            # By operation this would not do: there the results of exchanges are kept and handed out in their order.
+            block.forward = with_memory(_checkpoint(options), block.forward)
 
 
 def check_activation_checkpointing(
@@ -150,6 +152,10 @@ def check_activation_checkpointing(
 
 def _is_per_op(section: ActivationCheckpointSection) -> bool:
     return section.mode == "selective" and section.selective_ac_option == "op"
+
+
+def _checkpoint(options: dict[str, Any]) -> Callable[..., Any]:
+    return functools.partial(checkpoint, use_reentrant=False, **options)
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ Each rank has E / ep of a layer's experts, and its own tokens. A token travels t
 back, in two exchanges of all ranks with all:
 
     sort      each rank sorts its tokens by expert, so that what goes to one rank lies together
-    counts    ranks tell each other how many tokens come for each expert; the CPU waits for these numbers
+    counts    ranks tell each other how many tokens come for each expert; the CPU waits for these numbers, and where
+              a whole layer is recomputed it has them already
     dispatch  tokens travel
     regroup   what has come, by rank and expert, is sorted by expert, with the alignment that the products want
     combine   the experts' outputs travel back, and are summed for each token
@@ -38,6 +39,7 @@ from titan_fp8.quantization.mx_recipes import GROUPED_RECIPE
 from titan_fp8.quantization.ops import cast_rows
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.collectives import Axis, exchange_equally, exchange_rows, wait_for
+from titan_fp8.runtime.recomputation import recalled
 
 ACTIVATIONS = "activations"
 
@@ -138,10 +140,7 @@ class ExchangeDispatcher:
     ) -> UnderWay[Groups]:
         """See `Dispatcher`."""
         counts, _, position, source = plan(experts, self.n_experts, 1)
-        by_rank = counts.view(self._axis.size, -1)
-        from_ranks = exchange_equally(by_rank, self._axis)
-        # The one thing that the CPU has to know.
-        sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
+        sent, came, from_ranks = recalled(lambda: self._announce(counts))
         exchange = Exchange(sent, came, self._axis, forward=self._payload, hand_over=self.hand_over)
         rows = Send.apply(Permute.apply(x, scores, position, source), exchange)
         _, ends, place, origin = plan(_experts_of(from_ranks, sum(came)), from_ranks.shape[1], self.alignment)
@@ -151,6 +150,15 @@ class ExchangeDispatcher:
             return Groups(grouped, ends, _WayBack(position, source, factors, sent, came))
 
         return UnderWay(rows, arrive)
+
+    def _announce(self, counts: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """How many rows go to each rank and come from each, and for which experts these are, `[ranks, experts here]`,
+        for the tokens of each expert `[E]` here."""
+        by_rank = counts.view(self._axis.size, -1)
+        from_ranks = exchange_equally(by_rank, self._axis)
+        # The one thing that the CPU has to know.
+        sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
+        return sent, came, from_ranks
 
     def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
         """See `Dispatcher`; y `[R, D]`, in the order in which rows came."""
