@@ -138,8 +138,8 @@ def test_sums_of_gradients_are_exact_to_fp32(load: str, n: int, k: int) -> None:
 
     a, b, a_t, b_t = whole(2112, k), whole(8, n, k), whole(n, 2112), whole(k, 2112)
     scale_a, scale_b, scale_n, scale_k = power(2112, 1), power(8, n), power(8, n), power(8, k)
-    rows = grouped.exact_mm_rows(a.to(E4M3), b.to(E4M3), scale_a, scale_b, ends, torch.float32)
-    columns = grouped.exact_mm_columns(a_t.to(E4M3), b_t.to(E4M3), scale_n, scale_k, ends, torch.float32)
+    rows = grouped.mm_rows(a.to(E4M3), b.to(E4M3), scale_a, scale_b, ends, torch.float32, False)
+    columns = grouped.mm_columns(a_t.to(E4M3), b_t.to(E4M3), scale_n, scale_k, ends, torch.float32)
     begin = 0
     for e, count in enumerate(counts):
         of_e = slice(begin, begin + count)
@@ -155,11 +155,11 @@ def test_nan_stays_in_its_group() -> None:
     a, b, x = random(112, 80).to(E4M3), random(3, 48, 80, seed=1).to(E4M3), random(64, 112, seed=2).to(E4M3)
     a.view(torch.uint8)[50, 3] = 0x7F
     ones = torch.ones(112, 1, device="cuda"), torch.ones(3, 48, device="cuda")
-    rows = grouped.exact_mm_rows(a, b, *ones, ends, torch.float32)
+    rows = grouped.mm_rows(a, b, *ones, ends, torch.float32, False)
     assert rows.isnan().any(1).nonzero().flatten().tolist() == [50]
     assert rows[50].isnan().all()
     ones = torch.ones(3, 80, device="cuda"), torch.ones(3, 64, device="cuda")
-    columns = grouped.exact_mm_columns(a.t().contiguous(), x, *ones, ends, torch.float32)
+    columns = grouped.mm_columns(a.t().contiguous(), x, *ones, ends, torch.float32)
     assert columns.isnan().any(2).nonzero().tolist() == [[1, 3]]
 
 

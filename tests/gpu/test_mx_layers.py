@@ -123,7 +123,7 @@ def test_experts_compute_what_they_compute_on_a_cpu(sizes: list[int], emulate: b
     grad = torch.randn(1088, 256, generator=generator).bfloat16()
     results = []
     for device, emulated in (("cpu", True), ("cuda", emulate)):
-        mine = {name: t.to(device).requires_grad_() for name, t in leaves.items()}
+        mine = {name: t.detach().clone().to(device).requires_grad_() for name, t in leaves.items()}
         x, *weights = mine.values()
         output = mx_grouped_feed_forward(x, weights, ends.to(device), MXGroupedConfig("rceil", emulated))
         output.backward(grad.to(device))

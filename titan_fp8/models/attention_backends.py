@@ -61,6 +61,12 @@ _OF_ANY_WIDTHS = ("math", "flash4")
 _OF_ONE_WIDTH = ("flash", "cudnn")
 """Kernels whose values must be as wide as queries and keys."""
 _NARROWEST_IN_FLEX = 16
+_WIDE_IN_FLEX = 128
+_OF_WIDE_FP32: dict[str, Any] = {
+    "num_stages": 1, "fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32,
+    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32,
+}  # fmt: skip
+"""Wider heads in fp32 take more shared memory than there is, in the blocks that PyTorch chooses."""
 _GRANULE_OF_EFFICIENT = 8
 """Its rows are read in 16 bytes."""
 _MAX_HEAD_DIM = {"flash": 256, "cudnn": 128, "flash4": flash4.MAX_HEAD_DIM}
@@ -191,7 +197,10 @@ def causal_attention(
     is_grouped = q.shape[1] != k.shape[1]
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attention needs the block mask that attention_mask makes"
-        return _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=is_grouped, scale=scale)
+        options = _OF_WIDE_FP32 if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > _WIDE_IN_FLEX else None
+        return _compiled(flex_attention)(
+            q, k, v, block_mask=mask, enable_gqa=is_grouped, scale=scale, kernel_options=options
+        )
     if backend == "flash4":
         assert mask is None, "FlashAttention 4 is given no mask"
         assert scale is None, "FlashAttention 4 is given no scale"

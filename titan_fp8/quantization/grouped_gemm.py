@@ -3,9 +3,8 @@
     by rows      result[rows of e] = (a[rows of e] codes @ b[e] codes .T) * scale_a * scale_b[e]        [M, N]
     by columns   result[e] = (a[:, rows of e] codes @ b[:, rows of e] codes .T) * scale_a[e] * scale_b[e]   [E, N, K]
 
-Both operands have the summed dimension contiguous. Products whose sums are exact to fp32 run in kernels of our own on
-Hopper, others in PyTorch's. Emulated, the codes are multiplied as exact fp32 numbers; that reads the groups' ends, so
-it waits for the device.
+Both operands have the summed dimension contiguous. Hopper has kernels of our own, other devices PyTorch's. Emulated,
+the codes are multiplied as exact fp32 numbers; that reads the groups' ends, so it waits for the device.
 
 M rows, K in features, N out features, E experts. `ends` int32 [E]: the row behind each expert's rows.
 """
@@ -37,8 +36,8 @@ def grouped_mm_rows(
     group may be anything."""
     _check_device(a, emulate)
     if not emulate and a.numel():
-        if not fast_accum and grouped.multiplies(a):
-            return grouped.exact_mm_rows(a, b, scale_a, scale_b, ends, out_dtype)
+        if grouped.multiplies(a):
+            return grouped.mm_rows(a, b, scale_a, scale_b, ends, out_dtype, fast_accum)
         scales = scale_a.view(-1), scale_b
         result = _scaled_grouped_mm(
             a, b.transpose(-2, -1), *scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=fast_accum
@@ -60,7 +59,7 @@ def grouped_mm_columns(
     _check_device(a, emulate)
     if not emulate and a.numel():
         if grouped.multiplies(a):
-            return grouped.exact_mm_columns(a, b, scale_a, scale_b, ends, out_dtype)
+            return grouped.mm_columns(a, b, scale_a, scale_b, ends, out_dtype)
         scales = scale_a.flatten(), scale_b.flatten()
         result = _scaled_grouped_mm(a, b.t(), *scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
         return result.to(out_dtype)

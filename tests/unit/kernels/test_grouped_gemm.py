@@ -24,7 +24,7 @@ def test_no_case_is_left_out(results: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("kind", ["rows", "fast rows", "columns"])
 @pytest.mark.parametrize("out", ["*bf16", "*fp32"])
 def test_the_kernels_compile_to_tensor_cores_fed_by_the_memory_accelerator(
     kind: str, out: str, tmp_path, monkeypatch: pytest.MonkeyPatch
@@ -33,11 +33,13 @@ def test_the_kernels_compile_to_tensor_cores_fed_by_the_memory_accelerator(
     from titan_fp8.kernels.grouped import gemm_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = gemm_kernel.ROWS_TILE if kind == "rows" else gemm_kernel.COLUMNS_TILE
+    tiles = {"rows": "ROWS_TILE", "fast rows": "FAST_ROWS_TILE", "columns": "COLUMNS_TILE"}
+    tile = getattr(gemm_kernel, tiles[kind])
     operands = [f"tensordesc<fp8e4nv[{block}, {tile.depth}]>" for block in (tile.first, tile.second)]
     arguments = [*operands, "*i32", "*fp32", "*fp32", out, "i32+", "i32+"]
-    constants = {"FAST": False, "BAND": tile.band, "num_warps": tile.warps, "maxnreg": tile.registers}
-    if kind == "rows":
+    constants = {"BAND": tile.band, "num_warps": tile.warps, "maxnreg": tile.registers}
+    if kind != "columns":
+        constants["FAST"] = kind == "fast rows"
         blocks = {"BLOCK_M": tile.first, "BLOCK_N": tile.second, "BLOCK_K": tile.depth, "GROUPS": 16}
         ptx = compile_ptx(gemm_kernel._rows_kernel, [*arguments, "i32"], **constants, **blocks)
     else:

@@ -21,9 +21,9 @@ __all__ = [
     "cast_both",
     "cast_columns",
     "columns_of_experts",
-    "exact_mm_columns",
-    "exact_mm_rows",
     "gather",
+    "mm_columns",
+    "mm_rows",
     "multiplies",
     "swiglu_backward",
     "swiglu_rows",
@@ -114,20 +114,18 @@ def multiplies(x: Tensor) -> bool:
     return float8.uses_kernel(x) and torch.version.hip is None and _capability(x.device)[0] == _HOPPER
 
 
-def exact_mm_rows(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
+def mm_rows(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype, fast_accum: bool
 ) -> Tensor:
     """Codes a `[M, K]`, scale_a `[M, 1]`, b `[E, N, K]`, scale_b `[E, N]` -> the product of each group's rows with its
-    b, `[M, N]` in `out_dtype`, summed in fp32; rows behind the last group may be anything."""
-    return _gemm_kernel().grouped_mm_rows(a, b, scale_a, scale_b, ends, out_dtype, fast_accum=False)
+    b, `[M, N]` in `out_dtype`; rows behind the last group may be anything. Without `fast_accum` summed in fp32."""
+    return _gemm_kernel().grouped_mm_rows(a, b, scale_a, scale_b, ends, out_dtype, fast_accum)
 
 
-def exact_mm_columns(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
-) -> Tensor:
+def mm_columns(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Codes a `[N, M]`, scale_a `[E, N]`, b `[K, M]`, scale_b `[E, K]` -> the product over each group's rows,
     `[E, N, K]` in `out_dtype`, summed in fp32; zero of a group without rows."""
-    return _gemm_kernel().grouped_mm_columns(a, b, scale_a, scale_b, ends, out_dtype, fast_accum=False)
+    return _gemm_kernel().grouped_mm_columns(a, b, scale_a, scale_b, ends, out_dtype)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Grouped products of e4m3 codes as Triton kernels for Hopper, whose sums are exact to fp32.
+"""Grouped products of e4m3 codes as Triton kernels for Hopper.
 
     rows        result[rows of e] = (a[rows of e] codes @ b[e] codes .T) * scale_a * scale_b[e]               [M, N]
     columns     result[e] = (a[:, rows of e] codes @ b[:, rows of e] codes .T) * scale_a[e] * scale_b[e]      [E, N, K]
 
 Tensor cores of Hopper sum float8 products with 14 bits of mantissa. Without fast accumulation these sums are added up
-in fp32 after every 128 products, in registers: PyTorch's grouped product does it too, but then runs at a third of its
-speed (docs/moe.md). Operands come through the tensor memory accelerator, which fills with zeros what lies behind the
-last row or column; what belongs to the next group is masked.
+in fp32 after every 128 products, in registers: PyTorch's grouped product does it too, but for small experts at a third
+of the speed (docs/moe.md). Products by columns are never accumulated fast. Operands come through the tensor memory
+accelerator, which fills with zeros what lies behind the last row or column; what belongs to the next group is masked.
 
 M rows, a multiple of 16, K and N features, multiples of 16, E groups. `ends` int32 [E]: the row behind each group,
 ascending, multiples of 16.
@@ -47,8 +47,11 @@ class GemmTile(NamedTuple):
 
 # Static, since a search at the first step could choose differently on different ranks.
 # `scripts/bench_grouped.py --sweep` times others.
-ROWS_TILE = GemmTile(128, 128, 128, 8, 3)
-COLUMNS_TILE = GemmTile(128, 128, 128, 8, 3)
+FAST_ROWS_TILE = GemmTile(128, 128, 128, 8, 3)
+ROWS_TILE = GemmTile(64, 128, 128, 4, 3)
+COLUMNS_TILE = GemmTile(256, 128, 128, 8, 4)
+"""Those of sums that are exact to fp32 hold each sum twice, in registers, and so are smaller or have a GPU's
+multiprocessor for themselves."""
 
 
 @triton.jit
@@ -101,7 +104,6 @@ def _rows_kernel(
 @triton.jit
 def _columns_kernel(
     a_desc, b_desc, ends_ptr, scale_a_ptr, scale_b_ptr, out_ptr, first, second,
-    FAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """A tile of the product by columns of groups; a `[N, M]`, b `[K, M]`, first N, second K."""
@@ -114,13 +116,13 @@ def _columns_kernel(
     for m in range(begin, whole, BLOCK_M):
         a = a_desc.load([pid_n * BLOCK_N, m])
         b = b_desc.load([pid_k * BLOCK_K, m])
-        sums = _dot(a, b, sums, FAST)
+        sums = _dot(a, b, sums, False)
     if whole < end:
         # The last rows of the group; those behind them are of the next one, and may be NaN.
         is_inside = (whole + tl.arange(0, BLOCK_M) < end)[None, :]
         a = tl.where(is_inside, a_desc.load([pid_n * BLOCK_N, whole]).to(tl.uint8, bitcast=True), 0)
         b = tl.where(is_inside, b_desc.load([pid_k * BLOCK_K, whole]).to(tl.uint8, bitcast=True), 0)
-        sums = _dot(a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True), sums, FAST)
+        sums = _dot(a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True), sums, False)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     scale_a = tl.load(scale_a_ptr + group * first + n, mask=n < first, other=0.0)
@@ -140,7 +142,7 @@ def grouped_mm_rows(
     result = torch.empty(rows, features, dtype=out_dtype, device=a.device)
     if not rows:
         return result
-    tile = ROWS_TILE
+    tile = FAST_ROWS_TILE if fast_accum else ROWS_TILE
     operands = _described(a, tile.first, tile.depth), _described(b.view(-1, depth), tile.second, tile.depth)
     # Where groups end is not known here: each may have a tile that is not full.
     programs = (cdiv(rows, tile.first) + experts) * cdiv(features, tile.second)
@@ -154,7 +156,7 @@ def grouped_mm_rows(
 
 
 def grouped_mm_columns(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype, fast_accum: bool
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """a `[N, M]`, scale_a `[E, N]`, b `[K, M]`, scale_b `[E, K]` -> `[E, N, K]` in `out_dtype`; zero of an expert
     without rows."""
@@ -167,7 +169,7 @@ def grouped_mm_columns(
     programs = experts * cdiv(first, tile.first) * cdiv(second, tile.second)
     _columns_kernel[(programs,)](
         *operands, ends, scale_a, scale_b, result, first, second,
-        FAST=fast_accum, BLOCK_N=tile.first, BLOCK_K=tile.second, BLOCK_M=tile.depth, BAND=tile.band,
+        BLOCK_N=tile.first, BLOCK_K=tile.second, BLOCK_M=tile.depth, BAND=tile.band,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return result
