@@ -96,6 +96,7 @@ def convert_to_float8_grouped_training(
     model: nn.Module,
     *,
     fqns: Sequence[str] = ("experts",),
+    filter_fqns: Sequence[str] = (),
     emulate: bool | Literal["auto"] = False,
     fast_accum_in_backward: bool = False,
     aligned_groups: bool = False,
@@ -114,6 +115,8 @@ def convert_to_float8_grouped_training(
     Args:
         model: has experts; on any device, the meta device included.
         fqns: which experts, as runs of components of their names: `experts`, `layers.1`.
+        filter_fqns: which of these to leave in high precision; `auto_filter_small_kn` leaves those of this package
+            alone whose features and hidden features are too few to gain.
         emulate: True multiplies the same codes in fp32 on any device, "auto" does so where this machine's accelerator
             has no such grouped product; False is an error there.
         fast_accum_in_backward: use the tensor cores' fast, less exact accumulation for gradients of activations too;
@@ -138,12 +141,14 @@ def convert_to_float8_grouped_training(
     check_model(model)
     checked = Arguments(
         fqns=fqns,
+        filter_fqns=filter_fqns,
         fast_accum_in_backward=fast_accum_in_backward,
         aligned_groups=aligned_groups,
         cache_weights=cache_weights,
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
     )
     checked.names("fqns", or_one=True)
+    checked.names("filter_fqns")
     checked.flags("fast_accum_in_backward", "aligned_groups", "cache_weights", "enable_fsdp_float8_all_gather")
     settings, problems = checked.settings, checked.problems
     caches, gathers = (settings.pop(name, False) for name in ("cache_weights", "enable_fsdp_float8_all_gather"))

@@ -171,6 +171,10 @@ class Float8GroupedSection(Section):
     """Which experts are converted: patterns as in `quantize.linear.float8.filter_fqns`, a list or one string with
     commas. `experts` is all of them, and never the shared ones, which are linears."""
 
+    filter_fqns: list[str] = key([])
+    """Which of these to leave alone: patterns of the same kind. `auto_filter_small_kn` leaves alone the experts whose
+    features and hidden features are too few to gain."""
+
     emulate: bool | Literal["auto"] = False
     """Compute the same 8-bit codes and multiply them in float32, on any device. `"auto"` emulates where the device has
     no such grouped product; false is an error there."""
@@ -187,6 +191,8 @@ class Float8GroupedSection(Section):
         """Names that no model has."""
         for problem in malformed(self.patterns()):
             yield Problem("fqns", problem)
+        for problem in malformed(pattern for pattern in self.filter_fqns if pattern != AUTO_FILTER):
+            yield Problem("filter_fqns", problem)
         for key_name, problem in emulation_problems(self.fast_accum_in_backward, self.emulate):
             yield Problem(key_name, problem)
 

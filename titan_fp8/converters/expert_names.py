@@ -1,13 +1,17 @@
-"""Which experts of a model `fqns` names, for both converters of experts: what is wrong with it, and a report's rows."""
+"""Which experts of a model `fqns` names, for both converters of experts: what is wrong with it, and a report's rows.
 
-from collections.abc import Mapping, Sequence
+Of those, `filter_fqns` of `quantize.grouped_mm.float8` leaves some alone, by their names or as too small to gain.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from titan_fp8.converters.filters import check_patterns, first_match
+from titan_fp8.converters.filters import AUTO_FILTER, check_patterns, first_match
 from titan_fp8.converters.grouped_experts import local_shape
 from titan_fp8.converters.other_experts import holder_problems, holders_of, weight_problems, weights_of
 from titan_fp8.converters.report import ReportRow
+from titan_fp8.converters.size_rule import experts_are_too_small
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.grouped_product import GroupedFormat
 
@@ -95,15 +99,70 @@ def problems_of_others(
     return problems
 
 
+def reasons_to_stay(
+    ours: Mapping[str, Experts], others: Collection[str], filter_fqns: Sequence[str], ranks: int
+) -> dict[str, str]:
+    """Name -> why experts stay in bf16 that `fqns` names, for those that do.
+
+    Args:
+        ours, others: what is named; of the latter the names.
+        filter_fqns: patterns, and the rule of size, which counts for ours.
+        ranks: over which the hidden features of each expert will be divided.
+    """
+    patterns = [pattern for pattern in filter_fqns if pattern != AUTO_FILTER]
+    matched = {fqn: first_match(patterns, fqn) for fqn in (*ours, *others)}
+    reasons = {fqn: f'filter "{pattern}"' for fqn, pattern in matched.items() if pattern is not None}
+    for fqn, each in ours.items() if AUTO_FILTER in filter_fqns else ():
+        _, hidden, features = local_shape("w1", each.w1, ranks)
+        if experts_are_too_small(features, hidden):
+            reasons.setdefault(fqn, AUTO_FILTER)
+    return reasons
+
+
+def filter_problems(
+    model: nn.Module,
+    ours: Collection[str],
+    others: Collection[str],
+    filter_fqns: Sequence[str],
+    reasons: Mapping[str, str],
+    prefix: str,
+) -> list[str]:
+    """What is wrong with `filter_fqns`, one message each, given the names of experts that `fqns` names and what
+    `reasons_to_stay` says of them."""
+    setting, named = f"{prefix}filter_fqns", (*ours, *others)
+    modules = [name for name, _ in model.named_modules() if name]
+    problems = check_patterns(filter_fqns, modules, setting=setting, may_match_nothing=False)
+    patterns = [pattern for pattern in filter_fqns if pattern != AUTO_FILTER]
+    idle = [pattern for pattern in patterns if not any(is_named([pattern], fqn) for fqn in named)]
+    if named and idle and not problems:
+        problems.append(
+            f"{setting}: {', '.join(map(repr, idle))} matches no experts that {prefix}fqns names, and has no effect; "
+            "correct it or take it out"
+        )
+    by_size = AUTO_FILTER in filter_fqns
+    if not by_size and named and all(fqn in reasons for fqn in named):
+        problems.append(f"{setting} leaves all experts alone that {prefix}fqns names, so nothing would run in float8")
+    unknown = [fqn for fqn in others if fqn not in reasons]
+    if by_size and unknown:
+        problems.append(
+            f"{setting}: {AUTO_FILTER!r} goes by features and hidden features, and weights of experts that are not "
+            f"this package's do not say which is which ({', '.join(unknown)}); name those that are too small instead"
+        )
+    return problems
+
+
 def expert_rows(
     experts: Mapping[str, tuple[MoE, Experts]],
     others: Mapping[str, nn.Module],
     fqns: Sequence[str],
     ranks: int,
     recipe: str,
+    reasons: Mapping[str, str] | None = None,
 ) -> list[ReportRow]:
-    """A row for each weight of all experts of ours, and of others that are converted. What of the latter a grouped
-    product multiplies is known once they run; that runs in 8 bits."""
+    """A row for each weight of all experts of ours, and of others that are named. What of the latter a grouped product
+    multiplies is known once they run; that runs in 8 bits. reasons: see `reasons_to_stay`."""
+    unnamed = {fqn: "no pattern of fqns" for fqn in experts if not is_named(fqns, fqn)}
+    stay = unnamed | dict(reasons or {})
     weights = [
         (fqn, name, weight, True) for fqn, (_, each) in experts.items() for name, weight in each.named_parameters()
     ]
@@ -114,8 +173,8 @@ def expert_rows(
             f"{fqn}.{name}",
             tuple(weight.shape),
             local_shape(name, weight, ranks) if is_ours else tuple(weight.shape),
-            recipe=recipe if is_named(fqns, fqn) else None,
-            reason=None if is_named(fqns, fqn) else "no pattern of fqns",
+            recipe=None if fqn in stay else recipe,
+            reason=stay.get(fqn),
             flop_share=weight.numel() / max(total, 1),
             assigned=recipe,
         )

@@ -1,7 +1,8 @@
 """The converter `quantize.grouped_mm.float8`: experts of a mixture of experts multiply in float8, by rows.
 
 Ours are replaced (`grouped_experts.py`), other people's stay what they are (`other_experts.py`). All problems are
-collected and raised at once, with the model unchanged. Experts that no pattern names stay in bf16.
+collected and raised at once, with the model unchanged. Experts that no pattern names, or that a filter leaves alone,
+stay in bf16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,15 @@ from enum import Enum
 from torch import nn
 
 from titan_fp8.converters.config import Float8GroupedSection
-from titan_fp8.converters.expert_names import expert_rows, is_named, name_problems, problems_of_others
+from titan_fp8.converters.expert_names import (
+    expert_rows,
+    filter_problems,
+    is_named,
+    name_problems,
+    problems_of_others,
+    reasons_to_stay,
+)
+from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.grouped_experts import (
     Float8Experts,
     cache_experts,
@@ -22,6 +31,7 @@ from titan_fp8.converters.grouped_experts import (
 from titan_fp8.converters.other_experts import convert_other_experts, other_experts_of
 from titan_fp8.converters.protocol import ConversionError, Placement, modules_of
 from titan_fp8.converters.report import ConversionReport
+from titan_fp8.converters.size_rule import EXPERTS_RULE
 from titan_fp8.converters.support import resolve_grouped_emulation
 from titan_fp8.kernels.grouped import ALIGNMENT
 from titan_fp8.models.moe import Experts
@@ -64,6 +74,7 @@ class Float8GroupedConverter:
             model,
             section.patterns(),
             self._device,
+            filter_fqns=section.filter_fqns,
             emulate=section.emulate,
             fast_accum_in_backward=section.fast_accum_in_backward,
             weights=self._weights,
@@ -89,6 +100,7 @@ def convert_grouped(
     fqns: Sequence[str],
     device: DeviceCapabilities,
     *,
+    filter_fqns: Sequence[str] = (),
     emulate: object = False,
     fast_accum_in_backward: bool = False,
     weights: ExpertWeights = ExpertWeights.CAST,
@@ -97,12 +109,13 @@ def convert_grouped(
     prefix: str = "",
     problems: Sequence[str] = (),
 ) -> ConversionReport:
-    """Let the experts of `model` that `fqns` names multiply in float8, in place.
+    """Let the experts of `model` that `fqns` names and `filter_fqns` does not leave alone multiply in float8, in place.
 
     Args:
         model: has layers with experts (`titan_fp8.models.moe.MoE`), or modules as in `other_experts.py`; on any device.
         fqns: patterns of names.
         device: what training runs on.
+        filter_fqns: patterns of names, and `auto_filter_small_kn`.
         emulate, fast_accum_in_backward: see `Float8GroupedSection`.
         weights: what becomes of their codes.
         ranks: over which the hidden features of each expert will be divided.
@@ -117,6 +130,11 @@ def convert_grouped(
     problems = [*problems, *name_problems(model, experts, others, fqns, PRODUCTS, prefix)]
     others = {fqn: module for fqn, module in others.items() if is_named(fqns, fqn)}
     named = {fqn: each for fqn, (_, each) in experts.items() if is_named(fqns, fqn)}
+    reasons = reasons_to_stay(named, others, filter_fqns, ranks)
+    problems += filter_problems(model, named, others, filter_fqns, reasons, prefix)
+    rows = expert_rows(experts, others, fqns, ranks, RECIPE, reasons)
+    named = {fqn: each for fqn, each in named.items() if fqn not in reasons}
+    others = {fqn: module for fqn, module in others.items() if fqn not in reasons}
     problems += _problems(named, f"{prefix}fqns", ranks)
     kept = weights is not ExpertWeights.CAST
     problems += problems_of_others(model, others, fqns, PRODUCTS, prefix, kept=kept, aligned=aligned_groups)
@@ -127,7 +145,6 @@ def convert_grouped(
         problems.append(str(error))
     if problems:
         raise ConversionError(problems)
-    rows = expert_rows(experts, others, fqns, ranks, RECIPE)
     config = Float8GroupedConfig(emulated, fast_accum_in_backward)
     for fqn in named:
         convert_experts(experts[fqn][0], config, ALIGNMENT)
@@ -137,7 +154,14 @@ def convert_grouped(
         cache_experts(model)
     elif weights is ExpertWeights.GATHERED:
         gather_codes_of_experts(model)
-    return ConversionReport(NAME, {RECIPE: mode}, weights=weights.value, rows=rows, what="weights of experts")
+    return ConversionReport(
+        NAME,
+        {RECIPE: mode},
+        weights=weights.value,
+        size_rule={RECIPE: EXPERTS_RULE.in_words()} if AUTO_FILTER in filter_fqns else {},
+        rows=rows,
+        what="weights of experts",
+    )
 
 
 def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[str]:

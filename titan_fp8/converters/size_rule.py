@@ -1,9 +1,10 @@
-"""The rule `auto_filter_small_kn`: linears that are faster left in bf16, by their dimensions.
+"""The rule `auto_filter_small_kn`: linears and experts that are faster left in bf16, by their dimensions.
 
 Casting costs bytes and a product saves time, so what decides is K in features, N out features and the recipe; the
 number of tokens matters little once it is large. The thresholds are data, measured with the microbenchmark
 layer norm -> linear -> sigmoid, forward and backward (`scripts/bench_filter.py`; its figures stand in
-`docs/benchmarks.md`), and each row says where.
+`docs/benchmarks.md`), and each row says where. Experts have a rule of their own, by their features and hidden features:
+what is timed is the feed-forward of all of a layer's experts (`scripts/bench_grouped.py --grid`).
 """
 
 from dataclasses import dataclass
@@ -11,21 +12,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SizeRule:
-    """Which linears of one recipe gain nothing.
+    """Which linears of one recipe, or which experts, gain nothing.
 
     Attributes:
-        corners: (largest K, largest N) pairs; None means any. A linear that lies within one of them is too small.
+        corners: (largest K, largest N) pairs; None means any. What lies within one of them is too small.
         measured_on: the device, and the mode of both sides.
+        names: of the two dimensions.
     """
 
     corners: tuple[tuple[int | None, int | None], ...]
     measured_on: str
+    names: tuple[str, str] = ("K", "N")
+
+    def covers(self, k: int, n: int) -> bool:
+        """Whether these dimensions are too small."""
+        return any(
+            (largest_k is None or k <= largest_k) and (largest_n is None or n <= largest_n)
+            for largest_k, largest_n in self.corners
+        )
 
     def in_words(self) -> str:
         """Like `K <= 512, or (K <= 1024 and N <= 4096)`."""
         bounds = [
-            " and ".join(f"{name} <= {size}" for name, size in (("K", k), ("N", n)) if size is not None)
-            for k, n in self.corners
+            " and ".join(f"{name} <= {size}" for name, size in zip(self.names, corner, strict=True) if size is not None)
+            for corner in self.corners
         ]
         return ", or ".join(f"({b})" if " and " in b and len(bounds) > 1 else b for b in bounds)
 
@@ -34,6 +44,9 @@ _MEASURED = SizeRule(((512, None), (1024, 4096), (2048, 2048), (4096, 1024), (No
 
 SIZE_RULES: dict[str, SizeRule] = dict.fromkeys(("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"), _MEASURED)
 """Recipe -> what is too small for it."""
+
+EXPERTS_RULE = SizeRule(((1408, None), (None, 1408), (2048, 2048)), "not measured yet", names=("K", "H"))
+"""The table of experts: which are too small for float8, by features K and hidden features H."""
 
 
 def is_too_small(recipe_name: str, in_features: int, out_features: int, dim_multiple: int = 16) -> bool:
@@ -46,5 +59,14 @@ def is_too_small(recipe_name: str, in_features: int, out_features: int, dim_mult
     """
     if in_features % dim_multiple or out_features % dim_multiple:
         return True
-    corners = SIZE_RULES[recipe_name].corners
-    return any((k is None or in_features <= k) and (n is None or out_features <= n) for k, n in corners)
+    return SIZE_RULES[recipe_name].covers(in_features, out_features)
+
+
+def experts_are_too_small(features: int, hidden: int, dim_multiple: int = 16) -> bool:
+    """Whether experts of these dimensions are faster left in bf16, or cannot be converted at all.
+
+    Args:
+        features, hidden: K and H of an expert, of which tensor parallelism may leave a rank a part of H.
+        dim_multiple: what float8 needs them to be multiples of.
+    """
+    return bool(features % dim_multiple or hidden % dim_multiple) or EXPERTS_RULE.covers(features, hidden)

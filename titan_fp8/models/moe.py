@@ -261,10 +261,15 @@ class MoE(nn.Module):
     def send(self, x: Tensor) -> "Sent":
         """Route tokens `[..., dim]` and send them to their experts."""
         tokens = x.flatten(0, -2)
-        routing = self.router(tokens, self.expert_bias)
-        tokens, scores, experts = self.gather(tokens, self._watched(routing), routing.experts)
+        tokens, scores, experts = self.gather(tokens, *self.route(tokens))
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
         return Sent(self.dispatcher.dispatch(tokens, experts, before, after), tokens, x.shape)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores fp32 and experts int64 of tokens `[T, dim]`, `[T, k]` each; where a backward pass will follow, it
+        counts them. Of what runs before tokens travel, this is all that the compiler can have in one piece."""
+        routing = self.router(tokens, self.expert_bias)
+        return self._watched(routing), routing.experts
 
     def share(self, sent: "Sent") -> Tensor | None:
         """What the shared experts make of the same tokens, `[..., dim]`, if there are any."""

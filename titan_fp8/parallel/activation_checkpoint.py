@@ -103,20 +103,20 @@ def apply_activation_checkpointing(
         "early_stop": section.early_stop,
         "debug": section.debug,
     }
-    is_per_op, every = _is_per_op(section), 1
-    if is_per_op:
+    by_operation, every = is_per_op(section), 1
+    if by_operation:
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
     elif section.mode == "selective":
         every = int(section.selective_ac_option)
     in_graph = options
-    if not is_per_op and compiles(compile_config, "model") and compile_config.backend != "eager":
+    if not by_operation and compiles(compile_config, "model") and compile_config.backend != "eager":
         in_graph = options | {"context_fn": _recompute_all}
     for name, block in model.layers.items():
         if (int(name) + 1) % every:  # the number in the whole model, of which this may be a part
             continue
         if not (around_experts and isinstance(block, TransformerBlock) and block.moe is not None):
             block.forward = _checkpointed(block.forward, in_graph)
-        elif is_per_op:
+        elif by_operation:
             block.attend_and_norm = _checkpointed(block.attend_and_norm, options)
             block.moe.forward = _checkpointed(block.moe.forward, options)
         else:
@@ -140,7 +140,7 @@ def check_activation_checkpointing(
             "activation_checkpoint.debug records the operations of eager mode, but the model is compiled; turn one of "
             "the two off, or take `model` out of compile.components"
         )
-    if not _is_per_op(section):
+    if not is_per_op(section):
         return
     if section.debug:
         raise UserError(
@@ -150,7 +150,8 @@ def check_activation_checkpointing(
     _recomputed_shapes(model, section)
 
 
-def _is_per_op(section: ActivationCheckpointSection) -> bool:
+def is_per_op(section: ActivationCheckpointSection) -> bool:
+    """Whether what is kept is decided operation by operation."""
     return section.mode == "selective" and section.selective_ac_option == "op"
 
 

@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 from titan_fp8.models.decoder import Decoder
-from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing, check_activation_checkpointing
+from titan_fp8.parallel.activation_checkpoint import (
+    apply_activation_checkpointing,
+    check_activation_checkpointing,
+    is_per_op,
+)
 from titan_fp8.parallel.compile import apply_compile, check_backend
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection, ParallelismSection
 from titan_fp8.parallel.context import apply_context_parallel, context_parallel
@@ -84,6 +88,7 @@ def parallelize(
         compile_config,
         overlapped=_overlapped_axis(mesh, parallelism),
         around_experts=around_experts,
+        routes=not is_per_op(activation_checkpoint),
     )
     if mesh.world_size > 1 or cpu_offload:
         apply_fsdp(

@@ -35,7 +35,12 @@ def compiles(section: CompileSection, component: str) -> bool:
 
 
 def apply_compile(
-    model: Decoder, section: CompileSection, *, overlapped: Axis | None = None, around_experts: bool = False
+    model: Decoder,
+    section: CompileSection,
+    *,
+    overlapped: Axis | None = None,
+    around_experts: bool = False,
+    routes: bool = True,
 ) -> None:
     """Compile the blocks of `model` in place, if `section` says so. Compilation itself happens at the first call.
 
@@ -46,6 +51,8 @@ def apply_compile(
         around_experts: experts are dealt out to ranks or sharded by themselves. What an exchange needs to know is found
             out as the step goes on, so of a block with experts the parts before and beside them are compiled, and they
             are not.
+        routes: with `around_experts`, whether the choice of experts is compiled too. Activation checkpointing by
+            operation counts a layer's products, the router's among them, and sees none that is compiled.
 
     Raises:
         UserError: no such backend.
@@ -57,17 +64,21 @@ def apply_compile(
     options = _inductor_options(overlapped) if section.backend == "inductor" else None
     for block in model.layers.values():
         if around_experts and isinstance(block, TransformerBlock) and block.moe is not None:
-            _compile_around_experts(block, section, options)
+            _compile_around_experts(block, section, options, routes=routes)
             continue
         compiled = torch.compile(block.forward, backend=section.backend, fullgraph=True, options=options)
         block.forward = _with_local_weights(compiled, block.modules())
 
 
-def _compile_around_experts(block: TransformerBlock, section: CompileSection, options: dict[str, Any] | None) -> None:
+def _compile_around_experts(
+    block: TransformerBlock, section: CompileSection, options: dict[str, Any] | None, *, routes: bool
+) -> None:
     assert block.moe is not None
     compile_part = functools.partial(torch.compile, backend=section.backend, fullgraph=True, options=options)
     before = [*block.attention.modules(), block.attention_norm, block.ffn_norm]
     block.attend_and_norm = _with_local_weights(compile_part(block.attend_and_norm), before)
+    if routes:
+        block.moe.route = _with_local_weights(compile_part(block.moe.route), block.moe.router.modules())
     shared = block.moe.shared_experts
     if shared is not None:
         shared.forward = _with_local_weights(compile_part(shared.forward), shared.modules())

@@ -157,7 +157,7 @@ class ExchangeDispatcher:
         by_rank = counts.view(self._axis.size, -1)
         from_ranks = exchange_equally(by_rank, self._axis)
         # The one thing that the CPU has to know.
-        sent, came = torch.stack([by_rank.sum(1), from_ranks.sum(1)]).tolist()
+        sent, came = torch.stack([by_rank, from_ranks]).sum(-1).tolist()
         return sent, came, from_ranks
 
     def combine(self, y: Tensor, groups: Groups) -> UnderWay[Tensor]:
@@ -177,8 +177,8 @@ def _go_on() -> None:
 
 def _experts_of(counts: Tensor, rows: int) -> Tensor:
     """The expert, of those here, of each row that came, `[R, 1]`; counts `[ranks, experts here]`, in their order."""
-    each = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
-    return each.repeat_interleave(counts.flatten(), output_size=rows).unsqueeze(1)
+    group = torch.repeat_interleave(counts.flatten(), output_size=rows)  # a rank's rows of an expert
+    return (group % counts.shape[1]).unsqueeze(1)
 
 
 class Exchange:

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from titan_fp8.converters.config import RECIPE_NAMES
-from titan_fp8.converters.size_rule import SIZE_RULES, SizeRule, is_too_small
+from titan_fp8.converters.size_rule import (
+    EXPERTS_RULE,
+    SIZE_RULES,
+    SizeRule,
+    experts_are_too_small,
+    is_too_small,
+)
 
 DOC = Path(__file__).parents[3] / "docs" / "float8.md"
 BENCHMARKS = DOC.with_name("benchmarks.md")
@@ -57,6 +63,23 @@ def test_the_rule_of_size_knows_every_recipe() -> None:
 )
 def test_a_rule_reads_as_the_documentation_has_it(corners: tuple, words: str) -> None:
     assert SizeRule(corners, "").in_words() == words
+
+
+def test_a_rule_of_experts_names_hidden_features() -> None:
+    assert SizeRule(((64, 32), (None, 8)), "", names=("K", "H")).in_words() == "(K <= 64 and H <= 32), or H <= 8"
+
+
+def test_thresholds_of_experts_belong_to_what_is_too_small() -> None:
+    for k, hidden in EXPERTS_RULE.corners:
+        assert experts_are_too_small(k or 100_000, hidden or 100_000)
+    assert not experts_are_too_small(16_384, 16_384)
+    assert experts_are_too_small(16_384 + 8, 16_384)
+    assert experts_are_too_small(16_384, 16_384 + 8)
+
+
+def test_the_documentation_of_experts_has_their_thresholds() -> None:
+    lines = DOC.with_name("moe.md").read_text(encoding="utf-8").splitlines()
+    assert f"| {EXPERTS_RULE.in_words()} | {EXPERTS_RULE.measured_on} |" in lines
 
 
 def test_the_documentation_has_the_table() -> None:

@@ -126,6 +126,26 @@ def test_full_recomputation_keeps_the_inputs_of_compiled_blocks_alone(
     assert (saved[1] - saved[0]) / 4 <= block_input + random_state + rotary
 
 
+@pytest.mark.parametrize(("routes", "kinds"), [(True, 3), (False, 2)])
+def test_around_experts_the_choice_of_them_is_one_graph_of_all_layers(
+    routes: bool, kinds: int, graphs: list, tiny_decoder: Build
+) -> None:
+    """Beside those of the attention and of the shared experts."""
+    experts = {"n_experts": 4, "top_k": 2, "n_shared_experts": 1, "moe_ffn_dim": 32, "balance_rate": 1e-3}
+    expected = tiny_decoder(3, **experts)
+    loss, grads = _step(expected)
+    model = tiny_decoder(3, **experts)
+    apply_compile(model, CompileSection(enable=True, backend=BACKEND), around_experts=True, routes=routes)
+    compiled_loss, compiled_grads = _step(model)
+    assert len(graphs) == kinds
+    assert any("topk" in str(node.target) for graph in graphs for node in graph.graph.nodes) is routes
+    assert torch.equal(compiled_loss, loss)
+    assert all(torch.equal(compiled_grads[name], grad) for name, grad in grads.items())
+    for mine, theirs in zip(model.layers.values(), expected.layers.values(), strict=True):
+        assert mine.moe.tokens_per_expert.sum() == 2 * 16 * 2
+        assert torch.equal(mine.moe.tokens_per_expert, theirs.moe.tokens_per_expert)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_blocks_compiled_by_inductor_share_one_compilation(tiny_decoder: Build) -> None:
     torch._dynamo.reset()
