@@ -104,41 +104,68 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
     """What the sweep tries: for each cast, values for constants of `kernels/mx/kernel.py`."""
     from titan_fp8.kernels.float8.bits import Tile
 
-    shapes = [(32, 128, 4), (32, 256, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 128, 8)]
-    shapes += [(128, 128, 16), (64, 256, 8)]
-    tiles = [Tile(*shape, band, registers) for shape in shapes for band in (1, 2) for registers in (None, 128)]
-    single = [tile for tile in tiles if tile.registers is None]
+    # bf16 in pairs: a warp for each 32 tokens, which keeps blocks within warps, and some that do not.
+    pairs = [Tile(*v, band) for v in ((128, 64, 4), (64, 64, 2), (128, 128, 4), (64, 128, 2)) for band in (1, 4)]
+    pairs += [Tile(256, 64, 8, 1), Tile(128, 32, 4, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 1)]
+    rows = [Tile(*v, 1) for v in ((64, 256, 8), (32, 256, 4), (128, 64, 4), (64, 128, 2), (64, 128, 4), (64, 256, 4))]
+    others = [Tile(*v, 1) for v in ((64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8), (32, 64, 2), (128, 64, 4))]
+    others += [Tile(128, 64, 4, 2, 128), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2, 64)]
+    dequantized = [
+        Tile(*v, 1) for v in ((32, 128, 4), (64, 128, 8), (64, 64, 4), (32, 256, 8), (32, 64, 2), (32, 64, 1))
+    ]
+    in_groups = [tile for tile in pairs if tile.band == 1]
     return {
-        "rows": [{"ROWS_TILE": tile} for tile in single],
-        "columns": [{"COLUMNS_TILE": tile} for tile in tiles],
-        "both": [{"BOTH_TILE": tile} for tile in tiles],
-        "quantize-dequantize": [{"QUANTIZE_DEQUANTIZE_TILE": tile} for tile in single],
+        "rows": [{"ROWS_OF_PAIRS_TILE": tile} for tile in rows],
+        "columns": [{"COLUMNS_OF_PAIRS_TILE": tile} for tile in pairs],
+        "both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in pairs],
+        "groups both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in in_groups],
+        "fp32 columns": [{"COLUMNS_TILE": tile} for tile in others],
+        "experts both": [{"BOTH_TILE": tile} for tile in others],
+        "quantize-dequantize columns": [{"QUANTIZE_DEQUANTIZE_TILE": tile} for tile in dequantized],
+        "quantize-dequantize both": [{"QUANTIZE_DEQUANTIZE_TILE": tile} for tile in dequantized],
     }
 
 
-def sweep(tokens: int, timer: Timer) -> None:
+def sweep_calls(tokens: int) -> Iterator[tuple[str, str, Calls]]:
+    """(what is cast, which of `configurations` fit, calls); each a few hundred MB, made when it is its turn."""
+    for features in FEATURES:
+        x = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
+        calls = list(dense_calls(x, ["triton"]))
+        for name in ("rows", "columns", "both", "quantize-dequantize columns", "quantize-dequantize both"):
+            yield f"{list(x.shape)} bf16", name, (call for call in calls if call[0].split(",")[0] == name)
+    weight = torch.randn(14336, 4096, device="cuda")
+    yield (
+        "[14336, 4096] fp32",
+        "fp32 columns",
+        (c for c in dense_calls(weight, ["triton"]) if c[0].startswith("columns")),
+    )
+    for title, (experts, n, k) in EXPERTS.items():
+        size = tokens // (experts * mx.BLOCK) * mx.BLOCK
+        ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * size
+        x = torch.randn(experts * size, k, device="cuda", dtype=torch.bfloat16)
+        calls = group_calls(x, ends)
+        yield f"{title}, {experts} groups", "groups both", (c for c in calls if c[0].startswith("groups both"))
+        yield f"{title}, weights", "experts both", expert_calls(torch.randn(experts, n, k, device="cuda"))
+
+
+def sweep(tokens: int, timer: Timer, only: list[str]) -> None:
     """Print each cast's rate with the present tile and with the best of `configurations`."""
     from titan_fp8.kernels.mx import kernel
 
-    for features in FEATURES:
-        x = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
-        written = x.numel() + x.numel() // mx.BLOCK
-        calls: dict[str, tuple[int, Callable[[], Any]]] = {
-            "rows": (x.nbytes + written, lambda x=x: mx.cast_rows(x, MODE, swizzled=True)),
-            "columns": (x.nbytes + written, lambda x=x: mx.cast_columns(x, MODE, swizzled=True)),
-            "both": (x.nbytes + 2 * written, lambda x=x: mx.cast_both(x, MODE, swizzled=True)),
-            "quantize-dequantize": (x.nbytes + 4 * x.numel(), lambda x=x: mx.quantize_dequantize(x, MODE)),
-        }
-        print(f"\n{list(x.shape)} bf16")
-        for name, (moved, call) in calls.items():
+    for title, name, calls in sweep_calls(tokens):
+        if only and name not in only:
+            continue
+        for text, moved, call in calls:
             rates = [(moved / timer(call) / 1e12, "as it is")]
             for values in configurations()[name]:
                 with constants(kernel, values):
                     tile = next(iter(values.values()))
                     rates.append((moved / timer(call) / 1e12, "x".join(map(str, tile))))
-            print(f"  {name}: {rates[0][0]:.2f} TB/s as it is; best:")
-            for rate, text in sorted(rates, reverse=True)[:5]:
-                print(f"    {rate:.2f}  {text}", flush=True)
+            if "PAIRS" in next(iter(configurations()[name][0])):
+                with constants(kernel, {"IN_PAIRS": False}):
+                    rates.append((moved / timer(call) / 1e12, "not in pairs"))
+            best = ", ".join(f"{rate:.2f} {text}" for rate, text in sorted(rates, reverse=True)[:5])
+            print(f"{title}, {text}: {rates[0][0]:.2f} TB/s as it is; best {best}", flush=True)
 
 
 def main() -> None:
@@ -147,6 +174,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(configurations()), default=[], help="casts of the sweep")
     parser.add_argument("--kernels", nargs="+", choices=mx.DIM1_KERNELS, default=["triton", "cuda"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -154,7 +182,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, T={arguments.tokens}")
     timer = Timer(arguments.repeats)
     if arguments.sweep:
-        return sweep(arguments.tokens, timer)
+        return sweep(arguments.tokens, timer, arguments.only)
     bench(arguments.tokens, arguments.kernels, timer)
 
 

@@ -30,7 +30,8 @@ LAYOUTS = (True, False), (False, True), (True, True)
 def shrink_blocks() -> None:
     """Tiles so small that an operand takes several, and poisoned outputs."""
     kernel.ROWS_TILE = kernel.COLUMNS_TILE = bits.Tile(64, 32, 4, 2)
-    kernel.BOTH_TILE = kernel.QUANTIZE_DEQUANTIZE_TILE = bits.Tile(64, 64, 4, 2)
+    kernel.ROWS_OF_PAIRS_TILE = kernel.COLUMNS_OF_PAIRS_TILE = bits.Tile(64, 32, 4, 2)
+    kernel.BOTH_TILE = kernel.BOTH_OF_PAIRS_TILE = kernel.QUANTIZE_DEQUANTIZE_TILE = bits.Tile(64, 64, 4, 2)
     bits.new_codes = poisoned_codes
     # Other new memory is filled with NaN.
     torch.use_deterministic_algorithms(True)
@@ -45,8 +46,8 @@ def named(texts: dict[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in texts.items() if text)
 
 
-def compare(x: Tensor, mode: str = "rceil", single: bool = False) -> str:
-    """Casts of x `[T, K]`; with `single` those that write one layout too."""
+def compare(x: Tensor, mode: str = "rceil", single: bool = False, dequantize: bool = True) -> str:
+    """Casts of x `[T, K]`; with `single` those that write one layout too, with `dequantize` what they stand for."""
     texts, of, layouts = {}, kernel.dense(x), LAYOUTS if single else LAYOUTS[-1:]
     for swizzled in (False, True):
         expected = mx.cast_both(x, mode, swizzled=swizzled)
@@ -54,6 +55,8 @@ def compare(x: Tensor, mode: str = "rceil", single: bool = False) -> str:
             results = kernel.cast(x, of, None, mode, rows=rows, columns=columns, swizzled=swizzled)
             wanted = expected[0 if rows else 2 : 4 if columns else 2]
             texts[f"swizzled={swizzled} rows={rows} columns={columns}"] = difference(results, wanted)
+    if not dequantize:
+        return named(texts)
     both = reference.quantize_dequantize(x, mode)
     for rows, columns in layouts:
         results = kernel.quantize_dequantize(x, of, None, mode, rows=rows, columns=columns)
@@ -95,7 +98,7 @@ def compare_experts(weight: Tensor, mode: str = "rceil") -> str:
 
 
 def case_modes() -> str:
-    return named({mode: compare(values(70, 96), mode) for mode in mx.MODES})
+    return named({mode: compare(values(70, 96), mode) + compare(values(70, 96).bfloat16(), mode) for mode in mx.MODES})
 
 
 def case_bfloat16_of_more_than_a_tile_of_scales() -> str:
@@ -113,6 +116,8 @@ def case_few_tokens() -> str:
 def case_strides() -> str:
     base = values(96, 140)
     inputs = base[:, :64].t(), base[::2, 3:131:2], base[:1, :64].expand(40, 64)
+    narrow = base.bfloat16()
+    inputs += narrow[:, :64].t(), narrow[::2, 2:130], narrow[:, 1:65], narrow[:1, :64].expand(40, 64)
     return named({str(x.stride()): compare(x) for x in inputs})
 
 
@@ -125,6 +130,11 @@ def case_every_scale_there_is() -> str:
     blocks = amax.view(torch.float32).unsqueeze(1) * 2.0 ** -torch.arange(32)
     blocks[:, 1::2] *= -1  # each lower exponent, in codes
     texts = {mode: compare(torch.cat([rows.view(torch.float32), blocks])[::7], mode) for mode in ("rceil", "ceil")}
+    # In bf16, with mantissas of which the last bit decides.
+    amax = (exponents.unsqueeze(1) + torch.tensor([0, 1, 0x60, 0x61, 0x77, 0x78, 0x7F]).int() * 0x10000).flatten()
+    blocks = (amax.view(torch.float32).unsqueeze(1) * 2.0 ** -torch.arange(32))[::5].bfloat16()
+    # Triton's interpreter makes other numbers of subnormal ones in bf16, but not of words.
+    texts |= {f"{mode}, bf16": compare(blocks, mode, dequantize=False) for mode in mx.MODES}
     return named(texts)
 
 
@@ -142,11 +152,15 @@ def case_zeros_and_extreme_magnitudes() -> str:
     x[0], x[1], x[:, 9] = 0.0, x[1] * 1e-38, 0.0
     x[2] = torch.finfo(torch.float32).max
     x[3:40] *= 1e-44
-    return compare(x, "floor") + compare(x)
+    return compare(x, "floor") + compare(x) + compare(x.bfloat16(), dequantize=False)
 
 
 def case_groups() -> str:
     return named({name: compare_groups(values(ROWS, 64), ends) for name, ends in ENDS.items()})
+
+
+def case_groups_of_bfloat16() -> str:
+    return named({name: compare_groups(values(ROWS, 64).bfloat16(), ends) for name, ends in ENDS.items()})
 
 
 def case_groups_with_garbage_behind_the_last() -> str:
@@ -164,6 +178,10 @@ def case_groups_with_nan_and_inf() -> str:
 def case_experts() -> str:
     shapes = (3, 64, 96), (1, 32, 32), (2, 128, 160)
     return named({str(shape): compare_experts(values(*shape)) for shape in shapes})
+
+
+def case_experts_of_bfloat16() -> str:
+    return compare_experts(values(3, 64, 96).bfloat16()) + compare_experts(values(2, 96, 160).bfloat16())
 
 
 def case_experts_with_nan() -> str:

@@ -1,5 +1,6 @@
-// All that the threads of `columns.cu` do, one after the other on the CPU: they exchange nothing, so this is the kernel
-// but for its launch. Built by test_mx_columns_cuda.py, which gives the folder of `columns.cu`.
+// All that the threads of `columns.cu` compute, one after the other on the CPU: the kernel but for its launch, its stores
+// through shared memory and instructions for pairs of numbers, which tests on a GPU cover. Built by
+// test_mx_columns_cuda.py, which gives the folder of `columns.cu`.
 
 #include "columns.cu"
 
@@ -7,9 +8,18 @@ namespace {
 
 template <int FORMAT>
 void run(const Arguments& a) {
-  const int64_t words = a.features / (FORMAT == kFp32 ? 1 : 2);
-  for (int64_t block = 0; block < blocks_of(a); ++block)
-    for (int64_t word = 0; word < words; ++word) cast_word<FORMAT>(a, block, word);
+  constexpr int kNumbers = numbers(FORMAT);
+  Cast casts[kMostNumbers];
+  for (int64_t block = 0; block < blocks_of(a); ++block) {
+    for (int64_t word = 0; word < a.features / kNumbers; ++word) {
+      cast_word<FORMAT>(a, block, word, rows_of(a, block), casts);
+      for (int which = 0; which < kNumbers; ++which) {
+        const int64_t feature = word * kNumbers + which;
+        memcpy(a.codes + (feature * blocks_of(a) + block) * kBlock, casts[which].codes, kBlock);
+        a.scale[scale_place(a, feature, block)] = static_cast<uint8_t>(casts[which].byte);
+      }
+    }
+  }
 }
 
 }  // namespace

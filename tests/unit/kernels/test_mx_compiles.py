@@ -27,11 +27,12 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_cast(
     x: str, tile: Tile, capability: int, *, rows: bool, columns: bool, swizzled: bool = True, kind: str = kernel.DENSE,
-    groups: int = 1, mode: str = "rceil", exact_bits: bool = False,
+    groups: int = 1, mode: str = "rceil", exact_bits: bool = False, in_pairs: bool | None = None,
 ) -> str:  # fmt: skip
     arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", "1", "i32"]
     return compile_ptx(
-        kernel._cast_tiles_kernel, arguments, capability, tile.warps, ROWS=rows, COLUMNS=columns, SWIZZLED=swizzled,
+        kernel._cast_tiles_kernel, arguments, capability, tile.warps,
+        PAIRS=x == "*bf16" if in_pairs is None else in_pairs, ROWS=rows, COLUMNS=columns, SWIZZLED=swizzled,
         KIND=kind, CARRY=CARRY[mode], EXACT_BITS=exact_bits, PADDED_T=layout.TILE_ROWS if swizzled else 32,
         PADDED_K=layout.TILE_ROWS if swizzled else 32, GROUPS=groups, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
         BAND=tile.band,
@@ -59,9 +60,12 @@ def assert_by_bits(ptx: str) -> None:
 @pytest.mark.parametrize(
     ("x", "rows", "columns", "tile"),
     [
-        ("*bf16", True, False, kernel.ROWS_TILE),
+        ("*bf16", True, False, kernel.ROWS_OF_PAIRS_TILE),
+        ("*bf16", False, True, kernel.COLUMNS_OF_PAIRS_TILE),
+        ("*bf16", True, True, kernel.BOTH_OF_PAIRS_TILE),
+        ("*fp32", True, False, kernel.ROWS_TILE),
         ("*fp32", False, True, kernel.COLUMNS_TILE),
-        ("*bf16", True, True, kernel.BOTH_TILE),
+        ("*fp32", True, True, kernel.BOTH_TILE),
     ],
 )
 @pytest.mark.parametrize("swizzled", [False, True], ids=["plain", "swizzled"])
@@ -80,14 +84,14 @@ def test_casts_compile(x: str, rows: bool, columns: bool, tile: Tile, swizzled: 
 @pytest.mark.parametrize("kind", [kernel.EXPERTS, kernel.GROUPS])
 @pytest.mark.parametrize("groups", [8, 128])
 def test_casts_of_experts_and_groups_compile(kind: str, groups: int) -> None:
-    ptx = compile_cast("*bf16", kernel.BOTH_TILE, 90, rows=True, columns=True, kind=kind, groups=groups)
+    ptx = compile_cast("*bf16", kernel.BOTH_OF_PAIRS_TILE, 90, rows=True, columns=True, kind=kind, groups=groups)
     assert_by_bits(ptx)
     assert "st.global.b32" not in ptx
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_is_a_number_that_is_added(mode: str) -> None:
-    ptx = compile_cast("*bf16", kernel.COLUMNS_TILE, 90, rows=False, columns=True, mode=mode)
+    ptx = compile_cast("*fp32", kernel.COLUMNS_TILE, 90, rows=False, columns=True, mode=mode)
     assert_by_bits(ptx)
     if CARRY[mode]:
         assert re.search(rf"add\.s32 \s*%r\d+, %r\d+, {CARRY[mode]};", ptx)
@@ -106,7 +110,15 @@ def test_quantize_dequantize_compiles(columns: bool, capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
-    [("rows", True, False), ("columns", False, True), ("both", True, True), ("quantize-dequantize", True, True)],
+    [
+        ("rows", True, False),
+        ("columns", False, True),
+        ("both", True, True),
+        ("groups both", True, True),
+        ("fp32 columns", False, True),
+        ("experts both", True, True),
+        ("quantize-dequantize both", True, True),
+    ],
 )
 def test_every_tile_of_the_sweep_compiles(
     name: str, rows: bool, columns: bool, monkeypatch: pytest.MonkeyPatch
@@ -118,14 +130,16 @@ def test_every_tile_of_the_sweep_compiles(
     for values in configurations()[name]:
         ((constant, tile),) = values.items()
         assert hasattr(kernel, constant)
-        if name == "quantize-dequantize":
+        if name.startswith("quantize-dequantize"):
             assert_by_bits(compile_quantize_dequantize(tile, 90, columns=columns))
         else:
-            assert_by_bits(compile_cast("*bf16", tile, 90, rows=rows, columns=columns))
+            x = "*bf16" if "PAIRS" in constant else "*fp32"
+            kind = {"groups": kernel.GROUPS, "experts": kernel.EXPERTS}.get(name.split()[0], kernel.DENSE)
+            assert_by_bits(compile_cast(x, tile, 90, rows=rows, columns=columns, kind=kind, groups=16))
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:
-    ptx = compile_cast("*bf16", kernel.BOTH_TILE, 80, rows=True, columns=True, exact_bits=True)
+    ptx = compile_cast("*bf16", kernel.BOTH_OF_PAIRS_TILE, 80, rows=True, columns=True, exact_bits=True)
     assert "e4m3x2" not in ptx
 
 

@@ -9,7 +9,7 @@ from tests.unit.kernels.interpreter import results_of
 CASES = [
     "modes", "bfloat16_of_more_than_a_tile_of_scales", "float16", "few_tokens", "strides", "every_scale_there_is",
     "nan_and_inf", "zeros_and_extreme_magnitudes", "groups", "groups_with_garbage_behind_the_last",
-    "groups_with_nan_and_inf", "experts", "experts_with_nan",
+    "groups_with_nan_and_inf", "groups_of_bfloat16", "experts", "experts_of_bfloat16", "experts_with_nan",
 ]  # fmt: skip
 
 

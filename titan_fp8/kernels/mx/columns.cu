@@ -3,11 +3,13 @@
 //
 // A thread has a 32-bit word of each of 32 rows: one feature in fp32, two in bf16 or fp16. So a warp reads 128 bytes of
 // a row at a time, a block of values lies in the registers of one thread, and amax takes no exchange between threads.
-// A thread writes 32 bytes of each feature's transposed row; the four warps of a thread block have 128 rows, whose codes
-// are one line of memory.
+// The four warps of a thread block have 128 rows. Their codes pass through shared memory, so that eight neighbours write
+// one line of memory, 128 bytes of a feature's transposed row, and not each thread a part of 32 lines.
+// bf16 stays in pairs: amax and scaling take one instruction for two numbers (see `pairs.py`, which says why it is exact).
 
 #include <cstdint>
 #include <cstring>
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -19,8 +21,11 @@ enum Format { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
 constexpr int kBlock = 32;       // values that share a scale
 constexpr int kWarps = 4;        // blocks along T of a thread block
 constexpr int kWarpWords = 32;   // words along K of a thread block
+constexpr int kMostNumbers = 2;  // in a word
 constexpr uint32_t kInf = 0x7f800000u;
 constexpr uint32_t kNanByte = 255;
+
+__host__ __device__ constexpr int numbers(int format) { return format == kFp32 ? 1 : 2; }
 
 struct Arguments {
   const uint32_t* x;
@@ -78,54 +83,158 @@ __host__ __device__ inline int64_t scale_place(const Arguments& a, int64_t featu
   return tile * 512 + feature % 32 * 16 + feature / 32 % 4 * 4 + block % 4;
 }
 
-// All that one thread does: the features of a word, in the 32 rows of a block.
+// What a thread makes of one feature: 32 codes and the byte of their scale.
+struct Cast {
+  uint32_t codes[kBlock / 4];
+  uint32_t byte;
+};
+
+// The largest magnitude of the `which`th numbers of words, as fp32 bits.
 template <int FORMAT>
-__host__ __device__ inline void cast_word(const Arguments& a, int64_t block, int64_t word) {
-  constexpr int kNumbers = FORMAT == kFp32 ? 1 : 2;
-  const int64_t first_row = block * kBlock;
-  const int rows = a.rows - first_row < kBlock ? static_cast<int>(a.rows - first_row) : kBlock;
-  const uint32_t* source = a.x + first_row * a.stride + word;
+__host__ __device__ inline uint32_t amax_of(const uint32_t (&words)[kBlock], int which) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t magnitude = number<FORMAT>(words[i], which) & 0x7fffffffu;
+    amax = magnitude > amax ? magnitude : amax;
+  }
+  return amax;
+}
+
+#ifdef __CUDA_ARCH__
+// The larger magnitudes of two pairs in bf16, NaN above all; the signs mean nothing.
+__device__ inline uint32_t larger_pair(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ inline uint32_t amax_of_pairs(const uint32_t (&words)[kBlock]) {
+  uint32_t amax = words[0];
+#pragma unroll
+  for (int i = 1; i < kBlock; ++i) amax = larger_pair(amax, words[i]);
+  return amax & 0x7fff7fffu;
+}
+
+// Products of pairs in bf16.
+__device__ inline uint32_t scaled_pair(uint32_t word, uint32_t factors) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(word), "r"(factors), "r"(0x80008000u));
+  return result;
+}
+#endif
+
+// All that one thread computes: the features of a word, in the 32 rows of a block, of which so many are there.
+template <int FORMAT>
+__host__ __device__ inline void cast_word(const Arguments& a, int64_t block, int64_t word, int rows,
+                                          Cast (&casts)[kMostNumbers]) {
+  constexpr int kNumbers = numbers(FORMAT);
+  const uint32_t* source = a.x + block * kBlock * a.stride + word;
   uint32_t words[kBlock];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) words[i] = i < rows ? source[i * a.stride] : 0;
+  for (int i = 0; i < kBlock; ++i) words[i] = 0;
+  if (rows == kBlock) {  // almost always; without a comparison for each row
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i, source += a.stride) words[i] = *source;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i, source += a.stride)
+      if (i < rows) words[i] = *source;
+  }
+  uint32_t amax[kMostNumbers];
+  float inverse[kMostNumbers];
+#ifdef __CUDA_ARCH__
+  if (FORMAT == kBf16) {
+    const uint32_t pair = amax_of_pairs(words);
+    amax[0] = pair << 16;
+    amax[1] = pair & 0xffff0000u;
+  } else
+#endif
+  {
+#pragma unroll
+    for (int which = 0; which < kNumbers; ++which) amax[which] = amax_of<FORMAT>(words, which);
+  }
 #pragma unroll
   for (int which = 0; which < kNumbers; ++which) {
-    uint32_t amax = 0;
+    const uint32_t byte = casts[which].byte = scale_byte(amax[which], a.carry);
+    inverse[which] = from_bits((254 - (byte == kNanByte ? 0 : byte)) << 23);
+  }
+#ifdef __CUDA_ARCH__
+  if (FORMAT == kBf16) {
+    const uint32_t factors = bits_of(inverse[0]) >> 16 | bits_of(inverse[1]);
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t magnitude = number<FORMAT>(words[i], which) & 0x7fffffffu;
-      amax = magnitude > amax ? magnitude : amax;
-    }
-    const uint32_t byte = scale_byte(amax, a.carry);
-    const bool is_nan = byte == kNanByte;
-    const float inverse = from_bits((254 - (is_nan ? 0 : byte)) << 23);
-    uint32_t codes[kBlock / 4];
+    for (int i = 0; i < kBlock; ++i) words[i] = scaled_pair(words[i], factors);
+    inverse[0] = inverse[1] = 1.0f;
+  }
+#endif
+#pragma unroll
+  for (int which = 0; which < kNumbers; ++which) {
 #pragma unroll
     for (int i = 0; i < kBlock; i += 4) {
       float scaled[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) scaled[j] = from_bits(number<FORMAT>(words[i + j], which)) * inverse;
-      const uint32_t packed = two_codes(scaled[0], scaled[1]) | two_codes(scaled[2], scaled[3]) << 16;
-      codes[i / 4] = is_nan ? nan_codes(rows - i) : packed;
+      for (int j = 0; j < 4; ++j) scaled[j] = from_bits(number<FORMAT>(words[i + j], which)) * inverse[which];
+      casts[which].codes[i / 4] = two_codes(scaled[0], scaled[1]) | two_codes(scaled[2], scaled[3]) << 16;
     }
-    const int64_t feature = word * kNumbers + which;
-    uint4* target = reinterpret_cast<uint4*>(a.codes + (feature * blocks_of(a) + block) * kBlock);
-    target[0] = make_uint4(codes[0], codes[1], codes[2], codes[3]);
-    target[1] = make_uint4(codes[4], codes[5], codes[6], codes[7]);
-    a.scale[scale_place(a, feature, block)] = static_cast<uint8_t>(byte);
+    if (casts[which].byte == kNanByte) {
+#pragma unroll
+      for (int i = 0; i < kBlock; i += 4) casts[which].codes[i / 4] = nan_codes(rows - i);
+    }
   }
+}
+
+__host__ __device__ inline int rows_of(const Arguments& a, int64_t block) {
+  const int64_t left = a.rows - block * kBlock;
+  return left < 0 ? 0 : left < kBlock ? static_cast<int>(left) : kBlock;
+}
+
+// The `half`th 16 codes of a feature.
+__host__ __device__ inline uint4 half_of(const Cast& cast, int half) {
+  const uint32_t* codes = cast.codes + 4 * half;
+  return make_uint4(codes[0], codes[1], codes[2], codes[3]);
 }
 
 template <int FORMAT>
 __global__ void __launch_bounds__(kWarps* kWarpWords) cast_columns_kernel(const Arguments a) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  constexpr int kNumbers = numbers(FORMAT), kFeatures = kNumbers * kWarpWords, kParts = 2 * kWarps;
+  // 16 codes each, of a feature's 128 rows. Turned by the feature, or threads of a warp would meet in the same banks.
+  __shared__ uint4 parts[kFeatures * kParts];
+  __shared__ uint32_t bytes[kFeatures];  // of four blocks
+  const int64_t first_block = static_cast<int64_t>(blockIdx.x) * kWarps, block = first_block + threadIdx.y;
+  const int64_t first_feature = static_cast<int64_t>(blockIdx.y) * kFeatures;
   const int64_t word = static_cast<int64_t>(blockIdx.y) * kWarpWords + threadIdx.x;
-  if (block < blocks_of(a) && word < a.features / (FORMAT == kFp32 ? 1 : 2)) cast_word<FORMAT>(a, block, word);
+  const int rows = word < a.features / kNumbers ? rows_of(a, block) : 0;
+  Cast casts[kMostNumbers];
+  cast_word<FORMAT>(a, block, word, rows, casts);
+#pragma unroll
+  for (int which = 0; which < kNumbers; ++which) {
+    const int feature = kNumbers * threadIdx.x + which;
+    for (int half = 0; half < 2; ++half)
+      parts[feature * kParts + ((2 * threadIdx.y + half) ^ (feature / kNumbers % kParts))] = half_of(casts[which], half);
+    reinterpret_cast<uint8_t*>(bytes + feature)[threadIdx.y] = static_cast<uint8_t>(casts[which].byte);
+  }
+  __syncthreads();
+  const int thread = threadIdx.y * kWarpWords + threadIdx.x;
+  const int part = thread % kParts;
+#pragma unroll
+  for (int feature = thread / kParts; feature < kFeatures; feature += kWarps * kWarpWords / kParts) {
+    const int64_t at = ((first_feature + feature) * blocks_of(a) + first_block) * kBlock;
+    if (first_feature + feature < a.features && first_block + part / 2 < blocks_of(a))
+      reinterpret_cast<uint4*>(a.codes + at)[part] = parts[feature * kParts + (part ^ (feature / kNumbers % kParts))];
+  }
+  if (thread >= kFeatures || first_feature + thread >= a.features) return;
+  uint8_t* target = a.scale + scale_place(a, first_feature + thread, first_block);
+  const int64_t left = blocks_of(a) - first_block;
+  if (left >= kWarps && (a.swizzled || blocks_of(a) % kWarps == 0)) {  // at a multiple of four bytes
+    *reinterpret_cast<uint32_t*>(target) = bytes[thread];
+  } else {
+    for (int i = 0; i < kWarps && i < left; ++i) target[i] = static_cast<uint8_t>(bytes[thread] >> (8 * i));
+  }
 }
 
 template <int FORMAT>
 void launch(const Arguments& a, cudaStream_t stream) {
-  const int64_t words = a.features / (FORMAT == kFp32 ? 1 : 2);
+  const int64_t words = a.features / numbers(FORMAT);
   const dim3 grid((blocks_of(a) + kWarps - 1) / kWarps, (words + kWarpWords - 1) / kWarpWords);
   cast_columns_kernel<FORMAT><<<grid, dim3(kWarpWords, kWarps), 0, stream>>>(a);
 }
@@ -140,7 +249,7 @@ Arguments arguments_of(const void* x, void* codes, void* scale, int64_t rows, in
 }  // namespace
 
 // x lies at a multiple of 4 bytes, and so does each of its rows, which are `stride` numbers apart; the numbers of a row
-// are contiguous. codes lies at a multiple of 16 bytes. Returns a cudaError_t.
+// are contiguous. codes and scale lie at a multiple of 16 bytes. Returns a cudaError_t.
 extern "C" int titan_fp8_mx_cast_columns(const void* x, void* codes, void* scale, int64_t rows, int64_t features,
                                          int64_t stride, int format, int carry, int swizzled, void* stream) {
   const Arguments a = arguments_of(x, codes, scale, rows, features, stride, format, carry, swizzled);

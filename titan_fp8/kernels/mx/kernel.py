@@ -41,8 +41,9 @@ from titan_fp8.kernels.float8.kernel import _load_tile
 from titan_fp8.kernels.float8.reference import E4M3
 from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned
 from titan_fp8.kernels.mx import layout
-from titan_fp8.kernels.mx.places import _column_places, _row_shift, _store_row_scales
+from titan_fp8.kernels.mx.places import _column_places, _groups_of_blocks, _row_shift, _store_row_scales
 from titan_fp8.kernels.mx.reference import BLOCK, CARRY, E8M0, EMAX, NAN_BYTE, padded
+from titan_fp8.kernels.mx.tiles_of_pairs import _cast_pairs
 
 _BLOCK = tl.constexpr(BLOCK)
 _EMAX = tl.constexpr(EMAX)
@@ -51,7 +52,15 @@ _NAN_BYTE = tl.constexpr(NAN_BYTE)
 # Static: a first-step search could choose differently on different ranks. `scripts/bench_mx.py --sweep` times others.
 ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 4, 1), Tile(64, 128, 4, 2), Tile(64, 128, 4, 2, 128)
 """By the layouts that are written, in multiples of 32."""
-QUANTIZE_DEQUANTIZE_TILE = Tile(64, 128, 8, 1)
+ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, BOTH_OF_PAIRS_TILE = (
+    Tile(64, 256, 8, 1),
+    Tile(128, 64, 4, 1),
+    Tile(128, 64, 4, 1),
+)
+"""The same for bf16 in pairs; a warp for each 32 tokens, see `tiles_of_pairs.py`."""
+QUANTIZE_DEQUANTIZE_TILE = Tile(32, 128, 4, 1)
+IN_PAIRS = True
+"""Whether bf16 is cast in pairs where it can be."""
 
 DENSE, EXPERTS, GROUPS = "dense", "experts", "groups"
 """What rows are; see `places.py`."""
@@ -159,8 +168,8 @@ def _load_quads(x_ptr, quad, k, present, features, stride_t, stride_k):
 def _cast_tiles_kernel(
     x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     tokens, features, span, stride_t, stride_k, groups,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
-    EXACT_BITS: tl.constexpr, PADDED_T: tl.constexpr, PADDED_K: tl.constexpr, GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr, KIND: tl.constexpr,
+    CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, PADDED_T: tl.constexpr, PADDED_K: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of a tile in the layouts asked for; of sizes padded to multiples of PADDED_T and PADDED_K there
@@ -171,12 +180,23 @@ def _cast_tiles_kernel(
     pid_t, pid_k = _tile_of_program(pid, tl.cdiv(all_tokens, BLOCK_T), tl.cdiv(all_features, BLOCK_K), BAND)
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
     present = _present(ends_ptr, tokens, groups, KIND)
+    written = present if SWIZZLED and KIND == "groups" else all_tokens
+    if PAIRS:
+        _cast_pairs(
+            x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+            pid_t.to(tl.int64), pid_k.to(tl.int64), present, written, all_tokens, all_features,
+            tokens, features, span, stride_t, groups,
+            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
+        return
     # All loads come before any store: pointers may alias, so the compiler keeps their order.
     a, b, c, d = _load_quads(x_ptr, quad, k, present, features, stride_t, stride_k)
-    written = present if SWIZZLED and KIND == "groups" else all_tokens
+    block_t = pid_t.to(tl.int64) * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
+    begin, base, size = _groups_of_blocks(ends_ptr, block_t, groups, SWIZZLED, KIND, GROUPS)
     if ROWS:
         t = 4 * quad
-        shift = _row_shift(ends_ptr, t, span, groups, SWIZZLED, KIND, GROUPS)
+        shift = _row_shift(block_t, begin, base, span, SWIZZLED, KIND)
+        shift = tl.reshape(tl.broadcast_to(shift[:, None], [BLOCK_T // _BLOCK, _BLOCK // 4]), [BLOCK_T // 4])
         block_k = pid_k.to(tl.int64) * (BLOCK_K // _BLOCK) + tl.arange(0, BLOCK_K // _BLOCK)
         limit = written if SWIZZLED else tokens
         _store_row_codes(
@@ -197,8 +217,7 @@ def _cast_tiles_kernel(
         )  # fmt: skip
     if COLUMNS:
         byte = _column_bytes(a, b, c, d, CARRY, BLOCK_T, BLOCK_K)
-        block_t = pid_t.to(tl.int64) * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
-        place = _column_places(block_t, k, ends_ptr, features, span, groups, SWIZZLED, KIND, GROUPS)
+        place = _column_places(block_t, k, begin, base, size, features, span, SWIZZLED, KIND)
         inside = (block_t * _BLOCK < written)[:, None] & (k < all_features)[None, :]
         tl.store(column_scale_ptr + place, byte.to(tl.uint8), mask=inside)
         all_quads = tl.cdiv(tokens, _BLOCK) * (_BLOCK // 4)
@@ -281,15 +300,15 @@ class Rows(NamedTuple):
 @planned(_cast_tiles_kernel)
 def _launch_cast(
     device: int, shape: torch.Size, strides: tuple[int, int], dtype: torch.dtype, of: Rows,
-    rows: bool, columns: bool, swizzled: bool, mode: str, tile: Tile,
+    rows: bool, columns: bool, swizzled: bool, mode: str, tile: Tile, in_pairs: bool,
 ) -> Plan:  # fmt: skip
     """dtype: of x."""
     tokens, features = shape
     padded_t = layout.TILE_ROWS if swizzled and of.kind == DENSE else BLOCK if columns else 1
     padded_k = layout.TILE_ROWS if swizzled else BLOCK
     constants: dict[str, Any] = {
-        "ROWS": rows, "COLUMNS": columns, "SWIZZLED": swizzled, "KIND": of.kind, "CARRY": CARRY[mode],
-        "EXACT_BITS": bits.exact_bits(device), "PADDED_T": padded_t, "PADDED_K": padded_k,
+        "PAIRS": in_pairs, "ROWS": rows, "COLUMNS": columns, "SWIZZLED": swizzled, "KIND": of.kind,
+        "CARRY": CARRY[mode], "EXACT_BITS": bits.exact_bits(device), "PADDED_T": padded_t, "PADDED_K": padded_k,
         "GROUPS": next_power_of_2(of.groups), "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band,
         "num_warps": tile.warps, "maxnreg": tile.registers,
     }  # fmt: skip
@@ -321,11 +340,22 @@ def cast(
     `_new_columns` say."""
     by_rows = _new_rows(x, of, swizzled) if rows else ()
     by_columns = _new_columns(x, of, swizzled) if columns else ()
-    tile = BOTH_TILE if rows and columns else ROWS_TILE if rows else COLUMNS_TILE
+    in_pairs = _is_in_pairs(x)
+    tiles = (ROWS_TILE, COLUMNS_TILE, BOTH_TILE)
+    if in_pairs:
+        tiles = (ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, BOTH_OF_PAIRS_TILE)
+    tile = tiles[2 if rows and columns else 0 if rows else 1]
     # A pointer that a variant of the kernel never follows still has to be one.
     tensors = x, x if ends is None else ends, *(by_rows or by_columns), *(by_columns or by_rows)
-    _launch_cast(tensors, x.shape, x.stride(), x.dtype, of, rows, columns, swizzled, mode, tile)
+    _launch_cast(tensors, x.shape, x.stride(), x.dtype, of, rows, columns, swizzled, mode, tile, in_pairs)
     return *by_rows, *by_columns
+
+
+def _is_in_pairs(x: Tensor) -> bool:
+    """Whether each row is whole 32-bit words of two bf16 numbers."""
+    return (
+        IN_PAIRS and x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+    )
 
 
 def quantize_dequantize(

@@ -29,6 +29,11 @@ _TILE_TOKENS = tl.constexpr(TILE_COLUMNS * BLOCK)
 
 
 @triton.jit
+def _of_both(begin, base, size, other_begin, other_base, other_size):
+    return tl.maximum(begin, other_begin), base + other_base, size + other_size
+
+
+@triton.jit
 def _group_of(ends_ptr, t, groups, GROUPS: tl.constexpr):
     """Of the group that each of the rows t is in: its first row, and with each group padded to 128 rows its first row
     and its size, which is 0 behind the last group. GROUPS: a power of two, not less than their number."""
@@ -39,9 +44,10 @@ def _group_of(ends_ptr, t, groups, GROUPS: tl.constexpr):
     padded = tl.where(is_group, tl.cdiv(tl.where(is_group, ends - begins, 0), _TILE_ROWS) * _TILE_ROWS, 0)
     is_before = ends[None, :] <= t[:, None]
     is_own = (begins[None, :] <= t[:, None]) & (t[:, None] < ends[None, :])
-    begin = tl.max(tl.where(is_before, ends[None, :], 0), axis=1)
-    base = tl.sum(tl.where(is_before, padded[None, :], 0), axis=1)
-    size = tl.sum(tl.where(is_own, padded[None, :], 0), axis=1)
+    # One reduction: each takes an exchange between all warps.
+    begins_before, padded_before = tl.where(is_before, ends[None, :], 0), tl.where(is_before, padded[None, :], 0)
+    own = tl.where(is_own, padded[None, :], 0)
+    begin, base, size = tl.reduce((begins_before, padded_before, own), 1, _of_both)
     return begin.to(tl.int64), base.to(tl.int64), size.to(tl.int64)
 
 
@@ -53,15 +59,22 @@ def _swizzled(row, column, column_tiles):
 
 
 @triton.jit
-def _row_shift(ends_ptr, t, span, groups, SWIZZLED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr):
-    """How much further down than t the scales of the rows t are: int64."""
-    if SWIZZLED and KIND == "experts":
-        shift = t // span * (tl.cdiv(span, _TILE_ROWS) * _TILE_ROWS - span)
-    elif SWIZZLED and KIND == "groups":
-        begin, base, _ = _group_of(ends_ptr, t, groups, GROUPS)
-        shift = base - begin
+def _groups_of_blocks(ends_ptr, block_t, groups, SWIZZLED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr):
+    """`_group_of` of blocks of 32 rows, which are of one group each; zeros where no place depends on groups."""
+    if SWIZZLED and KIND == "groups":
+        begin, base, size = _group_of(ends_ptr, block_t * _BLOCK, groups, GROUPS)
     else:
-        shift = tl.zeros_like(t)
+        begin, base, size = tl.zeros_like(block_t), tl.zeros_like(block_t), tl.zeros_like(block_t)
+    return begin, base, size
+
+
+@triton.jit
+def _row_shift(block_t, begin, base, span, SWIZZLED: tl.constexpr, KIND: tl.constexpr):
+    """How much further down than rows of these blocks of 32 their scales are: int64. begin, base: of their group."""
+    if SWIZZLED and KIND == "experts":
+        shift = block_t * _BLOCK // span * (tl.cdiv(span, _TILE_ROWS) * _TILE_ROWS - span)
+    else:
+        shift = base - begin
     return shift
 
 
@@ -79,10 +92,9 @@ def _store_row_scales(byte, t, shift, block_k, features, written, scale_ptr, SWI
 
 
 @triton.jit
-def _column_places(
-    block_t, k, ends_ptr, features, span, groups, SWIZZLED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr
-):
-    """Where the scales of blocks of 32 rows and of the features k are, `[blocks, BK]`."""
+def _column_places(block_t, k, begin, base, size, features, span, SWIZZLED: tl.constexpr, KIND: tl.constexpr):
+    """Where the scales of blocks of 32 rows and of the features k are, `[blocks, BK]`. begin, base and size: of each
+    block's group."""
     row, t = k[None, :], block_t * _BLOCK
     if KIND == "experts":
         expert = t // span
@@ -93,7 +105,6 @@ def _column_places(
     if SWIZZLED:
         rows = tl.cdiv(features, _TILE_ROWS) * _TILE_ROWS
         if KIND == "groups":
-            begin, base, size = _group_of(ends_ptr, t, groups, GROUPS)
             place = _swizzled(row, (block_t - begin // _BLOCK)[:, None], (size // _TILE_TOKENS)[:, None])
             place += (rows * (base // _BLOCK))[:, None]
         else:
