@@ -85,6 +85,26 @@ def case_columns() -> str:
     return "; ".join(wrong)
 
 
+def case_views() -> str:
+    """Operands whose rows lie apart, begin anywhere or are columns."""
+    ends, wrong = torch.tensor([16, 48], dtype=torch.int32), []
+    a, b = codes(48, K, seed=0), codes(2, N, K, seed=1)
+    scale_a, scale_b = scales(48, 1, seed=2), scales(2, N, seed=3)
+    expected = gemm_kernel.grouped_mm_rows(a, b, scale_a, scale_b, ends, torch.float32, False)
+    apart, shifted = (
+        torch.empty(48, 2 * K, dtype=a.dtype)[:, :K],
+        torch.empty(48 * K + 1, dtype=a.dtype)[1:].view(48, K),
+    )
+    by_columns = torch.empty(K, 48, dtype=a.dtype).t()
+    b_apart = torch.empty(2, 2 * N, K, dtype=b.dtype)[:, :N].copy_(b)
+    scale_b_apart = torch.empty(N, 2).t().copy_(scale_b)
+    for name, view in (("apart", apart), ("shifted", shifted), ("columns", by_columns)):
+        operands = view.copy_(a), b_apart, scale_a, scale_b_apart
+        if _differ(gemm_kernel.grouped_mm_rows(*operands, ends, torch.float32, False), expected):
+            wrong.append(name)
+    return "; ".join(wrong)
+
+
 def case_nothing() -> str:
     ends = torch.zeros(3, dtype=torch.int32)
     no_rows = gemm_kernel.grouped_mm_rows(

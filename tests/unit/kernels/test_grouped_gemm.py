@@ -6,7 +6,7 @@ triton = pytest.importorskip("triton")
 
 from tests.unit.kernels.interpreter import results_of  # noqa: E402
 
-CASES = ["columns", "nothing", "rows"]
+CASES = ["columns", "nothing", "rows", "views"]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ class GemmTile(NamedTuple):
     registers: int | None = None
 
 
+_ALIGNMENT = 16
 # Static, since a search at the first step could choose differently on different ranks.
 # `scripts/bench_grouped.py --sweep` times others.
 FAST_ROWS_TILE = GemmTile(128, 128, 128, 8, 3)
@@ -143,11 +144,11 @@ def grouped_mm_rows(
     if not rows:
         return result
     tile = FAST_ROWS_TILE if fast_accum else ROWS_TILE
-    operands = _described(a, tile.first, tile.depth), _described(b.view(-1, depth), tile.second, tile.depth)
+    operands = _described(a, tile.first, tile.depth), _described(b.reshape(-1, depth), tile.second, tile.depth)
     # Where groups end is not known here: each may have a tile that is not full.
     programs = (cdiv(rows, tile.first) + experts) * cdiv(features, tile.second)
     _rows_kernel[(programs,)](
-        *operands, ends, scale_a, scale_b, result, features, depth, experts,
+        *operands, ends, scale_a.contiguous(), scale_b.contiguous(), result, features, depth, experts,
         GROUPS=next_power_of_2(experts), FAST=fast_accum,
         BLOCK_M=tile.first, BLOCK_N=tile.second, BLOCK_K=tile.depth, BAND=tile.band,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
@@ -168,7 +169,7 @@ def grouped_mm_columns(
     operands = _described(a, tile.first, tile.depth), _described(b, tile.second, tile.depth)
     programs = experts * cdiv(first, tile.first) * cdiv(second, tile.second)
     _columns_kernel[(programs,)](
-        *operands, ends, scale_a, scale_b, result, first, second,
+        *operands, ends, scale_a.contiguous(), scale_b.contiguous(), result, first, second,
         BLOCK_N=tile.first, BLOCK_K=tile.second, BLOCK_M=tile.depth, BAND=tile.band,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
@@ -176,4 +177,7 @@ def grouped_mm_columns(
 
 
 def _described(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """x for the tensor memory accelerator, which reads rows that begin at multiples of 16 bytes."""
+    if x.stride(1) != 1 or x.stride(0) % _ALIGNMENT or x.data_ptr() % _ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [block_rows, block_columns])
