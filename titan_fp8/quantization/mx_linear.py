@@ -213,8 +213,8 @@ class MXLinearFunction(torch.autograd.Function):
             output = mx_ops.scaled_mm_op(x_codes, right, x_scale, w_scale, x.dtype)
         saved = (None, None) if not needs_grad_weight else (x, None) if x_codes_t is None else (x_codes_t, x_scale_t)
         if bias is not None:
-            # The sum in fp32, and not in place: of a result that was changed in place and is of no operator of ours, the
-            # compiler of PyTorch 2.11 takes the gradient to be zero.
+            # The sum in fp32, and not in place: the gradient of a product that is changed in place is zero to the
+            # compiler of PyTorch 2.11.
             output = (output + bias).to(x.dtype)
         of_weight = weight if w_columns is None else None, w_columns, w_column_scale
         ctx.save_for_backward(*(of_weight if needs_grad_input else [None] * 3), *saved)
