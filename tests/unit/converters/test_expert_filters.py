@@ -20,7 +20,7 @@ from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.dispatch import BF16_ALIGNMENT
 from titan_fp8.models.moe import Experts
 
-LARGE = {"dim": 1424, "n_heads": 1, "moe_ffn_dim": 2064, "ffn_dim": 16, "n_experts": 2, "top_k": 1}
+LARGE = {"dim": 4112, "n_heads": 1, "moe_ffn_dim": 4096, "ffn_dim": 16, "n_experts": 2, "top_k": 1}
 
 
 def on_meta(**options: Any) -> Decoder:
@@ -83,11 +83,12 @@ def test_what_a_filter_leaves_alone_may_be_what_float8_cannot_multiply() -> None
     ("dims", "stays"),
     [
         ({}, False),
-        ({"dim": 1408}, True),
+        ({"dim": 768}, True),
         ({"moe_ffn_dim": 1408}, True),
-        ({"dim": 2048, "moe_ffn_dim": 2048}, True),
-        ({"dim": 2064, "moe_ffn_dim": 2048}, False),
-        ({"dim": 2064, "moe_ffn_dim": 4096 + 8}, True),
+        ({"dim": 2048, "moe_ffn_dim": 4096}, True),
+        ({"dim": 4096, "moe_ffn_dim": 2048}, True),
+        ({"dim": 2064, "moe_ffn_dim": 4096}, False),
+        ({"dim": 4112, "moe_ffn_dim": 4096 + 8}, True),
     ],
     ids=str,
 )
