@@ -250,6 +250,29 @@ def test_by_operation_no_exchange_and_every_second_product_is_repeated(in_float8
     assert repeated == {"none": 0, "op": 2, "full": 3}
 
 
+def _other_experts_in_recomputation(rank: int, ranks: int) -> str:
+    model = Decoder(ModelDims(**SIZES))
+    initialize(model, seed=0)
+    apply_expert_parallel(model, mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu"))
+    section = ActivationCheckpointSection(mode="full")
+    apply_activation_checkpointing(model, section, compile_config=CompileSection(), around_experts=True)
+    out = model(torch.arange(4 * SEQ).view(4, SEQ) * 7 % 31)
+    with torch.no_grad():
+        for block in model.layers.values():
+            if block.moe is not None:
+                block.moe.router.gate.weight.neg_()
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_recomputation_that_chooses_other_experts_is_an_error() -> None:
+    for error in run_distributed(_other_experts_in_recomputation, 2):
+        assert "recomputation sends tokens to other experts" in error
+
+
 # ---- codes
 
 

@@ -72,7 +72,7 @@ def lay_out(ends: Tensor, rows: int, alignment: int, *, aligned: bool) -> GroupL
     if aligned:
         if rows % alignment:
             raise ValueError(f"{rows} rows in groups that are said to be multiples of {alignment} rows")
-        return GroupLayout(ends)
+        return GroupLayout(ends.contiguous())
     group = torch.bucketize(torch.arange(rows, dtype=ends.dtype, device=ends.device), ends, right=True)
     # What is behind the last group is one more, which no product reads.
     _, padded, position, source = plan(group.unsqueeze(1), ends.shape[0] + 1, alignment)

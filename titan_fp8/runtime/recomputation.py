@@ -24,6 +24,7 @@ class _Memory:
     def __init__(self) -> None:
         self.found: list[Any] = []
         self.recalled = 0
+        self.is_complete = False
 
 
 _memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
@@ -48,6 +49,7 @@ def with_memory(checkpointed: Callable[..., Any], forward: Callable[..., Any]) -
             try:
                 return forward(*args, **kwargs)
             finally:  # recomputation ends early, by an exception
+                memory.is_complete = True
                 _memory.reset(token)
 
         return checkpointed(one_pass, *args, **kwargs)
@@ -56,11 +58,17 @@ def with_memory(checkpointed: Callable[..., Any], forward: Callable[..., Any]) -
 
 
 def recalled(find_out: Callable[[], Found]) -> Found:
-    """`find_out()`; where this is a further pass through a checkpointed function, what it was in the first one."""
+    """`find_out()`; where this is a further pass through a checkpointed function, what it was in the first one.
+
+    Raises:
+        RuntimeError: the first pass asked less often.
+    """
     memory = _memory.get()
     if memory is None:
         return find_out()
     if memory.recalled == len(memory.found):
+        if memory.is_complete:
+            raise RuntimeError("a checkpointed function asks more when it is recomputed than it did at first")
         memory.found.append(find_out())
     memory.recalled += 1
     return memory.found[memory.recalled - 1]

@@ -17,12 +17,12 @@ from titan_fp8.kernels.launch import INTERPRETED
 ROOT = Path(__file__).parents[3]
 
 
-def results_of(module: str, folder: Path) -> dict[str, str]:
+def results_of(module: str, folder: Path, timeout_s: float = 110) -> dict[str, str]:
     """{case: "" or what is wrong} of the cases of `tests.unit.kernels.MODULE`."""
     out = folder / "results.json"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", f"tests.unit.kernels.{module}", str(out)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert process.returncode == 0, process.stderr
     return json.loads(out.read_text())
 

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 from tests.unit.kernels.interpreter import results_of
 
+pytestmark = pytest.mark.timeout(260)  # the first test waits for all cases
 CASES = [
     "modes", "bfloat16_of_more_than_a_tile_of_scales", "float16", "few_tokens", "strides", "every_scale_there_is",
     "nan_and_inf", "zeros_and_extreme_magnitudes", "groups", "groups_with_garbage_behind_the_last",
@@ -15,7 +16,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results_of("mx_cases", tmp_path_factory.mktemp("interpreter"))
+    return results_of("mx_cases", tmp_path_factory.mktemp("interpreter"), timeout_s=240)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,7 +69,8 @@ def test_what_kernels_of_a_gpu_are_given_makes_the_output_and_gradients_of_the_f
     """With the reference in the place of each kernel."""
     monkeypatch.setitem(attention_backends._SDPA_BACKENDS, backend, SDPBackend.MATH)
 
-    def flex(*heads: Tensor, block_mask: Any, **options: Any) -> Tensor:
+    def flex(*heads: Tensor, block_mask: Any, kernel_options: Any, **options: Any) -> Tensor:
+        assert kernel_options is None, "blocks are PyTorch's choice where heads are narrow"
         assert min(x.shape[-1] for x in heads) >= 16
         return F.scaled_dot_product_attention(*heads, attn_mask=attention_mask("math", 33, CPU, OF_33), **options)
 

@@ -64,6 +64,21 @@ def test_twice_through_one_graph() -> None:
     assert told == [2, 3]
 
 
+def test_a_pass_that_asks_more_than_the_first_is_an_error() -> None:
+    forward, _ = asking(2)
+    passes = itertools.count(1)
+
+    def asks_more_and_more(x: Tensor) -> Tensor:
+        for _ in range(next(passes)):
+            x = forward(x)
+        return x
+
+    to_the_end = functools.partial(CHECKPOINT, early_stop=False)
+    y = with_memory(to_the_end, asks_more_and_more)(torch.randn(4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="asks more when it is recomputed"):
+        y.sum().backward()
+
+
 def test_recomputation_on_another_thread() -> None:
     forward, told = asking()
     x = torch.randn(4, requires_grad=True)

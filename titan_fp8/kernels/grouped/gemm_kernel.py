@@ -16,6 +16,7 @@ ascending, multiples of 16.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class GemmTile(NamedTuple):
 
 _ALIGNMENT = 16
 # Static, since a search at the first step could choose differently on different ranks.
-# `scripts/bench_grouped.py --sweep` times others.
+# `scripts/bench_grouped_gemm.py --sweep` times others.
 FAST_ROWS_TILE = GemmTile(128, 128, 128, 8, 3)
 ROWS_TILE = GemmTile(64, 128, 128, 4, 3)
 COLUMNS_TILE = GemmTile(256, 128, 128, 8, 4)
@@ -147,12 +148,13 @@ def grouped_mm_rows(
     operands = _described(a, tile.first, tile.depth), _described(b.reshape(-1, depth), tile.second, tile.depth)
     # Where groups end is not known here: each may have a tile that is not full.
     programs = (cdiv(rows, tile.first) + experts) * cdiv(features, tile.second)
-    _rows_kernel[(programs,)](
-        *operands, ends, scale_a.contiguous(), scale_b.contiguous(), result, features, depth, experts,
-        GROUPS=next_power_of_2(experts), FAST=fast_accum,
-        BLOCK_M=tile.first, BLOCK_N=tile.second, BLOCK_K=tile.depth, BAND=tile.band,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
+    with _on_device_of(a):
+        _rows_kernel[(programs,)](
+            *operands, ends.contiguous(), scale_a.contiguous(), scale_b.contiguous(), result, features, depth, experts,
+            GROUPS=next_power_of_2(experts), FAST=fast_accum,
+            BLOCK_M=tile.first, BLOCK_N=tile.second, BLOCK_K=tile.depth, BAND=tile.band,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
     return result
 
 
@@ -168,12 +170,18 @@ def grouped_mm_columns(
     tile = COLUMNS_TILE
     operands = _described(a, tile.first, tile.depth), _described(b, tile.second, tile.depth)
     programs = experts * cdiv(first, tile.first) * cdiv(second, tile.second)
-    _columns_kernel[(programs,)](
-        *operands, ends, scale_a.contiguous(), scale_b.contiguous(), result, first, second,
-        BLOCK_N=tile.first, BLOCK_K=tile.second, BLOCK_M=tile.depth, BAND=tile.band,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
+    with _on_device_of(a):
+        _columns_kernel[(programs,)](
+            *operands, ends.contiguous(), scale_a.contiguous(), scale_b.contiguous(), result, first, second,
+            BLOCK_N=tile.first, BLOCK_K=tile.second, BLOCK_M=tile.depth, BAND=tile.band,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
     return result
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _described(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:

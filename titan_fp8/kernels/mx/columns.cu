@@ -101,7 +101,7 @@ __host__ __device__ inline uint32_t amax_of(const uint32_t (&words)[kBlock], int
   return amax;
 }
 
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
 // The larger magnitudes of two pairs in bf16, NaN above all; the signs mean nothing.
 __device__ inline uint32_t larger_pair(uint32_t a, uint32_t b) {
   uint32_t result;
@@ -143,7 +143,7 @@ __host__ __device__ inline void cast_word(const Arguments& a, int64_t block, int
   }
   uint32_t amax[kMostNumbers];
   float inverse[kMostNumbers];
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   if (FORMAT == kBf16) {
     const uint32_t pair = amax_of_pairs(words);
     amax[0] = pair << 16;
@@ -159,7 +159,7 @@ __host__ __device__ inline void cast_word(const Arguments& a, int64_t block, int
     const uint32_t byte = casts[which].byte = scale_byte(amax[which], a.carry);
     inverse[which] = from_bits((254 - (byte == kNanByte ? 0 : byte)) << 23);
   }
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
   if (FORMAT == kBf16) {
     const uint32_t factors = bits_of(inverse[0]) >> 16 | bits_of(inverse[1]);
 #pragma unroll
