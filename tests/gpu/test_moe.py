@@ -161,6 +161,10 @@ def test_nan_stays_in_its_group() -> None:
     ones = torch.ones(3, 80, device="cuda"), torch.ones(3, 64, device="cuda")
     columns = grouped.mm_columns(a.t().contiguous(), x, *ones, ends, torch.float32)
     assert columns.isnan().any(2).nonzero().tolist() == [[1, 3]]
+    a, x = random(112, 80, seed=3).to(E4M3), x.clone()
+    x.view(torch.uint8)[5, 50] = 0x7F
+    columns = grouped.mm_columns(a.t().contiguous(), x, *ones, ends, torch.float32)
+    assert columns.isnan().any(1).nonzero().tolist() == [[1, 5]], "of the other operand too"
 
 
 def decoder(family: str) -> Decoder:

@@ -89,11 +89,11 @@ def case_columns() -> str:
 
 
 def case_views() -> str:
-    """Operands whose rows lie apart, begin anywhere or are columns."""
-    ends, wrong = torch.tensor([16, 48], dtype=torch.int32), []
+    """Operands whose rows lie apart, begin anywhere or are columns, and ends that lie apart."""
+    ends, wrong = torch.tensor([[16, 0], [48, 0]], dtype=torch.int32)[:, 0], []
     a, b = codes(48, K, seed=0), codes(2, N, K, seed=1)
     scale_a, scale_b = scales(48, 1, seed=2), scales(2, N, seed=3)
-    expected = gemm_kernel.grouped_mm_rows(a, b, scale_a, scale_b, ends, torch.float32, False)
+    expected = gemm_kernel.grouped_mm_rows(a, b, scale_a, scale_b, ends.contiguous(), torch.float32, False)
     apart, shifted = (
         torch.empty(48, 2 * K, dtype=a.dtype)[:, :K],
         torch.empty(48 * K + 1, dtype=a.dtype)[1:].view(48, K),
