@@ -16,6 +16,7 @@ which is 1 at balanced loads. It is the mean over the layers and over the tokens
 Legend: T tokens, k choices of each, E experts.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from titan_fp8.models.initialization import Constant, Distribution, TruncatedNor
 from titan_fp8.models.linear import Linear
 from titan_fp8.runtime.collectives import Axis, all_reduce
 from titan_fp8.runtime.operators import register_operator
+from titan_fp8.runtime.recomputation import recalled, recalled_or
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class Router(nn.Module):
         """See `titan_fp8.models.initialization`."""
         return {"gate.weight": TruncatedNormal(0.02)}
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Routing:
-        """Tokens `[T, dim]`; bias fp32 `[E]`, added to the scores for the choice alone."""
+    def forward(self, x: Tensor, bias: Tensor | None = None, chosen: Tensor | None = None) -> Routing:
+        """Tokens `[T, dim]`; bias fp32 `[E]`, added to the scores for the choice alone; chosen int64 `[T, k]`, the
+        choice where it is made already, and -1 elsewhere."""
         dims = self.dims
         logits = self.gate(x).float()
         if dims.router_score == "softmax":
@@ -112,6 +115,8 @@ class Router(nn.Module):
             every = logits.sigmoid()
             probabilities = every / (every.sum(-1, keepdim=True) + 1e-20)
         experts = self._choose(every.detach(), bias)
+        if chosen is not None:
+            experts = torch.where(chosen < 0, experts, chosen)
         scores = every.gather(1, experts)
         if dims.router_norm:
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
@@ -261,14 +266,19 @@ class MoE(nn.Module):
     def send(self, x: Tensor) -> "Sent":
         """Route tokens `[..., dim]` and send them to their experts."""
         tokens = x.flatten(0, -2)
-        tokens, scores, experts = self.gather(tokens, *self.route(tokens))
+        # Recomputation sends tokens where they were sent at first: scores that differ in their last bits would choose
+        # other experts. It is the same program in both passes, since what it keeps for backward must be the same.
+        undecided = functools.partial(tokens.new_full, (len(tokens), self.dims.top_k), -1, dtype=torch.int64)
+        scores, experts = self.route(tokens, recalled_or(undecided))
+        tokens, scores, experts = self.gather(tokens, scores, recalled(lambda: experts))
         before, after = (scores, None) if self.dims.score_before_experts else (None, scores)
         return Sent(self.dispatcher.dispatch(tokens, experts, before, after), tokens, x.shape)
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, tokens: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores fp32 and experts int64 of tokens `[T, dim]`, `[T, k]` each; where a backward pass will follow, it
-        counts them. Of what runs before tokens travel, this is all that the compiler can have in one piece."""
-        routing = self.router(tokens, self.expert_bias)
+        counts them. chosen: see `Router`. Of what runs before tokens travel, this is all that the compiler can have in
+        one piece."""
+        routing = self.router(tokens, self.expert_bias, chosen)
         return self._watched(routing), routing.experts
 
     def share(self, sent: "Sent") -> Tensor | None:

@@ -51,8 +51,11 @@ _aten = torch.ops.aten
 _ATEN_GEMMS = (_aten.mm.default, _aten.addmm.default)
 _MM_INTO = _aten.mm.dtype  # with the dtype of its result as a third argument
 _GROUPED_GEMMS = (grouped_mm_rows, multiply_rows)
+# What a router chooses: of scores that differ in their last bits, as recomputed ones may, it would choose otherwise.
+_CHOICES = frozenset({_aten.topk.default})
 _ALWAYS_KEPT = frozenset(
     {
+        *_CHOICES,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
@@ -108,20 +111,23 @@ def apply_activation_checkpointing(
         options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
     elif section.mode == "selective":
         every = int(section.selective_ac_option)
+    is_traced = compiles(compile_config, "model")
     in_graph = options
-    if not by_operation and compiles(compile_config, "model") and compile_config.backend != "eager":
+    if not by_operation and is_traced and compile_config.backend != "eager":
         in_graph = options | {"context_fn": _recompute_all}
     for name, block in model.layers.items():
         if (int(name) + 1) % every:  # the number in the whole model, of which this may be a part
             continue
-        if not (around_experts and isinstance(block, TransformerBlock) and block.moe is not None):
-            block.forward = _checkpointed(block.forward, in_graph)
-        elif by_operation:
+        assert isinstance(block, TransformerBlock)
+        moe = block.moe
+        if moe is not None and by_operation and around_experts:
             block.attend_and_norm = _checkpointed(block.attend_and_norm, options)
-            block.moe.forward = _checkpointed(block.moe.forward, options)
-        else:
+            moe.forward = _checkpointed(moe.forward, options)
+        elif moe is not None and not by_operation and (around_experts or not is_traced):
             # By operation this would not do: there the results of exchanges are kept and handed out in their order.
             block.forward = with_memory(_checkpoint(options), block.forward)
+        else:
+            block.forward = _checkpointed(block.forward, in_graph)
 
 
 def check_activation_checkpointing(
@@ -168,13 +174,17 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 
 def _recompute_all() -> tuple[Any, Any]:
-    """The pair of contexts that keeps nothing, for a checkpoint inside of a compiled graph.
+    """The pair of contexts that keeps nothing but choices, for a checkpoint inside of a compiled graph.
 
     That is what checkpointing does without contexts; but then the compiler of PyTorch 2.11 takes the operators inside
     an autograd function, all of a float8 linear's, as outside of what is checkpointed, and keeps their results. Outside
     of the compiler contexts are dispatch modes, which every operator goes through in Python: not there.
     """
-    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _per_op_contexts(recomputed_shapes: frozenset[Shape]) -> tuple[Any, Any]:

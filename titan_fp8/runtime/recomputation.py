@@ -7,13 +7,17 @@ or ranks had to ask each other, it need not do so again:
     ...
     counts = recalled(lambda: exchange(...).tolist())      within forward: calls once, and gives the same again
 
-Each call of the function has its own memory. The order of `recalled` within a call is that of its first pass.
+Each call of the function has its own memory. The order of `recalled` within a call is that of its first pass. A choice
+that a small difference can change is not made again: compiled or on another thread, the same operations need not give
+the same bits. What it was, `recalled_or` tells beforehand.
 """
 
 import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
+
+import torch
 
 Found = TypeVar("Found")
 
@@ -57,13 +61,21 @@ def with_memory(checkpointed: Callable[..., Any], forward: Callable[..., Any]) -
     return call
 
 
+def recalled_or(otherwise: Callable[[], Found]) -> Found | None:
+    """What the next `recalled` will give; in a first pass, where that is open, `otherwise()`; elsewhere None."""
+    memory = None if torch.compiler.is_compiling() else _memory.get()
+    if memory is None:
+        return None
+    return memory.found[memory.recalled] if memory.recalled < len(memory.found) else otherwise()
+
+
 def recalled(find_out: Callable[[], Found]) -> Found:
     """`find_out()`; where this is a further pass through a checkpointed function, what it was in the first one.
 
     Raises:
         RuntimeError: the first pass asked less often.
     """
-    memory = _memory.get()
+    memory = None if torch.compiler.is_compiling() else _memory.get()
     if memory is None:
         return find_out()
     if memory.recalled == len(memory.found):
