@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from titan_fp8.job_config import load_job_config
+from titan_fp8.models.arithmetic import count_active_parameters
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -302,19 +303,94 @@ def test_figures_are_medians_over_the_steps_after_the_warm_up(load):
     assert (found["memory_gib"], found["first_loss"], found["last_loss"]) == (10.0, 4.0, 1.0)
 
 
-def test_the_roofline_counts_what_the_models_multiply_and_finds_products_to_gain_and_casts_to_cost(load):
+GB, TERA = 1e9, 1e12
+ROOFLINE = {
+    # Counted by hand: 6 T N K FLOPs of products; (2 b + 2) (T K + N K + T N) bytes; b = 33/32.
+    "dense": {
+        "products of linears": (343.0476, 170.725, 115.595),
+        "casts of weights": (0, 5.6285, 70.6234),
+        "casts of gradients": (0, 0, 45.8018),
+        "casts of activations": (0, 0, 28.3535),
+        "output layer and loss": (25.8213, 13.8601, 13.8601),
+        "attention": (61.5727, 16.1061, 16.1061),
+        "norms, SwiGLU, permutation": (0, 111.6691, 111.6691),
+        "optimizer": (0, 28.1059, 28.1059),
+    },
+    "moe": {
+        "products of linears": (4205.632, 1476.7306, 999.8696),
+        "products of experts": (2968.6814, 978.4472, 662.4903),
+        "products in bf16": (247.3901, 292.9302, 292.9302),
+        "casts of weights": (0, 2.5015, 149.9182),
+        "casts of gradients": (0, 0, 850.6049),
+        "casts of activations": (0, 0, 653.3048),
+        "hidden of experts made again": (0, 0, 193.2735),
+        "output layer and loss": (508.4704, 174.2412, 174.2412),
+        "attention": (1154.4872, 289.9103, 289.9103),
+        "norms, SwiGLU, permutation": (0, 2319.2823, 2319.2823),
+        "optimizer": (0, 11.7873, 11.7873),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROOFLINE)
+def test_the_roofline_counts_flops_and_bytes_of_each_kind_of_kernel(load, name: str):
+    sums: dict[str, list[float]] = {}
     script = load("mx_roofline")
-    for name, job in script.JOBS.items():
-        kernels = {kernel.name: kernel for kernel in script.kernels_of(job)}
-        dims = script.resolve_dims(job.family, job.flavor, {})
-        linears = sum(kernel.flops for key, kernel in kernels.items() if key.startswith("products"))
-        # Of all parameters but both tables, a token uses those of its experts: 6 FLOPs each.
-        tables = 2 * dims.vocab_size * dims.dim
-        if dims.n_experts is None:
-            assert linears == pytest.approx(6 * job.tokens * (script.count_parameters(dims) - tables), rel=1e-3)
-        device = script.DEVICES["B200"]
-        assert kernels["products of linears"].seconds(device, mx=True) < kernels["products of linears"].seconds(
-            device, mx=False
-        )
-        assert kernels["casts of gradients"].seconds(device, mx=True) > 0
-        assert "Predicted 1." in script.table(job, device), name
+    for kernel in script.kernels_of(script.JOBS[name]):
+        found = sums.setdefault(kernel.group, [0.0, 0.0, 0.0])
+        for i, number in enumerate((kernel.flops / TERA, kernel.bytes_bf16 / GB, kernel.bytes_mx / GB)):
+            found[i] += kernel.count * number
+    assert sums.keys() == ROOFLINE[name].keys()
+    for group, expected in ROOFLINE[name].items():
+        assert sums[group] == pytest.approx(expected, rel=1e-4), group
+
+
+def test_the_roofline_multiplies_the_parameters_that_a_token_meets(load):
+    """6 FLOPs for each of them, but for tables, norms and routers."""
+    script = load("mx_roofline")
+    for job in script.JOBS.values():
+        products = [k for k in script.kernels_of(job) if k.group.startswith("products")]
+        met = count_active_parameters(job.dims) - 2 * job.dims.vocab_size * job.dims.dim
+        assert sum(k.count * k.flops for k in products) == pytest.approx(6 * job.tokens * met, rel=1e-3)
+
+
+def test_the_roofline_tells_the_three_products_of_a_linear_apart(load):
+    script = load("mx_roofline")
+    t, n, k, b = 8192, 1024, 4096, 33 / 32
+    (wk,) = (each for each in script.linears_of(script.JOBS["dense"]) if each.name == "wk")
+    assert (wk.tokens, wk.n, wk.k, wk.count) == (t, n, k, 32)
+    moved = {kernel.name: (kernel.bytes_bf16, kernel.bytes_mx) for kernel in script.products_of(wk)}
+    in_bf16 = 2 * (t * k + n * k + t * n)
+    assert moved == {
+        "wk forward": (in_bf16, b * (t * k + n * k) + 2 * t * n),
+        "wk grad_input": (in_bf16, b * (t * n + n * k) + 2 * t * k),
+        "wk grad_weight": (in_bf16, b * (t * n + t * k) + 2 * n * k),
+    }
+
+
+def test_the_roofline_predicts_what_its_document_says(load):
+    script = load("mx_roofline")
+    document = (SCRIPTS.parent / "docs/mxfp8.md").read_text()
+    for name, ratios in {"dense": {"B200": 1.412, "GB200": 1.392}, "moe": {"B200": 1.468, "GB200": 1.454}}.items():
+        job = script.JOBS[name]
+        for device, ratio in ratios.items():
+            bf16, mx = script.milliseconds(job, script.DEVICES[device])
+            assert bf16 / mx == pytest.approx(ratio, abs=1e-3)
+        device = script.DEVICES[job.device]
+        for line in (script.table(job, device) + "\n" + script.product_table(job, device)).splitlines():
+            assert line.startswith("| ---") or line in document, line
+        bf16, mx = script.milliseconds(job, device)
+        published = 1e3 * job.tokens / job.published_tokens_s
+        for speedup in job.published.values():
+            slower, rest = script.fitted(bf16, mx, published, speedup)
+            assert slower * bf16 + rest == pytest.approx(published)
+            assert (slower * bf16 + rest) / (slower * mx + rest) == pytest.approx(speedup)
+
+
+def test_a_kernel_takes_as_long_as_the_slower_of_its_flops_and_its_bytes(load):
+    script = load("mx_roofline")
+    device = script.Device(bf16=1e12, mx=2e12, bandwidth=1e9)
+    by_flops = script.Kernel("", "", 1e12, 1, 1, count=3, in_mx=True)
+    assert by_flops.seconds(device, mx=False) == pytest.approx(3 / 0.70)
+    assert by_flops.seconds(device, mx=True) == pytest.approx(3 / 2 / 0.68)
+    assert script.Kernel("", "", 1, 1e9, 5e8).seconds(device, mx=True) == pytest.approx(0.5 / 0.88)
