@@ -35,13 +35,18 @@ there."""
 
 
 MX_SQNR_DB: dict[tuple[str, str], Sqnr] = {
-    ("mxfp8_cublas", "normal"): Sqnr(27.3, 27.3, 27.2),
-    ("mxfp8_cublas", "uniform"): Sqnr(24.8, 24.4, 27.2),
-    ("mxfp8_cublas_rceil", "normal"): Sqnr(28.2, 28.1, 28.1),
-    ("mxfp8_cublas_rceil", "uniform"): Sqnr(29.0, 28.7, 28.1),
+    ("floor", "normal"): Sqnr(27.3, 27.3, 27.2),
+    ("floor", "uniform"): Sqnr(24.5, 24.4, 27.2),
+    ("ceil", "normal"): Sqnr(28.2, 28.2, 28.2),
+    ("ceil", "uniform"): Sqnr(28.8, 28.7, 28.2),
+    ("even", "normal"): Sqnr(27.9, 27.9, 27.8),
+    ("even", "uniform"): Sqnr(27.7, 27.7, 27.8),
+    ("rceil", "normal"): Sqnr(28.2, 28.2, 28.2),
+    ("rceil", "uniform"): Sqnr(28.8, 28.7, 28.2),
 }
-"""The same for MXFP8, whose scales are rounded down (`mxfp8_cublas`), so that the largest values of a block may
-saturate, or up."""
+"""The same for MXFP8 by the mode in which scales are rounded: down (`floor`, of `mxfp8_cublas`), so that the largest
+values of a block may saturate, to nearest, or up (`rceil`, of `mxfp8_cublas_rceil`). `scripts/mx_sqnr.py` prints the
+worst of the six seeds."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,16 @@ GROUPED_SQNR_DB: dict[str, GroupedSqnr] = {
 """The gated feed-forward of experts, by distribution of the weights: worst of six seeds at K=256, H=128 and groups of
 48, 0, 64 and 80 rows. A linear has one product between its ends, this has three, one after the other. Standard normal
 weights make gates of 16 times the size of x, where the slope of silu turns small errors into large ones."""
+
+MX_GROUPED_SQNR_DB = GroupedSqnr(output=23.0, x=22.0, w1=20.6, w3=22.8, w2=23.2)
+"""The same of experts in MXFP8 at K=64, H=96 and groups of 64, 32, 0 and 128 rows; weights normal, of other magnitudes
+for each expert."""
+MX_EXPERTS_IN_A_MODEL_SQNR_DB = {"logits": 63.0, "experts": 19.9}
+"""Small models of each family whose experts alone are in MXFP8, against the same in fp32: logits, to which experts add
+little at first, and gradients of experts' weights. Where a token then chooses another expert in a later layer these
+fall from 23.7 dB to 20."""
+MX_OTHER_EXPERTS_SQNR_DB = (20.0, 40.0)
+"""Experts that are not this package's against high precision: near it, and not the same."""
 
 BIAS_GRAD_SQNR_DB = 120.0
 """A bias's gradient is summed in fp32 from unquantized gradients."""

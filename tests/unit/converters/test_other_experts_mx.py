@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import titan_fp8
-from tests.tolerances import sqnr_db
+from tests.tolerances import MX_OTHER_EXPERTS_SQNR_DB, sqnr_db
 from tests.unit.converters.test_mx_grouped import BLACKWELL
 from tests.unit.converters.test_other_experts import (
     CALLS,
@@ -122,8 +122,9 @@ def test_groups_that_are_whole_blocks_give_the_same_bits_where_they_are_and_move
 def test_mxfp8_is_near_high_precision_and_differs(sizes: list[int]) -> None:
     case = inputs(sizes)
     expected = run(Layer(Looping(hidden=H)), *case)
+    least, most = MX_OTHER_EXPERTS_SQNR_DB
     for name, value in run(converted(), *case).items():
-        assert 20 < sqnr_db(expected[name], value) < 40, name
+        assert least < sqnr_db(expected[name], value) < most, name
 
 
 @pytest.mark.parametrize("garbage", [1e4, torch.nan])
