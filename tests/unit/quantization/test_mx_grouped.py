@@ -175,11 +175,13 @@ def up_to(size: int, multiple: int) -> int:
 
 
 def checked_product(a: Tensor, b: Tensor, scale_a: Tensor, *recipe_and_scale: Any, **options: Any) -> Tensor:
-    """What PyTorch's `_scaled_grouped_mm_v2` checks on a Blackwell GPU (`_check_scales_blocked`, GroupedBlas.cpp)."""
+    """What PyTorch's `_scaled_grouped_mm_v2` checks on a Blackwell GPU (GroupedBlas.cpp): operands and their strides,
+    the groups' ends, scales (`_check_scales_blocked`); and beyond that, that scales are no larger than they need be."""
     recipe_a, scale_b, recipe_b = recipe_and_scale
     assert recipe_a == recipe_b == torch.nn.functional.ScalingType.BlockWise1x32
     assert options["swizzle_a"] == options["swizzle_b"] == torch.nn.functional.SwizzleType.SWIZZLE_32_4_4
     assert options["offs"].dtype == torch.int32
+    assert options["offs"].dim() == 1
     assert options["output_dtype"] == torch.bfloat16
     assert a.dtype == b.dtype == torch.float8_e4m3fn
     assert scale_a.dtype == scale_b.dtype == torch.float8_e8m0fnu
@@ -187,9 +189,16 @@ def checked_product(a: Tensor, b: Tensor, scale_a: Tensor, *recipe_and_scale: An
     assert scale_b.is_contiguous()
     assert a.stride(-1) == 1, "the left operand has rows one after the other"
     assert b.stride(-2) == 1, "the right operand has columns one after the other"
+    assert (a.dim(), b.dim()) in ((2, 2), (2, 3))
+    assert a.shape[-1] == b.shape[-2], "they sum over as many"
+    assert not any(size % 16 for size in (a.shape[-1], *b.shape[-2:])), "sizes are multiples of 16"
+    assert not any(stride % 16 for stride in (a.stride(0), b.stride(-1))), "rows begin at multiples of 16 bytes"
+    assert not any(each.data_ptr() % 16 for each in (a, b))
     experts = options["offs"].shape[0]
     if b.dim() == 3:
+        assert b.shape[0] == experts
         assert scale_a.dim() == 2
+        assert scale_a.shape[0] >= a.shape[0]
         assert scale_a.shape[1] == up_to(a.shape[1] // 32, 4)
         assert scale_b.shape == (experts, up_to(b.shape[2], 128) * up_to(b.shape[1] // 32, 4))
         return a.new_empty((a.shape[0], b.shape[2]), dtype=torch.bfloat16)
