@@ -60,6 +60,20 @@ def _what_is_missing(unfit: Sequence[nn.Module], products: GroupedFormat) -> str
     )
 
 
+def format_problems(fqn: str, experts: Experts, setting: str) -> list[str]:
+    """Why experts of ours that `setting` names cannot be replaced, if they are not as a model has them at first: they
+    have a format already, or somebody's own way to compute."""
+    if type(experts) is Experts:
+        return []
+    what = f"{fqn}: its experts are a {type(experts).__qualname__}"
+    if not hasattr(experts, "config"):
+        return [f"{what}, which computes otherwise than experts that can be converted; leave it out of {setting}"]
+    return [
+        f"{what} ({experts.extra_repr()}), and experts have one format; leave it out of {setting}, or take the other "
+        "converter out"
+    ]
+
+
 def problems_of_others(
     model: nn.Module,
     others: Mapping[str, nn.Module],

@@ -14,6 +14,7 @@ from titan_fp8.converters.config import Float8GroupedSection
 from titan_fp8.converters.expert_names import (
     expert_rows,
     filter_problems,
+    format_problems,
     is_named,
     name_problems,
     problems_of_others,
@@ -170,8 +171,8 @@ def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[st
     for fqn, each in named.items():
         if isinstance(each, Float8Experts):
             problems.append(f"{fqn}: its experts are converted to float8 already; leave it out of {setting}")
-        elif type(each) is not Experts:
-            problems.append(f"{fqn}: it is a {type(each).__qualname__}, which computes otherwise; leave it out")
+        else:
+            problems += format_problems(fqn, each, setting)
         for name, weight in each.named_parameters():
             _, *dims = local_shape(name, weight, ranks)
             if any(size % ALIGNMENT for size in dims):

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from titan_fp8.converters.config import MXGroupedSection
-from titan_fp8.converters.expert_names import expert_rows, is_named, name_problems, problems_of_others
+from titan_fp8.converters.expert_names import (
+    expert_rows,
+    format_problems,
+    is_named,
+    name_problems,
+    problems_of_others,
+)
 from titan_fp8.converters.grouped_experts import ORDER, experts_of, local_shape
 from titan_fp8.converters.mx_weights import MXWeights, gather_problem, plan_weights, prepare_weights
 from titan_fp8.converters.other_experts import convert_other_experts, other_experts_of
@@ -200,12 +206,7 @@ def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[st
     """What is wrong with experts of ours that are named, one message each."""
     problems = []
     for fqn, each in named.items():
-        if type(each) is not Experts:
-            how = getattr(each, "extra_repr", str)()
-            problems.append(
-                f"{fqn}: its experts are a {type(each).__qualname__} ({how}), and experts have one format; leave it "
-                f"out of {setting}, or take the other converter out"
-            )
+        problems += format_problems(fqn, each, setting)
         for name, weight in each.named_parameters():
             _, *dims = local_shape(name, weight, ranks)
             if any(size % BLOCK for size in dims):

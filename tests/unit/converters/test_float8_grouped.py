@@ -306,7 +306,10 @@ def test_experts_that_compute_otherwise_are_refused_unless_left_out() -> None:
     model = build()
     model.layers["1"].moe.experts = Scaled(4, 32, 48, 0.02)
     (problem,) = violations(model)
-    assert problem == "layers.1.moe.experts: it is a Scaled, which computes otherwise; leave it out"
+    assert problem == (
+        "layers.1.moe.experts: its experts are a Scaled, which computes otherwise than experts that can be converted; "
+        "leave it out of quantize.grouped_mm.float8.fqns"
+    )
     convert(model, fqns="layers.2")
     assert converted_names(model) == {"layers.2.moe.experts"}
 
@@ -327,7 +330,7 @@ def test_everything_that_is_wrong_comes_at_once() -> None:
     for words in (
         "'expertz' matches no module",
         "'layers..1' is not a module name",
-        "it is a Scaled",
+        "its experts are a Scaled",
         "emulate = false",
     ):
         assert len([problem for problem in problems if words in problem]) == 1, words

@@ -8,7 +8,8 @@ import torch
 
 import titan_fp8
 from tests.tolerances import MX_EXPERTS_IN_A_MODEL_SQNR_DB, sqnr_db
-from titan_fp8.converters.config import MXGroupedSection
+from titan_fp8.converters.config import Float8GroupedSection, MXGroupedSection
+from titan_fp8.converters.float8_grouped import Float8GroupedConverter
 from titan_fp8.converters.mx_grouped import MXFP8Experts, MXGroupedConverter
 from titan_fp8.converters.protocol import ConversionError, Placement
 from titan_fp8.models.decoder import Decoder
@@ -20,6 +21,8 @@ from titan_fp8.runtime.device import DeviceCapabilities, detect_device
 CPU = detect_device()
 BLACKWELL = DeviceCapabilities("cuda", "NVIDIA B200", (10, 0), True, 2250e12, 4500e12, 178.0, (13, 0))
 HOPPER = replace(BLACKWELL, name="NVIDIA H200", compute_capability=(9, 0))
+
+FLOAT8, MX = "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"
 
 
 def decoder(family: str = "qwen3_moe", **overrides: int) -> Decoder:
@@ -111,13 +114,38 @@ def test_dimensions_are_whole_blocks_on_each_rank() -> None:
 def test_experts_have_one_format() -> None:
     model = decoder()
     titan_fp8.convert_to_float8_grouped_training(model, fqns=["layers.0"], emulate=True)
-    with pytest.raises(ConversionError, match=r"layers.0.moe.experts: its experts are a Float8Experts \(rowwise, emul"):
-        convert(model, fqns=["experts"], emulate=True)
     convert(model, fqns=["layers.1"], emulate=True)
-    with pytest.raises(ConversionError, match=r"layers.1.moe.experts: .*MXFP8Experts.*experts have one format"):
-        convert(model, fqns=["layers.1"], emulate=True)
-    with pytest.raises(ConversionError, match=r"layers.1.moe.experts"):
-        titan_fp8.convert_to_float8_grouped_training(model, fqns=["layers.1"], emulate=True)
+
+    def problems(converter: Any, **options: Any) -> str:
+        with pytest.raises(ConversionError) as error:
+            converter(model, emulate=True, **options)
+        return str(error.value)
+
+    message = (
+        "{fqn}: its experts are a {what}, emulated), and experts have one format; leave it out of {setting}fqns, or "
+        "take the other converter out"
+    )
+    float8, mx = titan_fp8.convert_to_float8_grouped_training, titan_fp8.convert_to_mxfp8_grouped_training
+    for fqn, what, converters in (
+        ("layers.0.moe.experts", "Float8Experts (rowwise", {"": mx, "quantize.grouped_mm.mx.": convert}),
+        ("layers.1.moe.experts", "MXFP8Experts (mxfp8", {"": float8}),
+    ):
+        for setting, converter in converters.items():
+            told = problems(converter, fqns=[fqn])
+            assert message.format(fqn=fqn, what=what, setting=setting) in told
+    assert "MXFP8Experts (mxfp8, emulated), and experts have one format" in problems(convert, fqns=["layers.1"])
+
+
+@pytest.mark.parametrize("names", [(FLOAT8, MX), (MX, FLOAT8)], ids=["float8 first", "MXFP8 first"])
+def test_both_converters_on_one_layer_are_refused_whichever_is_first(names: tuple[str, str]) -> None:
+    sections = {MX: MXGroupedSection(fqns="experts", emulate=True)}
+    sections |= {FLOAT8: Float8GroupedSection(fqns="experts", emulate=True)}
+    kinds = {MX: MXGroupedConverter, FLOAT8: Float8GroupedConverter}
+    model = decoder()
+    first, second = (kinds[name](sections[name], CPU, Placement()) for name in names)
+    first.convert(model)
+    with pytest.raises(ConversionError, match=rf"experts have one format; leave it out of {names[1]}\.fqns, or take"):
+        second.convert(model)
 
 
 def test_the_api_converts_a_model_and_refuses_one_without_experts() -> None:
