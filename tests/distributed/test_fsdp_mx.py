@@ -21,6 +21,7 @@ from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.initialization import initialize
 from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.expert import _local_weights
+from titan_fp8.parallel.fsdp import _precision
 from titan_fp8.quantization import mx_sharded
 from titan_fp8.quantization.fsdp_weight import precompute_float8_dynamic_scale_for_fsdp, wrap_mx_weights_for_fsdp
 from titan_fp8.quantization.mx_linear import MXConfig, MXFP8Linear
@@ -39,11 +40,11 @@ RECIPE = MX_RECIPES["mxfp8_cublas"]
 class Linears(nn.Module):
     """MX linears beside each other, each with an input of its own, and a norm, in one unit."""
 
-    def __init__(self, *, gathers_codes: bool, cache: bool = True, shapes: Any = SHAPES) -> None:
+    def __init__(self, *, gathers_codes: bool, cache: bool = True, shapes: Any = SHAPES, bias: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         config = MXConfig(RECIPE, emulate=True)
-        self.linears = nn.ModuleList(MXFP8Linear.from_linear(nn.Linear(k, n, bias=False), config) for n, k in shapes)
+        self.linears = nn.ModuleList(MXFP8Linear.from_linear(nn.Linear(k, n, bias=bias), config) for n, k in shapes)
         self.norm = nn.LayerNorm(32)
         if gathers_codes:
             named = {f"linears.{i}": linear for i, linear in enumerate(self.linears)}
@@ -77,10 +78,16 @@ def assert_codes(gathered: Tensor, wanted: MXCodes) -> None:
 # ---- linears
 
 
-def _two_steps(rank: int, ranks: int, axes: tuple[int, ...]) -> None:
+def _two_steps(rank: int, ranks: int, axes: tuple[int, ...], bias: bool = False) -> None:
     """Beside one that gathers the masters: the same initial weights, losses, gradients and updates, bit for bit."""
-    plain = Linears(gathers_codes=False).shard(axes)
-    coded = Linears(gathers_codes=True).shard(axes)
+    plain = Linears(gathers_codes=False, bias=bias).shard(axes)
+    coded = Linears(gathers_codes=True, bias=bias)
+    if bias:
+        # The trainer's rule, asked for bf16: without biases all but codes would travel in it.
+        assert _travels_in(Linears(gathers_codes=True)) == torch.bfloat16
+        coded.shard(axes, _travels_in(coded))
+    else:
+        coded.shard(axes)
     assert isinstance(coded, FSDPModule)
     for step in range(2):
         whole = [weight.full_tensor() for weight in plain.weights()]  # pyright: ignore
@@ -104,6 +111,14 @@ def _two_steps(rank: int, ranks: int, axes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("axes", [(2,), (4,), (2, 2)])
 def test_gathered_codes_are_those_of_the_whole_weight_and_training_has_the_same_bits(axes: tuple[int, ...]) -> None:
     run_distributed(_two_steps, 2 if axes == (2,) else 4, axes)
+
+
+def _travels_in(model: Linears) -> torch.dtype | None:
+    return _precision([model], torch.bfloat16, torch.float32, travels_by_peers=False).param_dtype
+
+
+def test_biases_are_gathered_in_full_beside_codes_and_training_has_the_same_bits() -> None:
+    run_distributed(_two_steps, 2, (2,), True)
 
 
 def _bytes(rank: int, ranks: int) -> list[list[tuple[str, int]]]:
