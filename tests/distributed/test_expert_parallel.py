@@ -219,12 +219,18 @@ MX_CASES = {
     "two_shards_of_experts_full_ac_compiled": Case("fsdp4 ep2", EXPERTS_IN_MX | FULL | COMPILED, batch_alone=2),
     # Blocks of a linear's tokens are those of one sequence, of as many tokens as a block has.
     "ep2_linears": Case("fsdp2 ep2", ALL_IN_MX, FLOAT8_CODES),
+    "pp2": Case("pp2", EXPERTS_IN_MX, batch=4),
 }
 
 
 @pytest.mark.parametrize("name", MX_CASES)
 def test_training_in_mxfp8_equals_one_process(name: str, tmp_path: Path) -> None:
     same_as_alone(MX_CASES[name], tmp_path)
+
+
+@pytest.mark.slow
+def test_training_in_mxfp8_in_a_zero_bubble_pipeline_equals_one_process(tmp_path: Path) -> None:
+    same_as_alone(Case("pp2 fsdp2 ep2", ZERO_BUBBLE | ALL_IN_MX, FLOAT8_CODES, batch=4), tmp_path)
 
 
 @pytest.mark.slow

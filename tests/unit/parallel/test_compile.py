@@ -216,14 +216,19 @@ def memory_budget_put_back() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _kept_bytes(model: Decoder, budget: float, picture_folder: Path | None = None) -> int:
-    """Bytes that a forward pass of the compiled model keeps for the backward pass, parameters left out."""
+def _compile_with_budget(model: Decoder, budget: float, picture_folder: Path | None = None) -> Decoder:
     section = ActivationCheckpointSection(
         mode="memory_budget", memory_budget=budget, visualize_memory_budget_pareto=picture_folder is not None
     )
     compile_config = CompileSection(enable=True, backend="aot_eager_decomp_partition")
     apply_activation_checkpointing(model, section, compile_config=compile_config, dump_folder=picture_folder)
     apply_compile(model, compile_config)
+    return model
+
+
+def _kept_bytes(model: Decoder, budget: float, picture_folder: Path | None = None) -> int:
+    """Bytes that a forward pass of the compiled model keeps for the backward pass, parameters left out."""
+    _compile_with_budget(model, budget, picture_folder)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -241,6 +246,21 @@ def test_a_small_memory_budget_keeps_less_for_the_backward_pass(tiny_decoder: Bu
     nothing = _kept_bytes(tiny_decoder(1), 0.0)
     torch._dynamo.reset()
     assert nothing < 0.7 * _kept_bytes(tiny_decoder(1), 1.0)
+
+
+@pytest.mark.usefixtures("memory_budget_put_back")
+def test_in_mxfp8_a_small_memory_budget_keeps_less_and_changes_no_bit(tiny_decoder: Build) -> None:
+    results = []
+    for budget in (1.0, 0.0):
+        torch._dynamo.reset()
+        kept = _kept_bytes(tiny_decoder(1, "mxfp8_cublas_rceil"), budget)
+        torch._dynamo.reset()
+        results.append((kept, *_step(_compile_with_budget(tiny_decoder(1, "mxfp8_cublas_rceil"), budget))))
+    (kept, loss, grads), (kept_of_small, loss_of_small, grads_of_small) = results
+    assert kept_of_small < 0.7 * kept
+    assert torch.equal(loss, loss_of_small)
+    for name, grad in grads.items():
+        assert torch.equal(grad, grads_of_small[name]), name
 
 
 @pytest.mark.slow
