@@ -90,6 +90,16 @@ CHUNK_SIZES_SQNR_DB = 120.0
 """The same for two sizes of chunks, but for rowwise: only sums in fp32 differ."""
 
 
+TRANSFORMERS_RELATIVE_ERROR = 1e-4
+"""Of logits and of each gradient in float32, by norm: our models beside those of transformers."""
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """`|result - reference| / |reference|`, by the Euclidean norm over all values."""
+    wanted = reference.detach().double()
+    return float((result.detach().double() - wanted).norm() / wanted.norm())
+
+
 def sqnr_db(reference: Tensor, result: Tensor) -> float:
     """Signal-to-noise ratio of `result` in dB; infinite when they are equal."""
     signal = reference.double()
