@@ -346,3 +346,27 @@ def test_the_roofline_counts_what_the_models_multiply_and_finds_products_to_gain
         )
         assert kernels["casts of gradients"].seconds(device, mx=True) > 0
         assert "Predicted 1." in script.table(job, device), name
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_wide_product_is_that_of_its_parts_where_scales_stay_their_own(load, recipe):
+    script = load("bench_wide")
+    operands = script.Operands(recipe, 32, 64, (48, 16, 32), torch.device("cpu"))
+    for kind in ("output", "grad_weight"):
+        calls = script.calls(operands, recipe, kind)
+        parts, (wide,) = calls[script.PARTS](), calls[script.ROWS]()
+        assert torch.equal(wide, torch.cat(parts, dim=1 if kind == "output" else 0))
+    shared = operands.g[0].scale, operands.w_t[0].scale
+    for name, scale in zip(("g", "w_t"), shared, strict=True):
+        setattr(operands, name, [script.Factor(factor.codes, scale) for factor in getattr(operands, name)])
+    calls = script.calls(operands, recipe, "grad_input")
+    (wide,), parts = calls.pop(next(name for name in calls if name != script.PARTS))(), calls[script.PARTS]()
+    torch.testing.assert_close(wide.float(), sum(part.float() for part in parts), rtol=2e-2, atol=2e-4)
+
+
+def test_the_benchmark_of_wide_products_runs_on_a_cpu(load, capsys):
+    assert load("bench_wide").main(["--device", "cpu", "--tiny", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Error" not in out
+    assert out.count("| w1, w3 |") == 8
+    assert "new tensors, strided" in out
