@@ -64,11 +64,11 @@ def with_our_weights(model_cls: type[Any], dims: ModelDims, seed: int, *, halves
         seed: of our run.
         halves: it turns the features of the two halves of a head together.
     """
-    rules = rules_of(dims)
 
     class SameStart(model_cls):
         def init_rules(self) -> dict[str, Distribution]:
             """See `titan_fp8.models.initialization`."""
+            rules = rules_of(dims)  # not before: by now the process has its own device
             names = [name for name, _ in self.named_parameters()]
             # `initialize` refuses parameters that are not named here.
             return {name: rules[clean_fqn(name)] for name in names if clean_fqn(name) in rules}
