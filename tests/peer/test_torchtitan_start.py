@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.peer.titan_on_cpu import count_integers
+from tests.tolerances import TRANSFORMERS_RELATIVE_ERROR, relative_error
 from titan_fp8.cli import prepare
 from titan_fp8.models import initialize, resolve_dims
 from titan_fp8.models.decoder import Decoder
@@ -86,16 +86,12 @@ def test_logits_and_gradients_are_the_same_to_fp32s_rounding(scripts, name):
     expected = dict(theirs.named_parameters())
     module = importlib.import_module("peer.same_start")
     for key, parameter in ours.named_parameters():
-        grad = parameter.grad
+        grad, wanted = parameter.grad, expected[key].grad
+        assert grad is not None
+        assert wanted is not None
         if name.startswith("qwen3") and key.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm"):
             grad = module.halves_first(grad, ours.dims.head_width)
-        assert relative_error(grad, expected[key].grad) < 1e-4, key
-
-
-def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    return float((actual - expected).norm() / expected.norm())
+        assert relative_error(grad, wanted) < TRANSFORMERS_RELATIVE_ERROR, key
 
 
 def test_weights_that_torchao_has_wrapped_are_filled_too(scripts):
