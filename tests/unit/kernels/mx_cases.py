@@ -32,6 +32,7 @@ def shrink_blocks() -> None:
     kernel.ROWS_TILE = kernel.COLUMNS_TILE = bits.Tile(64, 32, 4, 2)
     kernel.ROWS_OF_PAIRS_TILE = kernel.COLUMNS_OF_PAIRS_TILE = bits.Tile(64, 32, 4, 2)
     kernel.BOTH_TILE = kernel.BOTH_OF_PAIRS_TILE = kernel.QUANTIZE_DEQUANTIZE_TILE = bits.Tile(64, 64, 4, 2)
+    kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE = bits.Tile(64, 64, 4, 2)
     bits.new_codes = poisoned_codes
     # Other new memory is filled with NaN.
     torch.use_deterministic_algorithms(True)

@@ -29,25 +29,33 @@ _TILE_TOKENS = tl.constexpr(TILE_COLUMNS * BLOCK)
 
 
 @triton.jit
-def _of_both(begin, base, size, other_begin, other_base, other_size):
-    return tl.maximum(begin, other_begin), base + other_base, size + other_size
+def _present(ends_ptr, tokens, groups, KIND: tl.constexpr):
+    """How many rows are there and count."""
+    if KIND == "groups":
+        tokens = tl.load(ends_ptr + groups - 1)
+    return tokens
 
 
 @triton.jit
-def _group_of(ends_ptr, t, groups, GROUPS: tl.constexpr):
+def _sums(count, base, other_count, other_base):
+    return count + other_count, base + other_base
+
+
+@triton.jit
+def _groups_of(ends_ptr, t, groups, GROUPS: tl.constexpr):
     """Of the group that each of the rows t is in: its first row, and with each group padded to 128 rows its first row
-    and its size, which is 0 behind the last group. GROUPS: a power of two, not less than their number."""
+    and its size, which is 0 or less behind the last group. GROUPS: a power of two, not less than their number."""
     e = tl.arange(0, GROUPS)
     is_group = e < groups
     ends = tl.load(ends_ptr + e, mask=is_group, other=0x7FFFFFFF)
     begins = tl.load(ends_ptr + e - 1, mask=is_group & (e > 0), other=0)
-    padded = tl.where(is_group, tl.cdiv(tl.where(is_group, ends - begins, 0), _TILE_ROWS) * _TILE_ROWS, 0)
+    padded = (ends - begins + (_TILE_ROWS - 1)) & -_TILE_ROWS
     is_before = ends[None, :] <= t[:, None]
-    is_own = (begins[None, :] <= t[:, None]) & (t[:, None] < ends[None, :])
     # One reduction: each takes an exchange between all warps.
-    begins_before, padded_before = tl.where(is_before, ends[None, :], 0), tl.where(is_before, padded[None, :], 0)
-    own = tl.where(is_own, padded[None, :], 0)
-    begin, base, size = tl.reduce((begins_before, padded_before, own), 1, _of_both)
+    before, base = tl.reduce((is_before.to(tl.int32), tl.where(is_before, padded[None, :], 0)), 1, _sums)
+    begin = tl.load(ends_ptr + before - 1, mask=before > 0, other=0)
+    end = tl.load(ends_ptr + before, mask=before < groups, other=0)
+    size = (end - begin + (_TILE_ROWS - 1)) & -_TILE_ROWS
     return begin.to(tl.int64), base.to(tl.int64), size.to(tl.int64)
 
 
@@ -59,12 +67,17 @@ def _swizzled(row, column, column_tiles):
 
 
 @triton.jit
-def _groups_of_blocks(ends_ptr, block_t, groups, SWIZZLED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr):
-    """`_group_of` of blocks of 32 rows, which are of one group each; zeros where no place depends on groups."""
+def _groups_of_blocks(
+    ends_ptr, pid_t, groups, SWIZZLED: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """`_groups_of` a tile; zeros where no place depends on groups."""
     if SWIZZLED and KIND == "groups":
-        begin, base, size = _group_of(ends_ptr, block_t * _BLOCK, groups, GROUPS)
+        begin, base, size = _groups_of(
+            ends_ptr, pid_t * BLOCK_T + tl.arange(0, BLOCK_T // _BLOCK) * _BLOCK, groups, GROUPS
+        )
     else:
-        begin, base, size = tl.zeros_like(block_t), tl.zeros_like(block_t), tl.zeros_like(block_t)
+        begin = tl.zeros([BLOCK_T // _BLOCK], dtype=tl.int64)
+        base, size = begin, begin
     return begin, base, size
 
 
@@ -79,16 +92,115 @@ def _row_shift(block_t, begin, base, span, SWIZZLED: tl.constexpr, KIND: tl.cons
 
 
 @triton.jit
-def _store_row_scales(byte, t, shift, block_k, features, written, scale_ptr, SWIZZLED: tl.constexpr):
-    """Bytes `[rows, blocks along K]` of the rows t and the blocks block_k."""
-    row, column = (t + shift)[:, None], block_k[None, :]
+def _store_swizzled(byte, row_block, column, column_tiles, offset, inside, scale_ptr):
+    """Store bytes `[rows, columns]` of blocks of 32 rows, with their numbers `row_block` (int64), in a matrix that lies
+    so far behind `scale_ptr`. inside: which blocks and columns are in it, `[blocks, columns]`."""
+    byte = tl.reshape(byte, [row_block.shape[0], _BLOCK, column.shape[0]])
+    of_block = offset + row_block // 4 * (column_tiles * _TILE_BYTES) + row_block % 4 * _TILE_COLUMNS
+    of_column = column // _TILE_COLUMNS * _TILE_BYTES + column % _TILE_COLUMNS
+    at = scale_ptr + of_block[:, None, None] + (tl.arange(0, _BLOCK) * 16)[None, :, None] + of_column[None, None, :]
+    tl.store(at, byte, mask=inside[:, None, :])
+
+
+@triton.jit
+def _store_row_scales(
+    byte, pid_t, pid_k, shift, features, written, scale_ptr,
+    SWIZZLED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Bytes along K `[BLOCK_T, BLOCK_K / 32]` of a tile, with the shift of each block of 32 rows. `pid_t` and `pid_k`
+    are int64."""
+    COLUMNS: tl.constexpr = BLOCK_K // _BLOCK
+    first_t, first_column, byte = pid_t * BLOCK_T, pid_k * COLUMNS, byte.to(tl.uint8)
+    row, column = tl.arange(0, BLOCK_T), tl.arange(0, COLUMNS)
     if SWIZZLED:
+        block, column = first_t // _BLOCK + tl.arange(0, BLOCK_T // _BLOCK), first_column + column
         column_tiles = tl.cdiv(features, _TILE_TOKENS)
-        place, columns = _swizzled(row, column, column_tiles), column_tiles * _TILE_COLUMNS
+        inside = (block * _BLOCK < written)[:, None] & (column < column_tiles * _TILE_COLUMNS)[None, :]
+        _store_swizzled(byte, block + shift // _BLOCK, column, column_tiles, 0, inside, scale_ptr)
     else:
-        columns = features // _BLOCK
-        place = row * columns + column
-    tl.store(scale_ptr + place, byte.to(tl.uint8), mask=(t < written)[:, None] & (column < columns))
+        is_row = row < tl.maximum(tl.minimum(written - first_t, BLOCK_T), 0).to(tl.int32)
+        if features % BLOCK_K == 0:  # which makes bytes of a row one word
+            columns = features // BLOCK_K * COLUMNS
+            at = scale_ptr + (first_t * columns + first_column) + row[:, None] * columns + column[None, :]
+            tl.store(at, byte, mask=is_row[:, None])
+        else:
+            columns = features // _BLOCK
+            at = scale_ptr + (first_t * columns + first_column) + row[:, None] * columns + column[None, :]
+            tl.store(at, byte, mask=is_row[:, None] & (first_column + column < columns)[None, :])
+
+
+@triton.jit
+def _store_column_scales(
+    byte, pid_t, pid_k, begin, base, size, features, span, written, scale_ptr,
+    SWIZZLED: tl.constexpr, KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Bytes along T `[BLOCK_K, BLOCK_T / 32]` of a tile (`pid_t` and `pid_k` are int32). begin, base and size: of the
+    group of each block of 32 rows; `written`: rows with scales."""
+    BLOCKS: tl.constexpr = BLOCK_T // _BLOCK
+    byte = byte.to(tl.uint8)
+    if SWIZZLED and KIND == "groups":
+        _store_column_bytes(
+            byte, pid_t, pid_k, begin, base, size, features, span, written, scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K
+        )
+    elif (written if KIND != "experts" else span) % BLOCK_T == 0:  # which makes bytes of a feature one word
+        tiles = (written if KIND != "experts" else span) // BLOCK_T
+        expert = pid_t // tiles if KIND == "experts" else 0
+        first_block = (pid_t - expert * tiles) * BLOCKS
+        _store_column_words(
+            byte,
+            first_block,
+            pid_k.to(tl.int64),
+            expert,
+            tiles * BLOCKS,
+            features,
+            scale_ptr,
+            SWIZZLED,
+            BLOCK_T,
+            BLOCK_K,
+        )
+    else:
+        _store_column_bytes(
+            byte, pid_t, pid_k, begin, base, size, features, span, written, scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K
+        )
+
+
+@triton.jit
+def _store_column_words(
+    byte, first_block, pid_k, expert, blocks, features, scale_ptr,
+    SWIZZLED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_store_column_scales` of a tile whose rows are all written and of one matrix with so many blocks, in whole
+    tiles, from its `first_block` on."""
+    block, k = first_block + tl.arange(0, BLOCK_T // _BLOCK), tl.arange(0, BLOCK_K)
+    matrix = tl.zeros_like(pid_k) + expert
+    if SWIZZLED:
+        row_block, row_blocks = (
+            pid_k * (BLOCK_K // _BLOCK) + tl.arange(0, BLOCK_K // _BLOCK),
+            tl.cdiv(features, _TILE_ROWS) * 4,
+        )
+        column_tiles = tl.cdiv(blocks, _TILE_COLUMNS)
+        inside = (row_block < row_blocks)[:, None] & (block >= 0)[None, :]
+        offset = matrix * row_blocks * (_BLOCK * _TILE_COLUMNS) * column_tiles
+        _store_swizzled(byte, row_block, block, column_tiles, offset, inside, scale_ptr)
+    else:
+        first_k = pid_k * BLOCK_K
+        at = scale_ptr + ((matrix * features + first_k) * blocks + first_block)
+        at = at + k[:, None] * blocks + tl.arange(0, BLOCK_T // _BLOCK)[None, :]
+        tl.store(at, byte, mask=(k < tl.minimum(features - first_k, BLOCK_K))[:, None])
+
+
+@triton.jit
+def _store_column_bytes(
+    byte, pid_t, pid_k, begin, base, size, features, span, written, scale_ptr,
+    SWIZZLED: tl.constexpr, KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_store_column_scales` of any tile."""
+    block_t = pid_t.to(tl.int64) * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
+    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    place = _column_places(block_t, k, begin, base, size, features, span, SWIZZLED, KIND)
+    all_features = tl.cdiv(features, _TILE_ROWS) * _TILE_ROWS if SWIZZLED else features
+    inside = (block_t * _BLOCK < written)[None, :] & (k < all_features)[:, None]
+    tl.store(scale_ptr + tl.trans(place), byte, mask=inside)
 
 
 @triton.jit

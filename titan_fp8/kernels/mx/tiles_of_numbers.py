@@ -1,0 +1,143 @@
+"""The MXFP8 cast of a tile of numbers that are not cast in pairs: fp32, fp16, and bf16 whose rows are not whole words.
+`squares.py` says how it lies in threads; of fp32 a thread loads 4 features of each of four rows.
+
+Amax, conversion and transposed words are the helpers of `titan_fp8.kernels.float8.bits`; what is said there holds here.
+A block that holds NaN or Inf has the reciprocal NaN, chosen by a select, and with it NaN codes.
+"""
+
+# Triton's language is not Python's; pyright takes the kernels for ordinary functions.
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from titan_fp8.kernels.float8.bits import _INF_BITS, _NAN_BITS, _abs_bits, _pack, _to_codes
+from titan_fp8.kernels.mx.places import _groups_of_blocks, _row_shift, _store_column_scales, _store_row_scales
+from titan_fp8.kernels.mx.reference import BLOCK, EMAX, NAN_BYTE
+from titan_fp8.kernels.mx.squares import (
+    _by_square,
+    _bytes_of_columns,
+    _bytes_of_rows,
+    _left,
+    _of_squares,
+    _quads,
+    _store_column_codes,
+)
+
+_BLOCK = tl.constexpr(BLOCK)
+_EMAX = tl.constexpr(EMAX)
+_NAN_BYTE = tl.constexpr(NAN_BYTE)
+
+
+@triton.jit
+def _scale_bytes(amax, CARRY: tl.constexpr):
+    """Bytes, int32, of the scales that blocks with these amax bits have."""
+    return tl.where(amax >= _INF_BITS, _NAN_BYTE, tl.maximum(((amax + CARRY) >> 23) - _EMAX, 0))
+
+
+@triton.jit
+def _inverse(byte):
+    """Reciprocals, fp32, of the scales that bytes stand for."""
+    return tl.where(byte == _NAN_BYTE, _NAN_BITS, (2 * 127 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_bytes(x, CARRY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes of the scales along K of a tile `[ROWS, WIDTH]`: `[ROWS, WIDTH / 32]`."""
+    split = tl.reshape(_abs_bits(x), [ROWS, WIDTH // _BLOCK, _BLOCK])
+    return _scale_bytes(tl.max(split, axis=2), CARRY)
+
+
+@triton.jit
+def _of_row_blocks(factor, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A number for each block along K, `[ROWS, WIDTH / 32]`, at each of the block's values."""
+    return tl.reshape(tl.broadcast_to(factor[:, :, None], [ROWS, WIDTH // _BLOCK, _BLOCK]), [ROWS, WIDTH])
+
+
+@triton.jit
+def _column_bytes(a, b, c, d, CARRY: tl.constexpr, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes of the scales along T of a tile, given as the four rows of each quad: `[squares, WIDTH]`."""
+    largest = tl.maximum(tl.maximum(_abs_bits(a), _abs_bits(b)), tl.maximum(_abs_bits(c), _abs_bits(d)))
+    split = _by_square(largest, BLOCK_T, PIECES, WIDTH, WIDTH)
+    return _scale_bytes(tl.max(tl.max(split, axis=0), axis=1), CARRY)
+
+
+@triton.jit
+def _row_codes(x, CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`(bytes, codes)` of rows."""
+    byte = _row_bytes(x, CARRY, ROWS, WIDTH)
+    return byte, _to_codes(x * _of_row_blocks(_inverse(byte), ROWS, WIDTH), False, EXACT_BITS)
+
+
+@triton.jit
+def _load_numbers(
+    x_ptr, pid_t, pid_k, present, features, stride_t, stride_k,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`(a, b, c, d, row, k, is_k)`: numbers `[quads, WIDTH]` of the four rows of each quad, fp32, the first of these
+    rows, and which of the tile's features each is and whether it is there."""
+    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
+    row, piece = _quads(BLOCK_T, PIECES, WIDTH)
+    k = (piece * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    left = _left(present, first_t, BLOCK_T)
+    is_k = k < _left(features, first_k, BLOCK_K)
+    at = x_ptr + (first_t * stride_t + first_k * stride_k) + row.to(tl.int64)[:, None] * stride_t
+    at = at + (k if stride_k == 1 else k.to(tl.int64) * stride_k)
+    # All loads come before any store: pointers may alias, so the compiler keeps their order.
+    a = tl.load(at, mask=(row < left)[:, None] & is_k, other=0)
+    b = tl.load(at + stride_t, mask=(row + 1 < left)[:, None] & is_k, other=0)
+    c = tl.load(at + 2 * stride_t, mask=(row + 2 < left)[:, None] & is_k, other=0)
+    d = tl.load(at + 3 * stride_t, mask=(row + 3 < left)[:, None] & is_k, other=0)
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32), row, k, is_k
+
+
+@triton.jit
+def _store_row(x, to, mask, CARRY: tl.constexpr, EXACT_BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the codes of rows; their bytes."""
+    byte, codes = _row_codes(x, CARRY, EXACT_BITS, ROWS, WIDTH)
+    tl.store(to, codes, mask=mask)
+    return byte
+
+
+@triton.jit
+def _cast_numbers(
+    x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+    pid_t, pid_k, present, written, tokens, features, span, stride_t, stride_k, groups,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
+    EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What `_cast_tiles_kernel` does of any x, in pieces of WIDTH features. `pid_t` and `pid_k` are int32."""
+    PIECES: tl.constexpr = BLOCK_K // WIDTH
+    QUADS: tl.constexpr = PIECES * BLOCK_T // 4
+    wide_t, wide_k = pid_t.to(tl.int64), pid_k.to(tl.int64)
+    a, b, c, d, row, k, is_k = _load_numbers(
+        x_ptr, pid_t, pid_k, present, features, stride_t, stride_k, BLOCK_T, BLOCK_K, PIECES, WIDTH
+    )
+    block_t = wide_t * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
+    begin, base, size = _groups_of_blocks(ends_ptr, pid_t, groups, SWIZZLED, KIND, GROUPS, BLOCK_T)
+    if ROWS:
+        there = _left(tokens, wide_t * BLOCK_T, BLOCK_T)
+        to = rows_ptr + (wide_t * BLOCK_T * features + wide_k * BLOCK_K) + row.to(tl.int64)[:, None] * features + k
+        a_bytes = _store_row(a, to, (row < there)[:, None] & is_k, CARRY, EXACT_BITS, QUADS, WIDTH)
+        b_bytes = _store_row(b, to + features, (row + 1 < there)[:, None] & is_k, CARRY, EXACT_BITS, QUADS, WIDTH)
+        c_bytes = _store_row(c, to + 2 * features, (row + 2 < there)[:, None] & is_k, CARRY, EXACT_BITS, QUADS, WIDTH)
+        d_bytes = _store_row(d, to + 3 * features, (row + 3 < there)[:, None] & is_k, CARRY, EXACT_BITS, QUADS, WIDTH)
+        ab, cd = a_bytes | (b_bytes << 16), c_bytes | (d_bytes << 16)
+    if COLUMNS:
+        byte = _column_bytes(a, b, c, d, CARRY, BLOCK_T, PIECES, WIDTH)
+        factor = _of_squares(_inverse(byte), BLOCK_T, PIECES, WIDTH, WIDTH)
+        word = _pack(a * factor, b * factor, c * factor, d * factor, False, EXACT_BITS)
+        _store_column_codes(
+            word, pid_t, pid_k, present, tokens, features, span, columns_ptr, KIND, BLOCK_T, BLOCK_K, PIECES, WIDTH
+        )
+    # Scales last, when the tile is no longer in registers.
+    if ROWS:
+        shift = _row_shift(block_t, begin, base, span, SWIZZLED, KIND)
+        row_bytes, limit = _bytes_of_rows(ab, cd, BLOCK_T, BLOCK_K, PIECES, WIDTH), written if SWIZZLED else tokens
+        _store_row_scales(row_bytes, wide_t, wide_k, shift, features, limit, row_scale_ptr, SWIZZLED, BLOCK_T, BLOCK_K)
+    if COLUMNS:
+        _store_column_scales(
+            _bytes_of_columns(byte, BLOCK_T, BLOCK_K, PIECES), pid_t, pid_k, begin, base, size, features, span,
+            written, column_scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
