@@ -114,6 +114,22 @@ def case_few_tokens() -> str:
     return named({str(tokens): compare(values(tokens, 64), "floor", tokens == 33) for tokens in (1, 2, 31, 33)})
 
 
+def case_several_squares_of_a_warp_and_tiles_that_fit() -> str:
+    """Tiles of two pieces along K, of which some operands are whole numbers, in one direction or in both."""
+    before = kernel.BOTH_TILE, kernel.BOTH_OF_PAIRS_TILE, kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE
+    kernel.BOTH_TILE = kernel.BOTH_OF_PAIRS_TILE = kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE = bits.Tile(128, 128, 4, 1)
+    texts = {}
+    for shape in ((256, 128), (256, 160), (250, 256)):
+        x = values(*shape)
+        x[shape[0] - 1, 3], x[5, 70] = torch.nan, -torch.inf
+        texts |= {f"{shape} {x.dtype}": compare(x) for x in (x, x.bfloat16())}
+    x = values(ROWS, 128).bfloat16()
+    texts |= {name: compare_groups(x, ends) for name, ends in ENDS.items()}
+    texts |= {f"experts of {n}": compare_experts(values(2, n, 128)) for n in (128, 160)}
+    kernel.BOTH_TILE, kernel.BOTH_OF_PAIRS_TILE, kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE = before
+    return named(texts)
+
+
 def case_strides() -> str:
     base = values(96, 140)
     inputs = base[:, :64].t(), base[::2, 3:131:2], base[:1, :64].expand(40, 64)

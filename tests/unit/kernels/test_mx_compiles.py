@@ -107,6 +107,27 @@ def test_quantize_dequantize_compiles(columns: bool, capability: int) -> None:
     assert re.search(r"cvt\.rn\.f16x2\.e4m3x2", ptx), "back from codes by hardware"
 
 
+@CAPABILITIES
+@pytest.mark.parametrize("layouts", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("mode", ["floor", "rceil"])
+def test_quantize_dequantize_in_pairs_compiles_to_arithmetic_of_pairs(
+    layouts: tuple[bool, bool], mode: str, capability: int
+) -> None:
+    tile, arguments = kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE, ["*bf16", *["*i32"] * 3, "i32", "i32+", "i32+", "1", "i32"]
+    ptx = compile_ptx(
+        kernel._quantize_dequantize_pairs_kernel, arguments, capability, tile.warps, ROWS=layouts[0],
+        COLUMNS=layouts[1], KIND=kernel.DENSE, CARRY=CARRY[mode], EXACT_BITS=False, BLOCK_T=tile.tokens,
+        BLOCK_K=tile.features, BAND=tile.band,
+    )  # fmt: skip
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+    assert "e4m3" not in ptx
+    assert "st.global.b32" not in ptx
+    # Of a thread's words, each is limited once in each layout where a mode lets values be above 448.
+    per_thread = tile.tokens * tile.features // (2 * 32 * tile.warps)
+    assert ptx.count("min.NaN.xorsign.abs.bf16x2") == (per_thread * sum(layouts) if mode == "floor" else 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
