@@ -35,7 +35,14 @@ from titan_fp8.kernels.mx.tiles_of_numbers import (
     _of_row_blocks,
     _row_bytes,
 )
-from titan_fp8.kernels.mx.tiles_of_pairs import _column_amax, _load_pairs, _of_row_pairs, _row_amax, _store_four
+from titan_fp8.kernels.mx.tiles_of_pairs import (
+    _WARP_WORDS,
+    _column_amax,
+    _load_pairs,
+    _of_row_pairs,
+    _row_amax,
+    _store_four,
+)
 
 _BLOCK = tl.constexpr(BLOCK)
 _CARRY_OF_RCEIL = tl.constexpr(CARRY["rceil"])
@@ -86,10 +93,10 @@ def _quantize_dequantize_kernel(
     PIECES: tl.constexpr = BLOCK_K // WIDTH
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND % 100)
     present = _present(ends_ptr, tokens, groups, KIND)
     a, b, c, d, row, k, is_k = _load_numbers(
-        x_ptr, pid_t, pid_k, present, features, stride_t, stride_k, BLOCK_T, BLOCK_K, PIECES, WIDTH
+        x_ptr, pid_t, pid_k, present, features, stride_t, stride_k, BLOCK_T, BLOCK_K, PIECES, 1, WIDTH, ""
     )
     first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     there = _left(tokens, first_t, BLOCK_T)
@@ -103,9 +110,9 @@ def _quantize_dequantize_kernel(
         _store_dequantized_rows(c, to + 2 * features, in_c, CARRY, EXACT_BITS, QUADS, WIDTH)
         _store_dequantized_rows(d, to + 3 * features, in_d, CARRY, EXACT_BITS, QUADS, WIDTH)
     if COLUMNS:
-        byte, to = _column_bytes(a, b, c, d, CARRY, BLOCK_T, PIECES, WIDTH), columns_ptr + place
-        inverse = _of_squares(_inverse(byte), BLOCK_T, PIECES, WIDTH, WIDTH)
-        scale = _of_squares(_value(byte), BLOCK_T, PIECES, WIDTH, WIDTH)
+        byte, to = _column_bytes(a, b, c, d, CARRY, BLOCK_T, PIECES, 1, WIDTH), columns_ptr + place
+        inverse = _of_squares(_inverse(byte), BLOCK_T, PIECES, 1, WIDTH)
+        scale = _of_squares(_value(byte), BLOCK_T, PIECES, 1, WIDTH)
         tl.store(to, _dequantized(a, inverse, scale, EXACT_BITS), mask=in_a)
         tl.store(to + features, _dequantized(b, inverse, scale, EXACT_BITS), mask=in_b)
         tl.store(to + 2 * features, _dequantized(c, inverse, scale, EXACT_BITS), mask=in_c)
@@ -179,29 +186,34 @@ def _quantize_dequantize_pairs_kernel(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """What `_quantize_dequantize_kernel` does, of x in bf16 whose rows are whole words, in such words."""
+    FLAGS: tl.constexpr = BAND // 100
+    LOADED: tl.constexpr = "evict_first" if FLAGS & 8 else ""
+    STORED: tl.constexpr = "evict_first" if FLAGS & 4 else ""
     WORDS: tl.constexpr = min(BLOCK_K // 2, 32 if COLUMNS else 128)
     PIECES: tl.constexpr = BLOCK_K // 2 // WORDS
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND % 100)
     present = _present(ends_ptr, tokens, groups, KIND)
     a, b, c, d, row, pair, is_pair = _load_pairs(
-        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS
+        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS, LOADED
     )
     if ROWS:
         e, f = _two_dequantized_rows(a, b, CARRY, EXACT_BITS, QUADS, WORDS)
         g, h = _two_dequantized_rows(c, d, CARRY, EXACT_BITS, QUADS, WORDS)
-        _store_four(e, f, g, h, row, pair, is_pair, pid_t, pid_k, tokens, features, rows_ptr, BLOCK_T, BLOCK_K, False)
+        _store_four(
+            e, f, g, h, row, pair, is_pair, pid_t, pid_k, tokens, features, rows_ptr, BLOCK_T, BLOCK_K, False, STORED
+        )
     if COLUMNS:
         amax = _column_amax(a, b, c, d, EXACT_BITS, BLOCK_T, PIECES, WORDS)
         inverse, scale, kept = _factors(amax, CARRY, EXACT_BITS)
-        inverse = _of_squares(inverse, BLOCK_T, PIECES, WORDS, WORDS)
-        scale = _of_squares(scale, BLOCK_T, PIECES, WORDS, WORDS)
-        kept = _of_squares(kept, BLOCK_T, PIECES, WORDS, WORDS)
+        inverse = _of_squares(inverse, BLOCK_T, PIECES, _WARP_WORDS // WORDS, WORDS)
+        scale = _of_squares(scale, BLOCK_T, PIECES, _WARP_WORDS // WORDS, WORDS)
+        kept = _of_squares(kept, BLOCK_T, PIECES, _WARP_WORDS // WORDS, WORDS)
         a = _dequantized_pairs(a, inverse, scale, kept, CARRY, EXACT_BITS)
         b = _dequantized_pairs(b, inverse, scale, kept, CARRY, EXACT_BITS)
         c = _dequantized_pairs(c, inverse, scale, kept, CARRY, EXACT_BITS)
         d = _dequantized_pairs(d, inverse, scale, kept, CARRY, EXACT_BITS)
         _store_four(
-            a, b, c, d, row, pair, is_pair, pid_t, pid_k, tokens, features, columns_ptr, BLOCK_T, BLOCK_K, False
+            a, b, c, d, row, pair, is_pair, pid_t, pid_k, tokens, features, columns_ptr, BLOCK_T, BLOCK_K, False, STORED
         )

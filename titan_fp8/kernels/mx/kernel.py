@@ -37,7 +37,7 @@ from titan_fp8.kernels.mx.tiles_of_numbers import _cast_numbers
 from titan_fp8.kernels.mx.tiles_of_pairs import _cast_pairs
 
 # Static: a first-step search could choose differently on different ranks. `scripts/bench_mx.py --sweep` times others.
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 4, 1), Tile(64, 128, 4, 2), Tile(64, 128, 4, 2, 128)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 4, 1), Tile(64, 128, 4, 2), Tile(128, 64, 4, 1, 128)
 """By the layouts that are written, in multiples of 32."""
 ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, BOTH_OF_PAIRS_TILE = (
     Tile(64, 256, 8, 1),
@@ -66,21 +66,21 @@ def _cast_tiles_kernel(
     all_tokens = tl.cdiv(tokens, PADDED_T) * PADDED_T
     all_features = tl.cdiv(features, PADDED_K) * PADDED_K
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(all_tokens, BLOCK_T), tl.cdiv(all_features, BLOCK_K), BAND)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(all_tokens, BLOCK_T), tl.cdiv(all_features, BLOCK_K), BAND % 100)
     present = _present(ends_ptr, tokens, groups, KIND)
     written = present if SWIZZLED and KIND == "groups" else all_tokens
     if PAIRS:
         _cast_pairs(
             x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
             pid_t, pid_k, present, written, tokens, features, span, stride_t, groups,
-            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K,
+            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K, BAND // 100,
         )  # fmt: skip
     else:
-        WIDTH: tl.constexpr = min(BLOCK_K, 64 if COLUMNS else 128)
+        WIDTH: tl.constexpr = min(BLOCK_K, (32 if BAND // 100 & 2 else 64) if COLUMNS else 128)
         _cast_numbers(
             x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
             pid_t, pid_k, present, written, tokens, features, span, stride_t, stride_k, groups,
-            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K, WIDTH,
+            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K, WIDTH, BAND // 100,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ within warps, and amax takes exchanges within a warp alone. Quads are ordered su
 
     index of a quad     [own, squares, threads]     a thread has `own` quads of a square, its neighbours have the others
     squares             [pieces along K, blocks along T]
-    its four rows       32 * block + 4 * (own * threads + thread) and the three below
+    its four rows       32 * block + 4 * (own * THREADS + thread) and the three below
 
 A piece is WORDS words of 32 bits, each of two numbers in bf16, of one in fp32; fp16 is treated as fp32.
 
@@ -25,8 +25,6 @@ from titan_fp8.kernels.mx.reference import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
 _QUADS = tl.constexpr(BLOCK // 4)
-_THREADS_WORDS = tl.constexpr(4 * 32)
-"""Words that a warp loads at a time."""
 
 
 @triton.jit
@@ -36,42 +34,38 @@ def _left(end, start, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _quads(BLOCK_T: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr):
+def _quads(BLOCK_T: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr):
     """`(first row, piece)` of the quads of a tile in the order of the module's docstring: int32
     `[PIECES * BLOCK_T / 4]`."""
-    threads: tl.constexpr = _THREADS_WORDS // WORDS
     blocks: tl.constexpr = BLOCK_T // _BLOCK
     index = tl.arange(0, PIECES * BLOCK_T // 4)
-    own, square, thread = index // (PIECES * blocks * threads), index // threads % (PIECES * blocks), index % threads
-    return 4 * (square % blocks * _QUADS + own * threads + thread), square // blocks
+    own, square, thread = index // (PIECES * blocks * THREADS), index // THREADS % (PIECES * blocks), index % THREADS
+    return 4 * (square % blocks * _QUADS + own * THREADS + thread), square // blocks
 
 
 @triton.jit
-def _by_square(word, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile `[quads, WIDTH]` as `[own, squares, threads, WIDTH]`."""
-    threads: tl.constexpr = _THREADS_WORDS // WORDS
-    return tl.reshape(word, [_QUADS // threads, PIECES * BLOCK_T // _BLOCK, threads, WIDTH])
+def _by_square(word, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile `[quads, WIDTH]` as `[own, squares, THREADS, WIDTH]`."""
+    return tl.reshape(word, [_QUADS // THREADS, PIECES * BLOCK_T // _BLOCK, THREADS, WIDTH])
 
 
 @triton.jit
-def _of_squares(word, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+def _of_squares(word, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
     """A number for each column of each square, `[squares, WIDTH]`, at each of its quads: `[quads, WIDTH]`."""
-    threads: tl.constexpr = _THREADS_WORDS // WORDS
     squares: tl.constexpr = PIECES * BLOCK_T // _BLOCK
-    wide = tl.broadcast_to(word[None, :, None, :], [_QUADS // threads, squares, threads, WIDTH])
+    wide = tl.broadcast_to(word[None, :, None, :], [_QUADS // THREADS, squares, THREADS, WIDTH])
     return tl.reshape(wide, [PIECES * BLOCK_T // 4, WIDTH])
 
 
 @triton.jit
-def _bytes_of_rows(ab, cd, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr):
+def _bytes_of_rows(ab, cd, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr):
     """Scales along K `[BLOCK_T, BLOCK_K / 32]` of pairs of bytes, each of two rows of each quad: `[quads, columns of a
     piece]`."""
-    threads: tl.constexpr = _THREADS_WORDS // WORDS
     blocks: tl.constexpr = BLOCK_T // _BLOCK
     columns: tl.constexpr = BLOCK_K // _BLOCK
     by_row = tl.join(tl.join(ab & 255, ab >> 16), tl.join(cd & 255, cd >> 16))
     # Of the last two dimensions the first tells rows of a pair apart, the second the pairs.
-    by_row = tl.reshape(by_row, [_QUADS // threads, PIECES, blocks, threads, columns // PIECES, 2, 2])
+    by_row = tl.reshape(by_row, [_QUADS // THREADS, PIECES, blocks, THREADS, columns // PIECES, 2, 2])
     return tl.reshape(tl.permute(by_row, [2, 0, 3, 6, 5, 1, 4]), [BLOCK_T, columns])
 
 
@@ -84,17 +78,24 @@ def _bytes_of_columns(byte, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES
 
 
 @triton.jit
-def _transposed(word, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr):
+def _transposed(word, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr):
     """Words of codes `[quads, features of a piece]` in the order of memory: `[BLOCK_K, BLOCK_T / 4]`."""
-    threads: tl.constexpr = _THREADS_WORDS // WORDS
     blocks: tl.constexpr = BLOCK_T // _BLOCK
-    by_piece = tl.reshape(word, [_QUADS // threads, PIECES, blocks, threads, BLOCK_K // PIECES])
+    by_piece = tl.reshape(word, [_QUADS // THREADS, PIECES, blocks, THREADS, BLOCK_K // PIECES])
     return tl.reshape(tl.permute(by_piece, [1, 4, 2, 0, 3]), [BLOCK_K, BLOCK_T // 4])
 
 
 @triton.jit
 def _store_transposed(
-    ordered, target, left_rows, left_quads, left_features, row_words, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
+    ordered,
+    target,
+    left_rows,
+    left_quads,
+    left_features,
+    row_words,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STORED: tl.constexpr,
 ):
     """Store what `_transposed` gives at the tile's place `target` in transposed rows of so many words."""
     quad, k = tl.arange(0, BLOCK_T // 4), tl.arange(0, BLOCK_K)
@@ -104,7 +105,7 @@ def _store_transposed(
         present = tl.where(left == 4, -1, (1 << (8 * left)) - 1)
         ordered = ordered & present[None, :]
     at = target + k.to(tl.int64)[:, None] * row_words + quad[None, :]
-    tl.store(at, ordered, mask=(k < left_features)[:, None] & (quad < left_quads)[None, :])
+    tl.store(at, ordered, mask=(k < left_features)[:, None] & (quad < left_quads)[None, :], eviction_policy=STORED)
 
 
 @triton.jit
@@ -123,11 +124,12 @@ def _store_transposed_experts(
 @triton.jit
 def _store_column_codes(
     word, pid_t, pid_k, present, tokens, features, span, columns_ptr,
-    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    THREADS: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Transposed codes of a tile, given as words `[quads, features of a piece]`; a transposed row has `span` tokens.
     `pid_t` and `pid_k` are int32."""
-    ordered = _transposed(word, BLOCK_T, BLOCK_K, PIECES, WORDS)
+    ordered = _transposed(word, BLOCK_T, BLOCK_K, PIECES, THREADS)
     first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     left_features = _left(features, first_k, BLOCK_K)
     target = columns_ptr.to(tl.pointer_type(tl.int32)) + first_k * (span // 4)
@@ -135,12 +137,14 @@ def _store_column_codes(
         if span % BLOCK_T == 0:  # the tile is of one expert
             expert = pid_t // (span // BLOCK_T)
             target += expert.to(tl.int64) * (features - 1) * (span // 4) + first_t // 4
-            _store_transposed(ordered, target, BLOCK_T, BLOCK_T // 4, left_features, span // 4, BLOCK_T, BLOCK_K)
+            _store_transposed(
+                ordered, target, BLOCK_T, BLOCK_T // 4, left_features, span // 4, BLOCK_T, BLOCK_K, STORED
+            )
         else:
             _store_transposed_experts(ordered, first_t, first_k, tokens, features, span, columns_ptr, BLOCK_T, BLOCK_K)
     else:
         left_quads = _left(tl.cdiv(tokens, _BLOCK) * _QUADS, first_t // 4, BLOCK_T // 4)
         left_rows = _left(present, first_t, BLOCK_T)
         _store_transposed(
-            ordered, target + first_t // 4, left_rows, left_quads, left_features, span // 4, BLOCK_T, BLOCK_K
+            ordered, target + first_t // 4, left_rows, left_quads, left_features, span // 4, BLOCK_T, BLOCK_K, STORED
         )

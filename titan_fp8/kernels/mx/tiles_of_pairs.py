@@ -22,6 +22,8 @@ from titan_fp8.kernels.mx.squares import (
 )
 
 _BLOCK = tl.constexpr(BLOCK)
+_WARP_WORDS = tl.constexpr(4 * 32)
+"""Of a load."""
 
 
 @triton.jit
@@ -57,19 +59,19 @@ def _column_amax(
     a, b, c, d, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr
 ):
     """Largest magnitudes along T, pairs `[squares, WORDS]`."""
-    largest = _by_square(pairs._larger_of_four(a, b, c, d, EXACT_BITS), BLOCK_T, PIECES, WORDS, WORDS)
+    largest = _by_square(pairs._larger_of_four(a, b, c, d, EXACT_BITS), BLOCK_T, PIECES, _WARP_WORDS // WORDS, WORDS)
     return pairs._amax(pairs._amax(largest, 0, EXACT_BITS), 1, EXACT_BITS)
 
 
 @triton.jit
 def _load_pairs(
     x_ptr, pid_t, pid_k, present, features, stride_t,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr, LOADED: tl.constexpr,
 ):  # fmt: skip
     """`(a, b, c, d, row, pair, is_pair)`: words `[quads, WORDS]` of the four rows of each quad, the first of these
     rows, and which pair of the tile's features a word is and whether it is there."""
     first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
-    row, piece = _quads(BLOCK_T, PIECES, WORDS)
+    row, piece = _quads(BLOCK_T, PIECES, _WARP_WORDS // WORDS)
     pair = (piece * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
     row_words = stride_t // 2
     left, left_pairs = _left(present, first_t, BLOCK_T), _left(features, first_k, BLOCK_K) // 2
@@ -77,17 +79,17 @@ def _load_pairs(
     at = at + row.to(tl.int64)[:, None] * row_words + pair
     is_pair = pair < left_pairs
     # All loads come before any store: pointers may alias, so the compiler keeps their order.
-    a = tl.load(at, mask=(row < left)[:, None] & is_pair, other=0)
-    b = tl.load(at + row_words, mask=(row + 1 < left)[:, None] & is_pair, other=0)
-    c = tl.load(at + 2 * row_words, mask=(row + 2 < left)[:, None] & is_pair, other=0)
-    d = tl.load(at + 3 * row_words, mask=(row + 3 < left)[:, None] & is_pair, other=0)
+    a = tl.load(at, mask=(row < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
+    b = tl.load(at + row_words, mask=(row + 1 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
+    c = tl.load(at + 2 * row_words, mask=(row + 2 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
+    d = tl.load(at + 3 * row_words, mask=(row + 3 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
     return a, b, c, d, row, pair, is_pair
 
 
 @triton.jit
 def _store_four(
     a, b, c, d, row, pair, is_pair, pid_t, pid_k, tokens, features, to_ptr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     """Store what the words of `_load_pairs` became, in rows without gaps. NARROW: in no more bytes at a time than the
     codes of what a thread loads; wider stores would move them between threads."""
@@ -96,10 +98,10 @@ def _store_four(
     to = to_ptr + (first_t * half + pid_k.to(tl.int64) * (BLOCK_K // 2)) + row.to(tl.int64)[:, None] * half + pair
     if NARROW:
         to = tl.max_contiguous(to, [1, 4])
-    tl.store(to, a, mask=(row < there)[:, None] & is_pair)
-    tl.store(to + half, b, mask=(row + 1 < there)[:, None] & is_pair)
-    tl.store(to + 2 * half, c, mask=(row + 2 < there)[:, None] & is_pair)
-    tl.store(to + 3 * half, d, mask=(row + 3 < there)[:, None] & is_pair)
+    tl.store(to, a, mask=(row < there)[:, None] & is_pair, eviction_policy=STORED)
+    tl.store(to + half, b, mask=(row + 1 < there)[:, None] & is_pair, eviction_policy=STORED)
+    tl.store(to + 2 * half, c, mask=(row + 2 < there)[:, None] & is_pair, eviction_policy=STORED)
+    tl.store(to + 3 * half, d, mask=(row + 3 < there)[:, None] & is_pair, eviction_policy=STORED)
 
 
 @triton.jit
@@ -107,16 +109,19 @@ def _cast_pairs(
     x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     pid_t, pid_k, present, written, tokens, features, span, stride_t, groups,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
-    EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """What `_cast_tiles_kernel` does, of x in bf16 whose rows are whole words. `pid_t` and `pid_k` are int32."""
+    LOADED: tl.constexpr = "evict_first" if FLAGS & 8 else ""
+    STORED: tl.constexpr = "evict_first" if FLAGS & 4 else ""
     # Only codes that stay in their rows are worth loading more than a line of each.
     WORDS: tl.constexpr = min(BLOCK_K // 2, 32 if COLUMNS else 128)
     PIECES: tl.constexpr = BLOCK_K // 2 // WORDS
+    THREADS: tl.constexpr = _WARP_WORDS // WORDS
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
     wide_t, wide_k = pid_t.to(tl.int64), pid_k.to(tl.int64)
     a, b, c, d, row, pair, is_pair = _load_pairs(
-        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS
+        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS, LOADED
     )
     block_t = wide_t * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
     begin, base, size = _groups_of_blocks(ends_ptr, pid_t, groups, SWIZZLED, KIND, GROUPS, BLOCK_T)
@@ -126,22 +131,35 @@ def _cast_pairs(
         to_ptr = rows_ptr.to(tl.pointer_type(tl.int16))
         _store_four(
             a_codes, b_codes, c_codes, d_codes, row, pair, is_pair, pid_t, pid_k, tokens, features, to_ptr,
-            BLOCK_T, BLOCK_K, COLUMNS,
+            BLOCK_T, BLOCK_K, COLUMNS and not FLAGS & 1, STORED,
         )  # fmt: skip
     if COLUMNS:
         amax = _column_amax(a, b, c, d, EXACT_BITS, BLOCK_T, PIECES, WORDS)
         byte, inverse = pairs._scales(amax, CARRY, EXACT_BITS)
         byte = tl.reshape(tl.join(byte & 255, byte >> 16), [PIECES * BLOCK_T // _BLOCK, 2 * WORDS])
-        inverse = _of_squares(inverse, BLOCK_T, PIECES, WORDS, WORDS)
+        inverse = _of_squares(inverse, BLOCK_T, PIECES, _WARP_WORDS // WORDS, WORDS)
         first, second = pairs._column_codes(a, b, c, d, inverse, EXACT_BITS)
         word = tl.reshape(tl.join(first, second), [QUADS, 2 * WORDS])
         _store_column_codes(
-            word, pid_t, pid_k, present, tokens, features, span, columns_ptr, KIND, BLOCK_T, BLOCK_K, PIECES, WORDS
+            word,
+            pid_t,
+            pid_k,
+            present,
+            tokens,
+            features,
+            span,
+            columns_ptr,
+            KIND,
+            BLOCK_T,
+            BLOCK_K,
+            PIECES,
+            THREADS,
+            STORED,
         )
     # Scales last, when the tile is no longer in registers.
     if ROWS:
         shift = _row_shift(block_t, begin, base, span, SWIZZLED, KIND)
-        row_bytes, limit = _bytes_of_rows(ab, cd, BLOCK_T, BLOCK_K, PIECES, WORDS), written if SWIZZLED else tokens
+        row_bytes, limit = _bytes_of_rows(ab, cd, BLOCK_T, BLOCK_K, PIECES, THREADS), written if SWIZZLED else tokens
         _store_row_scales(row_bytes, wide_t, wide_k, shift, features, limit, row_scale_ptr, SWIZZLED, BLOCK_T, BLOCK_K)
     if COLUMNS:
         _store_column_scales(
