@@ -1,5 +1,5 @@
-"""bf16 is rounded to e4m3 without codes: the arithmetic of `_dequantized_pairs`, which the interpreter does not run, step
-by step in PyTorch for every bf16 number and every scale."""
+"""bf16 is rounded to e4m3 without codes: the arithmetic of `_dequantized_pairs`, which the interpreter does not run,
+step by step in PyTorch for every bf16 number and every scale."""
 
 import pytest
 import torch
