@@ -20,8 +20,8 @@ from titan_fp8.kernels import mx
 
 FEATURES = (4096, 14336)
 """Llama 8B: of a block, and hidden in its feed-forward."""
-EXPERTS = {"Llama 4 Scout": (16, 8192, 5120), "Qwen3-30B-A3B": (128, 768, 2048)}
-"""(experts E, out features N, in features K)."""
+EXPERTS = {"Llama 4 Scout": (16, 8192, 5120, 1), "Qwen3-30B-A3B": (128, 768, 2048, 8)}
+"""(experts E, out features N, in features K, experts that a token chooses)."""
 MODE = "rceil"
 
 Calls = Iterator[tuple[str, int, Callable[[], Any]]]
@@ -64,6 +64,13 @@ def group_calls(x: Tensor, ends: Tensor) -> Calls:
     )
 
 
+def rows_in_groups(rows: int, experts: int, features: int) -> tuple[Tensor, Tensor]:
+    """Rows `[M, K]` in groups of the same size, M not above `rows`, and their ends."""
+    size = rows // (experts * mx.BLOCK) * mx.BLOCK
+    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * size
+    return torch.randn(experts * size, features, device="cuda", dtype=torch.bfloat16), ends
+
+
 def expert_calls(weight: Tensor) -> Calls:
     """Casts of weights `[E, N, K]`."""
     written = weight.numel() + weight.numel() // mx.BLOCK
@@ -91,11 +98,9 @@ def bench(tokens: int, kernels: list[str], timer: Timer) -> None:
         report(f"[{tokens}, {features}]", x, dense_calls(x, kernels), timer)
     weight = torch.randn(14336, 4096, device="cuda")
     report("[14336, 4096]", weight, dense_calls(weight, kernels), timer)
-    for name, (experts, n, k) in EXPERTS.items():
-        rows = tokens // (experts * mx.BLOCK) * experts * mx.BLOCK
-        ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
-        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        report(f"{name}: {experts} groups of [{rows}, {k}]", x, group_calls(x, ends), timer)
+    for name, (experts, n, k, choices) in EXPERTS.items():
+        x, ends = rows_in_groups(tokens * choices, experts, k)
+        report(f"{name}: {experts} groups of {list(x.shape)}", x, group_calls(x, ends), timer)
         weight = torch.randn(experts, n, k, device="cuda")
         report(f"{name}: weights [{experts}, {n}, {k}]", weight, expert_calls(weight), timer)
 
@@ -104,42 +109,26 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
     """What the sweep tries: for each cast, values for constants of `kernels/mx/kernel.py`."""
     from titan_fp8.kernels.float8.bits import Tile
 
-    # A warp for each square, see `squares.py`. Hundreds of a band are variants: 1 rows' codes in stores of another
-    # width, 2 pieces of 32 features for fp32, 4 codes are evicted first, 8 what is read is too.
-    both = [Tile(128, 64, 4, band) for band in (1, 2, 4, 8, 16, 101, 401, 801, 1201, 408)]
-    both += [Tile(*v) for v in ((128, 64, 4, 1, 48), (128, 128, 8, 1), (128, 128, 8, 4), (128, 128, 8, 401))]
-    both += [Tile(*v) for v in ((128, 128, 4, 1), (256, 64, 8, 1), (256, 64, 8, 4), (256, 128, 16, 1), (64, 128, 4, 1))]
-    both += [Tile(*v) for v in ((64, 64, 2, 1), (128, 256, 16, 1), (256, 128, 8, 1))]
-    in_groups = [
-        Tile(*v) for v in ((128, 64, 4, 1), (128, 64, 4, 4), (128, 64, 4, 401), (128, 128, 8, 1), (256, 64, 8, 1))
-    ]
-    in_groups += [Tile(64, 128, 4, 1), Tile(128, 128, 4, 1), Tile(64, 64, 2, 1)]
-    columns = [
-        Tile(*v) for v in ((128, 64, 4, 1), (128, 64, 4, 4), (128, 128, 8, 1), (256, 64, 8, 1), (128, 64, 4, 401))
-    ]
-    fp32 = [Tile(128, 64, 4, band, 128) for band in (1, 2, 4, 101, 401, 1201)]
-    fp32 += [Tile(*v) for v in ((128, 64, 8, 201), (128, 64, 8, 301), (64, 64, 2, 1, 128), (64, 64, 4, 201))]
-    fp32 += [
-        Tile(*v)
-        for v in ((64, 64, 4, 301), (64, 128, 4, 1, 128), (128, 32, 4, 201), (128, 64, 4, 1), (128, 128, 8, 1, 128))
-    ]
-    fp32_columns = [Tile(*v) for v in ((64, 128, 4, 2), (128, 64, 4, 1), (128, 64, 4, 2), (64, 128, 8, 201))]
-    dequantized = [Tile(128, 64, 4, band) for band in (1, 4, 401, 1201)]
-    dequantized += [
-        Tile(*v) for v in ((64, 64, 2, 1), (32, 64, 1, 1), (64, 128, 4, 1), (32, 128, 2, 1), (128, 128, 8, 1))
-    ]
-    dequantized += [Tile(32, 256, 4, 1)]
+    def tiles(*values: tuple[int, ...], of: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [dict.fromkeys(of, Tile(*value)) for value in values]
+
+    wide = (256, 128, 8, 1, 128), (128, 256, 8, 1, 128), (128, 128, 8, 1), (256, 128, 8, 2, 128)
+    dequantized = tiles((32, 128, 2, 1), (32, 256, 4, 1), (64, 128, 4, 1), of=("QUANTIZE_DEQUANTIZE_PAIRS_TILE",))
+    plain = ("BOTH_PLAIN_OF_PAIRS_TILE",)
     return {
-        "rows": [{"ROWS_OF_PAIRS_TILE": tile} for tile in (Tile(64, 256, 8, 1), Tile(32, 256, 4, 1))],
-        "columns": [{"COLUMNS_OF_PAIRS_TILE": tile} for tile in columns],
-        "both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in both],
-        "groups both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in in_groups],
-        "fp32 columns": [{"COLUMNS_TILE": tile} for tile in fp32_columns],
-        "fp32 both": [{"BOTH_TILE": tile} for tile in fp32],
-        "experts both": [{"BOTH_TILE": tile} for tile in fp32],
-        "quantize-dequantize rows": [{"QUANTIZE_DEQUANTIZE_PAIRS_TILE": tile} for tile in dequantized],
-        "quantize-dequantize columns": [{"QUANTIZE_DEQUANTIZE_PAIRS_TILE": tile} for tile in dequantized],
-        "quantize-dequantize both": [{"QUANTIZE_DEQUANTIZE_PAIRS_TILE": tile} for tile in dequantized],
+        "rows": tiles((64, 256, 8, 1), (32, 256, 4, 1), of=("ROWS_OF_PAIRS_TILE",)),
+        "columns": tiles((256, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), of=("COLUMNS_OF_PAIRS_TILE",)),
+        "both": tiles(*wide, of=("BOTH_OF_PAIRS_TILE", *plain)),
+        "groups both": [
+            *tiles((128, 128, 8, 1), (128, 128, 4, 1), (128, 64, 4, 1), of=("BOTH_OF_GROUPS_TILE",)),
+            *tiles(*wide, of=plain),
+        ],
+        "fp32 columns": tiles((128, 64, 4, 2), (128, 64, 4, 1), (64, 128, 4, 2), of=("COLUMNS_TILE",)),
+        "fp32 both": tiles((128, 64, 4, 1), (128, 64, 4, 2, 128), (64, 128, 4, 1, 128), of=("BOTH_TILE",)),
+        "experts both": tiles((128, 128, 8, 1, 128), (64, 128, 4, 1, 128), of=("BOTH_OF_EXPERTS_TILE",)),
+        "quantize-dequantize rows": dequantized,
+        "quantize-dequantize columns": dequantized,
+        "quantize-dequantize both": dequantized,
     }
 
 
@@ -156,12 +145,11 @@ def sweep_calls(tokens: int) -> Iterator[tuple[str, str, Tensor, Calls]]:
     calls = list(dense_calls(weight, ["triton"]))
     for name in ("columns", "both"):
         yield "[14336, 4096] fp32", f"fp32 {name}", weight, (c for c in calls if c[0].split(",")[0] == name)
-    for title, (experts, n, k) in EXPERTS.items():
-        size = tokens // (experts * mx.BLOCK) * mx.BLOCK
-        ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * size
-        x = torch.randn(experts * size, k, device="cuda", dtype=torch.bfloat16)
+    for title, (experts, n, k, choices) in EXPERTS.items():
+        x, ends = rows_in_groups(tokens * choices, experts, k)
         calls = group_calls(x, ends)
-        yield f"{title}, {experts} groups", "groups both", x, (c for c in calls if c[0].startswith("groups both"))
+        what = f"{title}, {experts} groups of {list(x.shape)}"
+        yield what, "groups both", x, (call for call in calls if call[0].startswith("groups both"))
         weight = torch.randn(experts, n, k, device="cuda")
         yield f"{title}, weights", "experts both", weight, expert_calls(weight)
 

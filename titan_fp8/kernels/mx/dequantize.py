@@ -93,12 +93,12 @@ def _quantize_dequantize_kernel(
     PIECES: tl.constexpr = BLOCK_K // WIDTH
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND % 100)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
+    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     present = _present(ends_ptr, tokens, groups, KIND)
     a, b, c, d, row, k, is_k = _load_numbers(
-        x_ptr, pid_t, pid_k, present, features, stride_t, stride_k, BLOCK_T, BLOCK_K, PIECES, 1, WIDTH, ""
+        x_ptr, first_t, first_k, present, features, stride_t, stride_k, BLOCK_T, BLOCK_K, PIECES, 1, WIDTH
     )
-    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     there = _left(tokens, first_t, BLOCK_T)
     place = (first_t * features + first_k) + row.to(tl.int64)[:, None] * features + k
     in_a, in_b = (row < there)[:, None] & is_k, (row + 1 < there)[:, None] & is_k
@@ -186,24 +186,20 @@ def _quantize_dequantize_pairs_kernel(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """What `_quantize_dequantize_kernel` does, of x in bf16 whose rows are whole words, in such words."""
-    FLAGS: tl.constexpr = BAND // 100
-    LOADED: tl.constexpr = "evict_first" if FLAGS & 8 else ""
-    STORED: tl.constexpr = "evict_first" if FLAGS & 4 else ""
     WORDS: tl.constexpr = min(BLOCK_K // 2, 32 if COLUMNS else 128)
     PIECES: tl.constexpr = BLOCK_K // 2 // WORDS
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND % 100)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
+    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     present = _present(ends_ptr, tokens, groups, KIND)
     a, b, c, d, row, pair, is_pair = _load_pairs(
-        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS, LOADED
+        x_ptr, first_t, first_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS
     )
     if ROWS:
         e, f = _two_dequantized_rows(a, b, CARRY, EXACT_BITS, QUADS, WORDS)
         g, h = _two_dequantized_rows(c, d, CARRY, EXACT_BITS, QUADS, WORDS)
-        _store_four(
-            e, f, g, h, row, pair, is_pair, pid_t, pid_k, tokens, features, rows_ptr, BLOCK_T, BLOCK_K, False, STORED
-        )
+        _store_four(e, f, g, h, row, pair, is_pair, first_t, first_k, tokens, features, rows_ptr, BLOCK_T, False)
     if COLUMNS:
         amax = _column_amax(a, b, c, d, EXACT_BITS, BLOCK_T, PIECES, WORDS)
         inverse, scale, kept = _factors(amax, CARRY, EXACT_BITS)
@@ -214,6 +210,4 @@ def _quantize_dequantize_pairs_kernel(
         b = _dequantized_pairs(b, inverse, scale, kept, CARRY, EXACT_BITS)
         c = _dequantized_pairs(c, inverse, scale, kept, CARRY, EXACT_BITS)
         d = _dequantized_pairs(d, inverse, scale, kept, CARRY, EXACT_BITS)
-        _store_four(
-            a, b, c, d, row, pair, is_pair, pid_t, pid_k, tokens, features, columns_ptr, BLOCK_T, BLOCK_K, False, STORED
-        )
+        _store_four(a, b, c, d, row, pair, is_pair, first_t, first_k, tokens, features, columns_ptr, BLOCK_T, False)

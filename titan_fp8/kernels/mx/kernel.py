@@ -31,21 +31,29 @@ from titan_fp8.kernels.float8.reference import E4M3
 from titan_fp8.kernels.launch import Plan, cdiv, next_power_of_2, planned
 from titan_fp8.kernels.mx import layout
 from titan_fp8.kernels.mx.dequantize import _quantize_dequantize_kernel, _quantize_dequantize_pairs_kernel
-from titan_fp8.kernels.mx.places import _present
+from titan_fp8.kernels.mx.places import (
+    _BLOCK,
+    _NO_END,
+    _TILE_ROWS,
+    _group_of_tile,
+    _present,
+    _store_no_scales,
+)
 from titan_fp8.kernels.mx.reference import BLOCK, CARRY, E8M0, padded
 from titan_fp8.kernels.mx.tiles_of_numbers import _cast_numbers
 from titan_fp8.kernels.mx.tiles_of_pairs import _cast_pairs
 
 # Static: a first-step search could choose differently on different ranks. `scripts/bench_mx.py --sweep` times others.
-ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 4, 1), Tile(64, 128, 4, 2), Tile(128, 64, 4, 1, 128)
+ROWS_TILE, COLUMNS_TILE, BOTH_TILE = Tile(64, 128, 4, 1), Tile(128, 64, 4, 2), Tile(128, 64, 4, 1)
 """By the layouts that are written, in multiples of 32."""
-ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, BOTH_OF_PAIRS_TILE = (
-    Tile(64, 256, 8, 1),
-    Tile(128, 64, 4, 1),
-    Tile(128, 64, 4, 1),
-)
-"""The same for bf16 in pairs; a warp for each square, see `squares.py`."""
-QUANTIZE_DEQUANTIZE_TILE, QUANTIZE_DEQUANTIZE_PAIRS_TILE = Tile(32, 128, 4, 1), Tile(128, 64, 4, 1)
+BOTH_OF_EXPERTS_TILE = Tile(128, 128, 8, 1, 128)
+ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE = Tile(64, 256, 8, 1), Tile(256, 64, 8, 1)
+"""The same for bf16 in pairs; a warp for each square or two of them, see `squares.py`."""
+BOTH_OF_PAIRS_TILE, BOTH_PLAIN_OF_PAIRS_TILE = Tile(256, 128, 8, 1, 128), Tile(128, 256, 8, 1, 128)
+"""Of plain scales a row of a tile is so few bytes that wide tiles pay."""
+COLUMNS_OF_GROUPS_TILE, BOTH_OF_GROUPS_TILE = Tile(128, 64, 4, 1), Tile(128, 128, 8, 1)
+"""For bf16 in pairs of experts, and of groups with swizzled scales: no more than 128 rows, see `places.py`."""
+QUANTIZE_DEQUANTIZE_TILE, QUANTIZE_DEQUANTIZE_PAIRS_TILE = Tile(32, 128, 4, 1), Tile(32, 128, 2, 1)
 IN_PAIRS = True
 """Whether bf16 is cast in pairs where it can be."""
 
@@ -63,24 +71,40 @@ def _cast_tiles_kernel(
 ):  # fmt: skip
     """Codes and scales of a tile in the layouts asked for; of sizes padded to multiples of PADDED_T and PADDED_K there
     are scales."""
-    all_tokens = tl.cdiv(tokens, PADDED_T) * PADDED_T
+    IN_TILES: tl.constexpr = SWIZZLED and KIND == "groups"
+    padded_tokens = tokens + groups * (_TILE_ROWS - _BLOCK) if IN_TILES else tokens
+    all_tokens = tl.cdiv(padded_tokens, PADDED_T) * PADDED_T
     all_features = tl.cdiv(features, PADDED_K) * PADDED_K
     pid = tl.program_id(0)
-    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(all_tokens, BLOCK_T), tl.cdiv(all_features, BLOCK_K), BAND % 100)
+    pid_t, pid_k = _tile_of_program(pid, tl.cdiv(all_tokens, BLOCK_T), tl.cdiv(all_features, BLOCK_K), BAND)
     present = _present(ends_ptr, tokens, groups, KIND)
-    written = present if SWIZZLED and KIND == "groups" else all_tokens
+    first_t, pid_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64)
+    scale_t, written, base, size = first_t, all_tokens, 0, 0
+    if IN_TILES:
+        tl.static_assert(BLOCK_T <= _TILE_ROWS)
+        begin, base, end = _group_of_tile(ends_ptr, pid_t * BLOCK_T, present, groups, GROUPS, EXACT_BITS)
+        written = padded_tokens // _TILE_ROWS * _TILE_ROWS
+        size = tl.where(end == _NO_END, written - base, (end - begin + (_TILE_ROWS - 1)) & -_TILE_ROWS)
+        size = tl.multiple_of(size, _TILE_ROWS)
+        first_t = tl.multiple_of((begin + (pid_t * BLOCK_T - base)).to(tl.int64), _BLOCK)
+        if first_t >= tokens:  # a tile of nothing but scales of padding
+            _store_no_scales(
+                row_scale_ptr, column_scale_ptr, scale_t, pid_k, base, size, features, span, written,
+                ROWS, COLUMNS, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
+            return
+        present, tokens = tl.minimum(end, present), tl.minimum(end, tokens)
     if PAIRS:
         _cast_pairs(
-            x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
-            pid_t, pid_k, present, written, tokens, features, span, stride_t, groups,
-            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K, BAND // 100,
+            x_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+            first_t, pid_k, scale_t, base, size, present, written, tokens, features, span, stride_t,
+            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
     else:
-        WIDTH: tl.constexpr = min(BLOCK_K, (32 if BAND // 100 & 2 else 64) if COLUMNS else 128)
         _cast_numbers(
-            x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
-            pid_t, pid_k, present, written, tokens, features, span, stride_t, stride_k, groups,
-            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, GROUPS, BLOCK_T, BLOCK_K, WIDTH, BAND // 100,
+            x_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+            first_t, pid_k, scale_t, base, size, present, written, tokens, features, span, stride_t, stride_k,
+            ROWS, COLUMNS, SWIZZLED, KIND, CARRY, EXACT_BITS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
 
 
@@ -110,7 +134,8 @@ def _launch_cast(
         "GROUPS": next_power_of_2(of.groups), "BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band,
         "num_warps": tile.warps, "maxnreg": tile.registers,
     }  # fmt: skip
-    all_tokens, all_features = cdiv(tokens, padded_t) * padded_t, cdiv(features, padded_k) * padded_k
+    padding = (layout.TILE_ROWS - BLOCK) * of.groups if swizzled and of.kind == GROUPS else 0
+    all_tokens, all_features = cdiv(tokens + padding, padded_t) * padded_t, cdiv(features, padded_k) * padded_k
     programs = cdiv(all_tokens, tile.tokens) * cdiv(all_features, tile.features)
     return Plan(programs, (tokens, features, of.span, *strides, of.groups), constants)
 
@@ -142,14 +167,22 @@ def cast(
     by_rows = _new_rows(x, of, swizzled) if rows else ()
     by_columns = _new_columns(x, of, swizzled) if columns else ()
     in_pairs = _is_in_pairs(x)
-    tiles = (ROWS_TILE, COLUMNS_TILE, BOTH_TILE)
-    if in_pairs:
-        tiles = (ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, BOTH_OF_PAIRS_TILE)
-    tile = tiles[2 if rows and columns else 0 if rows else 1]
+    tile = _tile_of(in_pairs, of.kind, rows, columns, swizzled)
     # A pointer that a variant of the kernel never follows still has to be one.
     tensors = x, x if ends is None else ends, *(by_rows or by_columns), *(by_columns or by_rows)
     _launch_cast(tensors, x.shape, x.stride(), x.dtype, of, rows, columns, swizzled, mode, tile, in_pairs)
     return *by_rows, *by_columns
+
+
+def _tile_of(in_pairs: bool, kind: str, rows: bool, columns: bool, swizzled: bool) -> Tile:
+    if not in_pairs:
+        by_layouts = ROWS_TILE, COLUMNS_TILE, BOTH_OF_EXPERTS_TILE if kind == EXPERTS else BOTH_TILE
+    elif kind == EXPERTS or (kind == GROUPS and swizzled):
+        by_layouts = ROWS_OF_PAIRS_TILE, COLUMNS_OF_GROUPS_TILE, BOTH_OF_GROUPS_TILE
+    else:
+        both = BOTH_OF_PAIRS_TILE if swizzled else BOTH_PLAIN_OF_PAIRS_TILE
+        by_layouts = ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE, both
+    return by_layouts[2 if rows and columns else 0 if rows else 1]
 
 
 def _is_in_pairs(x: Tensor) -> bool:
@@ -182,7 +215,7 @@ def _new_rows(x: Tensor, of: Rows, swizzled: bool) -> tuple[Tensor, Tensor]:
         return codes, _new_scale(x, (tokens, features // BLOCK))
     if of.kind == GROUPS:
         shape = layout.rows_of_groups(tokens, of.groups), layout.padded_shape(0, features // BLOCK)[1]
-        return codes, _new_scale(x, shape, zero=True)
+        return codes, _new_scale(x, shape)
     if of.kind == EXPERTS:
         rows, columns = layout.padded_shape(of.span, features // BLOCK)
         return codes, _new_scale(x, (experts, rows * columns), zero=rows != of.span)
@@ -196,10 +229,10 @@ def _new_columns(x: Tensor, of: Rows, swizzled: bool) -> tuple[Tensor, Tensor]:
     batch = (x.shape[0] // of.span,) if of.kind == EXPERTS else ()
     codes_t = bits.new_codes(*batch, features, of.span, dtype=E4M3, device=x.device)
     if not swizzled:
-        return codes_t, _new_scale(x, (*batch, features, blocks))
+        return codes_t, _new_scale(x, (*batch, blocks, features)).transpose(-2, -1)
     rows, columns = layout.padded_shape(features, blocks)
     if of.kind == GROUPS:
-        return codes_t, _new_scale(x, (rows, layout.rows_of_groups(of.span, of.groups) // BLOCK), zero=True)
+        return codes_t, _new_scale(x, (rows, layout.rows_of_groups(of.span, of.groups) // BLOCK))
     if of.kind == EXPERTS:
         return codes_t, _new_scale(x, (*batch, rows * columns), zero=columns != blocks)
     return codes_t, _new_scale(x, (rows, columns))

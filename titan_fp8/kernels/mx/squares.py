@@ -87,15 +87,7 @@ def _transposed(word, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.c
 
 @triton.jit
 def _store_transposed(
-    ordered,
-    target,
-    left_rows,
-    left_quads,
-    left_features,
-    row_words,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STORED: tl.constexpr,
+    ordered, target, left_rows, left_quads, left_features, row_words, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Store what `_transposed` gives at the tile's place `target` in transposed rows of so many words."""
     quad, k = tl.arange(0, BLOCK_T // 4), tl.arange(0, BLOCK_K)
@@ -105,7 +97,7 @@ def _store_transposed(
         present = tl.where(left == 4, -1, (1 << (8 * left)) - 1)
         ordered = ordered & present[None, :]
     at = target + k.to(tl.int64)[:, None] * row_words + quad[None, :]
-    tl.store(at, ordered, mask=(k < left_features)[:, None] & (quad < left_quads)[None, :], eviction_policy=STORED)
+    tl.store(at, ordered, mask=(k < left_features)[:, None] & (quad < left_quads)[None, :])
 
 
 @triton.jit
@@ -123,28 +115,23 @@ def _store_transposed_experts(
 
 @triton.jit
 def _store_column_codes(
-    word, pid_t, pid_k, present, tokens, features, span, columns_ptr,
-    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
-    THREADS: tl.constexpr, STORED: tl.constexpr,
+    word, first_t, first_k, present, tokens, features, span, columns_ptr,
+    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Transposed codes of a tile, given as words `[quads, features of a piece]`; a transposed row has `span` tokens.
-    `pid_t` and `pid_k` are int32."""
+    `first_t` and `first_k` are int64."""
     ordered = _transposed(word, BLOCK_T, BLOCK_K, PIECES, THREADS)
-    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     left_features = _left(features, first_k, BLOCK_K)
     target = columns_ptr.to(tl.pointer_type(tl.int32)) + first_k * (span // 4)
     if KIND == "experts":
         if span % BLOCK_T == 0:  # the tile is of one expert
-            expert = pid_t // (span // BLOCK_T)
+            expert = (first_t // BLOCK_T).to(tl.int32) // (span // BLOCK_T)
             target += expert.to(tl.int64) * (features - 1) * (span // 4) + first_t // 4
-            _store_transposed(
-                ordered, target, BLOCK_T, BLOCK_T // 4, left_features, span // 4, BLOCK_T, BLOCK_K, STORED
-            )
+            _store_transposed(ordered, target, BLOCK_T, BLOCK_T // 4, left_features, span // 4, BLOCK_T, BLOCK_K)
         else:
             _store_transposed_experts(ordered, first_t, first_k, tokens, features, span, columns_ptr, BLOCK_T, BLOCK_K)
     else:
         left_quads = _left(tl.cdiv(tokens, _BLOCK) * _QUADS, first_t // 4, BLOCK_T // 4)
         left_rows = _left(present, first_t, BLOCK_T)
-        _store_transposed(
-            ordered, target + first_t // 4, left_rows, left_quads, left_features, span // 4, BLOCK_T, BLOCK_K, STORED
-        )
+        target += first_t // 4
+        _store_transposed(ordered, target, left_rows, left_quads, left_features, span // 4, BLOCK_T, BLOCK_K)

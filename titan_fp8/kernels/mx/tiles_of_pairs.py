@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from titan_fp8.kernels.mx import pairs
-from titan_fp8.kernels.mx.places import _groups_of_blocks, _row_shift, _store_column_scales, _store_row_scales
+from titan_fp8.kernels.mx.places import _store_column_scales, _store_row_scales
 from titan_fp8.kernels.mx.reference import BLOCK
 from titan_fp8.kernels.mx.squares import (
     _by_square,
@@ -65,12 +65,11 @@ def _column_amax(
 
 @triton.jit
 def _load_pairs(
-    x_ptr, pid_t, pid_k, present, features, stride_t,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr, LOADED: tl.constexpr,
+    x_ptr, first_t, first_k, present, features, stride_t,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """`(a, b, c, d, row, pair, is_pair)`: words `[quads, WORDS]` of the four rows of each quad, the first of these
     rows, and which pair of the tile's features a word is and whether it is there."""
-    first_t, first_k = pid_t.to(tl.int64) * BLOCK_T, pid_k.to(tl.int64) * BLOCK_K
     row, piece = _quads(BLOCK_T, PIECES, _WARP_WORDS // WORDS)
     pair = (piece * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
     row_words = stride_t // 2
@@ -79,59 +78,55 @@ def _load_pairs(
     at = at + row.to(tl.int64)[:, None] * row_words + pair
     is_pair = pair < left_pairs
     # All loads come before any store: pointers may alias, so the compiler keeps their order.
-    a = tl.load(at, mask=(row < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
-    b = tl.load(at + row_words, mask=(row + 1 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
-    c = tl.load(at + 2 * row_words, mask=(row + 2 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
-    d = tl.load(at + 3 * row_words, mask=(row + 3 < left)[:, None] & is_pair, other=0, eviction_policy=LOADED)
+    a = tl.load(at, mask=(row < left)[:, None] & is_pair, other=0)
+    b = tl.load(at + row_words, mask=(row + 1 < left)[:, None] & is_pair, other=0)
+    c = tl.load(at + 2 * row_words, mask=(row + 2 < left)[:, None] & is_pair, other=0)
+    d = tl.load(at + 3 * row_words, mask=(row + 3 < left)[:, None] & is_pair, other=0)
     return a, b, c, d, row, pair, is_pair
 
 
 @triton.jit
 def _store_four(
-    a, b, c, d, row, pair, is_pair, pid_t, pid_k, tokens, features, to_ptr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, NARROW: tl.constexpr, STORED: tl.constexpr,
+    a, b, c, d, row, pair, is_pair, first_t, first_k, tokens, features, to_ptr,
+    BLOCK_T: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Store what the words of `_load_pairs` became, in rows without gaps. NARROW: in no more bytes at a time than the
     codes of what a thread loads; wider stores would move them between threads."""
-    first_t, half = pid_t.to(tl.int64) * BLOCK_T, features // 2
-    there = _left(tokens, first_t, BLOCK_T)
-    to = to_ptr + (first_t * half + pid_k.to(tl.int64) * (BLOCK_K // 2)) + row.to(tl.int64)[:, None] * half + pair
+    half, there = features // 2, _left(tokens, first_t, BLOCK_T)
+    to = to_ptr + (first_t * half + first_k // 2) + row.to(tl.int64)[:, None] * half + pair
     if NARROW:
         to = tl.max_contiguous(to, [1, 4])
-    tl.store(to, a, mask=(row < there)[:, None] & is_pair, eviction_policy=STORED)
-    tl.store(to + half, b, mask=(row + 1 < there)[:, None] & is_pair, eviction_policy=STORED)
-    tl.store(to + 2 * half, c, mask=(row + 2 < there)[:, None] & is_pair, eviction_policy=STORED)
-    tl.store(to + 3 * half, d, mask=(row + 3 < there)[:, None] & is_pair, eviction_policy=STORED)
+    tl.store(to, a, mask=(row < there)[:, None] & is_pair)
+    tl.store(to + half, b, mask=(row + 1 < there)[:, None] & is_pair)
+    tl.store(to + 2 * half, c, mask=(row + 2 < there)[:, None] & is_pair)
+    tl.store(to + 3 * half, d, mask=(row + 3 < there)[:, None] & is_pair)
 
 
 @triton.jit
 def _cast_pairs(
-    x_ptr, ends_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
-    pid_t, pid_k, present, written, tokens, features, span, stride_t, groups,
+    x_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
+    first_t, pid_k, scale_t, base, size, present, written, tokens, features, span, stride_t,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
-    EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS: tl.constexpr,
+    EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What `_cast_tiles_kernel` does, of x in bf16 whose rows are whole words. `pid_t` and `pid_k` are int32."""
-    LOADED: tl.constexpr = "evict_first" if FLAGS & 8 else ""
-    STORED: tl.constexpr = "evict_first" if FLAGS & 4 else ""
+    """What `_cast_tiles_kernel` does, of x in bf16 whose rows are whole words. `first_t`, `pid_k` and `scale_t` are
+    int64."""
     # Only codes that stay in their rows are worth loading more than a line of each.
     WORDS: tl.constexpr = min(BLOCK_K // 2, 32 if COLUMNS else 128)
     PIECES: tl.constexpr = BLOCK_K // 2 // WORDS
     THREADS: tl.constexpr = _WARP_WORDS // WORDS
     QUADS: tl.constexpr = PIECES * BLOCK_T // 4
-    wide_t, wide_k = pid_t.to(tl.int64), pid_k.to(tl.int64)
+    first_k = pid_k * BLOCK_K
     a, b, c, d, row, pair, is_pair = _load_pairs(
-        x_ptr, pid_t, pid_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS, LOADED
+        x_ptr, first_t, first_k, present, features, stride_t, BLOCK_T, BLOCK_K, PIECES, WORDS
     )
-    block_t = wide_t * (BLOCK_T // _BLOCK) + tl.arange(0, BLOCK_T // _BLOCK)
-    begin, base, size = _groups_of_blocks(ends_ptr, pid_t, groups, SWIZZLED, KIND, GROUPS, BLOCK_T)
     if ROWS:
         ab, a_codes, b_codes = _two_rows(a, b, CARRY, EXACT_BITS, QUADS, WORDS)
         cd, c_codes, d_codes = _two_rows(c, d, CARRY, EXACT_BITS, QUADS, WORDS)
         to_ptr = rows_ptr.to(tl.pointer_type(tl.int16))
         _store_four(
-            a_codes, b_codes, c_codes, d_codes, row, pair, is_pair, pid_t, pid_k, tokens, features, to_ptr,
-            BLOCK_T, BLOCK_K, COLUMNS and not FLAGS & 1, STORED,
+            a_codes, b_codes, c_codes, d_codes, row, pair, is_pair, first_t, first_k, tokens, features, to_ptr,
+            BLOCK_T, COLUMNS,
         )  # fmt: skip
     if COLUMNS:
         amax = _column_amax(a, b, c, d, EXACT_BITS, BLOCK_T, PIECES, WORDS)
@@ -141,28 +136,17 @@ def _cast_pairs(
         first, second = pairs._column_codes(a, b, c, d, inverse, EXACT_BITS)
         word = tl.reshape(tl.join(first, second), [QUADS, 2 * WORDS])
         _store_column_codes(
-            word,
-            pid_t,
-            pid_k,
-            present,
-            tokens,
-            features,
-            span,
-            columns_ptr,
-            KIND,
-            BLOCK_T,
-            BLOCK_K,
-            PIECES,
-            THREADS,
-            STORED,
-        )
+            word, first_t, first_k, present, tokens, features, span, columns_ptr,
+            KIND, BLOCK_T, BLOCK_K, PIECES, THREADS,
+        )  # fmt: skip
     # Scales last, when the tile is no longer in registers.
     if ROWS:
-        shift = _row_shift(block_t, begin, base, span, SWIZZLED, KIND)
         row_bytes, limit = _bytes_of_rows(ab, cd, BLOCK_T, BLOCK_K, PIECES, THREADS), written if SWIZZLED else tokens
-        _store_row_scales(row_bytes, wide_t, wide_k, shift, features, limit, row_scale_ptr, SWIZZLED, BLOCK_T, BLOCK_K)
+        _store_row_scales(
+            row_bytes, scale_t, pid_k, features, span, limit, row_scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K
+        )
     if COLUMNS:
         _store_column_scales(
-            _bytes_of_columns(byte, BLOCK_T, BLOCK_K, PIECES), pid_t, pid_k, begin, base, size, features, span,
-            written, column_scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K,
+            _bytes_of_columns(byte, BLOCK_T, BLOCK_K, PIECES), scale_t, pid_k, base, size, features, span, written,
+            column_scale_ptr, SWIZZLED, KIND, BLOCK_T, BLOCK_K,
         )  # fmt: skip
