@@ -91,7 +91,7 @@ def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: flo
                 assert ulps(state[key], wanted_state[key], old.get(key, wanted_state[key])) <= ADAM_ULPS, (count, key)
             mean = torch.maximum(wanted_state["exp_avg"].abs(), old.get("exp_avg", wanted_state["exp_avg"]).abs())
             # How far the larger of the terms of the mean would have moved the weight.
-            move = 0.01 / (1 - 0.9**count) * mean / (wanted_state["exp_avg_sq"] / (1 - 0.95**count)).sqrt()
+            move = 0.01 / (1 - 0.9**count) * mean / ((wanted_state["exp_avg_sq"] / (1 - 0.95**count)).sqrt() + 1e-8)
             assert ulps(p, q, weight, move) <= ADAM_ULPS, count
 
 

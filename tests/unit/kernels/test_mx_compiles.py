@@ -27,9 +27,9 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_cast(
     x: str, tile: Tile, capability: int, *, rows: bool, columns: bool, swizzled: bool = True, kind: str = kernel.DENSE,
-    groups: int = 1, mode: str = "rceil", exact_bits: bool = False, in_pairs: bool | None = None,
+    groups: int = 1, mode: str = "rceil", exact_bits: bool = False, in_pairs: bool | None = None, stride_k: str = "1",
 ) -> str:  # fmt: skip
-    arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", "1", "i32"]
+    arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", stride_k, "i32"]
     return compile_ptx(
         kernel._cast_tiles_kernel, arguments, capability, tile.warps,
         PAIRS=x == "*bf16" if in_pairs is None else in_pairs, ROWS=rows, COLUMNS=columns, SWIZZLED=swizzled,
@@ -39,8 +39,8 @@ def compile_cast(
     )  # fmt: skip
 
 
-def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool) -> str:
-    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", "1", "i32"]
+def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool, stride_k: str = "1") -> str:
+    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", stride_k, "i32"]
     return compile_ptx(
         kernel._quantize_dequantize_kernel, arguments, capability, tile.warps, ROWS=True, COLUMNS=columns,
         KIND=kernel.DENSE, CARRY=CARRY["floor"], EXACT_BITS=False, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
@@ -73,6 +73,14 @@ def test_casts_compile(x: str, layouts: tuple[bool, bool], swizzled: bool, capab
     # The conversion takes two numbers: each of a thread's, once in each layout.
     per_thread = tile.tokens * tile.features // (32 * tile.warps)
     assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) == per_thread // 2 * (rows + columns)
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
+def test_casts_of_any_stride_compile(x: str, capability: int) -> None:
+    tile = kernel._tile_of(False, kernel.DENSE, True, True, swizzled=True)
+    compile_cast(x, tile, capability, rows=True, columns=True, in_pairs=False, stride_k="i32")
+    compile_quantize_dequantize(kernel.QUANTIZE_DEQUANTIZE_TILE, capability, columns=True, stride_k="i32")
 
 
 @pytest.mark.parametrize("kind", [kernel.EXPERTS, kernel.GROUPS])

@@ -51,7 +51,7 @@ ROWS_OF_PAIRS_TILE, COLUMNS_OF_PAIRS_TILE = Tile(64, 256, 8, 1), Tile(256, 64, 8
 """The same for bf16 in pairs; a warp for each square or two of them, see `squares.py`."""
 BOTH_OF_PAIRS_TILE, BOTH_PLAIN_OF_PAIRS_TILE = Tile(256, 128, 8, 1, 128), Tile(128, 256, 8, 1, 128)
 """Of plain scales a row of a tile is so few bytes that wide tiles pay."""
-COLUMNS_OF_GROUPS_TILE, BOTH_OF_GROUPS_TILE = Tile(128, 64, 4, 1), Tile(128, 128, 8, 1)
+COLUMNS_OF_GROUPS_TILE, BOTH_OF_GROUPS_TILE = Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)
 """For bf16 in pairs of experts, and of groups with swizzled scales: no more than 128 rows, see `places.py`."""
 QUANTIZE_DEQUANTIZE_TILE, QUANTIZE_DEQUANTIZE_PAIRS_TILE = Tile(32, 128, 4, 1), Tile(32, 128, 2, 1)
 IN_PAIRS = True

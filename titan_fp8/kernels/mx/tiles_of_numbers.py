@@ -85,7 +85,7 @@ def _load_numbers(
     left = _left(present, first_t, BLOCK_T)
     is_k = k < _left(features, first_k, BLOCK_K)
     at = x_ptr + (first_t * stride_t + first_k * stride_k) + row.to(tl.int64)[:, None] * stride_t
-    at = at + (k if stride_k == 1 else k.to(tl.int64) * stride_k)
+    at = at + k.to(tl.int64) * stride_k
     # All loads come before any store: pointers may alias, so the compiler keeps their order.
     a = tl.load(at, mask=(row < left)[:, None] & is_k, other=0)
     b = tl.load(at + stride_t, mask=(row + 1 < left)[:, None] & is_k, other=0)
