@@ -87,6 +87,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.begin = time.monotonic()
     # What the runs of bench_peers.py are told besides.
     args.warm_up, args.lr, args.ac, args.vocab_size, args.peer_options = LOG_FREQ, 3e-4, "op", 128256, []
+    args.same_start = False
     return args
 
 

@@ -46,7 +46,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settle(args, kinds=KINDS, sides=(OURS, THEIRS))
     # What the runs of bench_peers.py are told besides.
     args.steps, args.warm_up, args.lr, args.ac = LOG_FREQ, 0, 3e-4, "op"
-    args.vocab_size, args.peer_options = 128256, []
+    args.vocab_size, args.peer_options, args.same_start = 128256, [], False
     return args
 
 

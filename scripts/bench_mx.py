@@ -20,8 +20,8 @@ from titan_fp8.kernels import mx
 
 FEATURES = (4096, 14336)
 """Llama 8B: of a block, and hidden in its feed-forward."""
-EXPERTS = {"Llama 4 Scout": (16, 8192, 5120), "Qwen3-30B-A3B": (128, 768, 2048)}
-"""(experts E, out features N, in features K)."""
+EXPERTS = {"Llama 4 Scout": (16, 8192, 5120, 1), "Qwen3-30B-A3B": (128, 768, 2048, 8)}
+"""(experts E, out features N, in features K, experts that a token chooses)."""
 MODE = "rceil"
 
 Calls = Iterator[tuple[str, int, Callable[[], Any]]]
@@ -64,6 +64,13 @@ def group_calls(x: Tensor, ends: Tensor) -> Calls:
     )
 
 
+def rows_in_groups(rows: int, experts: int, features: int) -> tuple[Tensor, Tensor]:
+    """Rows `[M, K]` in groups of the same size, M not above `rows`, and their ends."""
+    size = rows // (experts * mx.BLOCK) * mx.BLOCK
+    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * size
+    return torch.randn(experts * size, features, device="cuda", dtype=torch.bfloat16), ends
+
+
 def expert_calls(weight: Tensor) -> Calls:
     """Casts of weights `[E, N, K]`."""
     written = weight.numel() + weight.numel() // mx.BLOCK
@@ -91,11 +98,9 @@ def bench(tokens: int, kernels: list[str], timer: Timer) -> None:
         report(f"[{tokens}, {features}]", x, dense_calls(x, kernels), timer)
     weight = torch.randn(14336, 4096, device="cuda")
     report("[14336, 4096]", weight, dense_calls(weight, kernels), timer)
-    for name, (experts, n, k) in EXPERTS.items():
-        rows = tokens // (experts * mx.BLOCK) * experts * mx.BLOCK
-        ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
-        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        report(f"{name}: {experts} groups of [{rows}, {k}]", x, group_calls(x, ends), timer)
+    for name, (experts, n, k, choices) in EXPERTS.items():
+        x, ends = rows_in_groups(tokens * choices, experts, k)
+        report(f"{name}: {experts} groups of {list(x.shape)}", x, group_calls(x, ends), timer)
         weight = torch.randn(experts, n, k, device="cuda")
         report(f"{name}: weights [{experts}, {n}, {k}]", weight, expert_calls(weight), timer)
 
@@ -104,68 +109,72 @@ def configurations() -> dict[str, list[dict[str, Any]]]:
     """What the sweep tries: for each cast, values for constants of `kernels/mx/kernel.py`."""
     from titan_fp8.kernels.float8.bits import Tile
 
-    # bf16 in pairs: a warp for each 32 tokens, which keeps blocks within warps, and some that do not.
-    pairs = [Tile(*v, band) for v in ((128, 64, 4), (64, 64, 2), (128, 128, 4), (64, 128, 2)) for band in (1, 4)]
-    pairs += [Tile(256, 64, 8, 1), Tile(128, 32, 4, 2), Tile(64, 64, 4, 1), Tile(128, 64, 8, 1)]
-    rows = [Tile(*v, 1) for v in ((64, 256, 8), (32, 256, 4), (128, 64, 4), (64, 128, 2), (64, 128, 4), (64, 256, 4))]
-    others = [Tile(*v, 1) for v in ((64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8), (32, 64, 2), (128, 64, 4))]
-    others += [Tile(128, 64, 4, 2, 128), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2, 64)]
-    dequantized = [
-        Tile(*v, 1) for v in ((32, 128, 4), (64, 128, 8), (64, 64, 4), (32, 256, 8), (32, 64, 2), (32, 64, 1))
-    ]
-    in_groups = [tile for tile in pairs if tile.band == 1]
+    def tiles(*values: tuple[int, ...], of: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [dict.fromkeys(of, Tile(*value)) for value in values]
+
+    wide = (256, 128, 8, 1, 128), (128, 256, 8, 1, 128), (128, 128, 8, 1), (256, 128, 8, 2, 128)
+    dequantized = tiles((32, 128, 2, 1), (32, 256, 4, 1), (64, 128, 4, 1), of=("QUANTIZE_DEQUANTIZE_PAIRS_TILE",))
+    plain = ("BOTH_PLAIN_OF_PAIRS_TILE",)
     return {
-        "rows": [{"ROWS_OF_PAIRS_TILE": tile} for tile in rows],
-        "columns": [{"COLUMNS_OF_PAIRS_TILE": tile} for tile in pairs],
-        "both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in pairs],
-        "groups both": [{"BOTH_OF_PAIRS_TILE": tile} for tile in in_groups],
-        "fp32 columns": [{"COLUMNS_TILE": tile} for tile in others],
-        "experts both": [{"BOTH_TILE": tile} for tile in others],
-        "quantize-dequantize columns": [{"QUANTIZE_DEQUANTIZE_TILE": tile} for tile in dequantized],
-        "quantize-dequantize both": [{"QUANTIZE_DEQUANTIZE_TILE": tile} for tile in dequantized],
+        "rows": tiles((64, 256, 8, 1), (32, 256, 4, 1), of=("ROWS_OF_PAIRS_TILE",)),
+        "columns": tiles((256, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), of=("COLUMNS_OF_PAIRS_TILE",)),
+        "both": tiles(*wide, of=("BOTH_OF_PAIRS_TILE", *plain)),
+        "groups both": [
+            *tiles((128, 128, 8, 1), (128, 128, 4, 1), (128, 64, 4, 1), of=("BOTH_OF_GROUPS_TILE",)),
+            *tiles(*wide, of=plain),
+        ],
+        "fp32 columns": tiles((128, 64, 4, 2), (128, 64, 4, 1), (64, 128, 4, 2), of=("COLUMNS_TILE",)),
+        "fp32 both": tiles((128, 64, 4, 1), (128, 64, 4, 2, 128), (64, 128, 4, 1, 128), of=("BOTH_TILE",)),
+        "experts both": tiles((128, 128, 8, 1, 128), (64, 128, 4, 1, 128), of=("BOTH_OF_EXPERTS_TILE",)),
+        "quantize-dequantize rows": dequantized,
+        "quantize-dequantize columns": dequantized,
+        "quantize-dequantize both": dequantized,
     }
 
 
-def sweep_calls(tokens: int) -> Iterator[tuple[str, str, Calls]]:
-    """(what is cast, which of `configurations` fit, calls); each a few hundred MB, made when it is its turn."""
+def sweep_calls(tokens: int) -> Iterator[tuple[str, str, Tensor, Calls]]:
+    """(what is cast, which of `configurations` fit, what is read, calls); each a few hundred MB, made when it is its
+    turn."""
+    of_bf16 = ["rows", "columns", "both"] + [f"quantize-dequantize {layout}" for layout in ("rows", "columns", "both")]
     for features in FEATURES:
         x = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
         calls = list(dense_calls(x, ["triton"]))
-        for name in ("rows", "columns", "both", "quantize-dequantize columns", "quantize-dequantize both"):
-            yield f"{list(x.shape)} bf16", name, (call for call in calls if call[0].split(",")[0] == name)
+        for name in of_bf16:
+            yield f"{list(x.shape)} bf16", name, x, (call for call in calls if call[0].split(",")[0] == name)
     weight = torch.randn(14336, 4096, device="cuda")
-    yield (
-        "[14336, 4096] fp32",
-        "fp32 columns",
-        (c for c in dense_calls(weight, ["triton"]) if c[0].startswith("columns")),
-    )
-    for title, (experts, n, k) in EXPERTS.items():
-        size = tokens // (experts * mx.BLOCK) * mx.BLOCK
-        ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * size
-        x = torch.randn(experts * size, k, device="cuda", dtype=torch.bfloat16)
+    calls = list(dense_calls(weight, ["triton"]))
+    for name in ("columns", "both"):
+        yield "[14336, 4096] fp32", f"fp32 {name}", weight, (c for c in calls if c[0].split(",")[0] == name)
+    for title, (experts, n, k, choices) in EXPERTS.items():
+        x, ends = rows_in_groups(tokens * choices, experts, k)
         calls = group_calls(x, ends)
-        yield f"{title}, {experts} groups", "groups both", (c for c in calls if c[0].startswith("groups both"))
-        yield f"{title}, weights", "experts both", expert_calls(torch.randn(experts, n, k, device="cuda"))
+        what = f"{title}, {experts} groups of {list(x.shape)}"
+        yield what, "groups both", x, (call for call in calls if call[0].startswith("groups both"))
+        weight = torch.randn(experts, n, k, device="cuda")
+        yield f"{title}, weights", "experts both", weight, expert_calls(weight)
 
 
-def sweep(tokens: int, timer: Timer, only: list[str]) -> None:
-    """Print each cast's rate with the present tile and with the best of `configurations`."""
+def sweep(tokens: int, timer: Timer, only: list[str], part: tuple[int, int]) -> None:
+    """Print each cast's share of a copy's rate with the present tile and with each of `configurations`."""
     from titan_fp8.kernels.mx import kernel
 
-    for title, name, calls in sweep_calls(tokens):
+    index, parts = part
+    for title, name, source, calls in sweep_calls(tokens):
         if only and name not in only:
             continue
+        target = torch.empty_like(source)
+        copy = 2 * source.nbytes / timer(lambda to=target, x=source: to.copy_(x))
         for text, moved, call in calls:
-            rates = [(moved / timer(call) / 1e12, "as it is")]
-            for values in configurations()[name]:
-                with constants(kernel, values):
-                    tile = next(iter(values.values()))
-                    rates.append((moved / timer(call) / 1e12, "x".join(map(str, tile))))
-            if "PAIRS" in next(iter(configurations()[name][0])):
-                with constants(kernel, {"IN_PAIRS": False}):
-                    rates.append((moved / timer(call) / 1e12, "not in pairs"))
-            best = ", ".join(f"{rate:.2f} {text}" for rate, text in sorted(rates, reverse=True)[:5])
-            print(f"{title}, {text}: {rates[0][0]:.2f} TB/s as it is; best {best}", flush=True)
+            shares = [(100 * moved / timer(call) / copy, "as it is")]
+            for values in configurations()[name][index::parts]:
+                tile = "x".join(str(number) for number in next(iter(values.values())) if number is not None)
+                try:
+                    with constants(kernel, values):
+                        shares.append((100 * moved / timer(call) / copy, tile))
+                except Exception as error:  # one that a GPU cannot launch says so, and the others go on
+                    print(f"{title}, {text}: {tile}: {error!r:.200}", flush=True)
+            best = ", ".join(f"{share:.1f} {tile}" for share, tile in sorted(shares, reverse=True))
+            print(f"{title}, {text} (copy {copy / 1e9:.0f} GB/s), %: {best}", flush=True)
 
 
 def main() -> None:
@@ -175,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(configurations()), default=[], help="casts of the sweep")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"), help="each Nth of the sweep")
     parser.add_argument("--kernels", nargs="+", choices=mx.DIM1_KERNELS, default=["triton", "cuda"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -182,7 +192,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, T={arguments.tokens}")
     timer = Timer(arguments.repeats)
     if arguments.sweep:
-        return sweep(arguments.tokens, timer, arguments.only)
+        return sweep(arguments.tokens, timer, arguments.only, arguments.part)
     bench(arguments.tokens, arguments.kernels, timer)
 
 

@@ -25,8 +25,15 @@ its own.
 Both sides have the same dimensions (their numbers of parameters are compared), optimizer, schedule (the learning rate
 rises over the whole run), checkpointing, seed and text. `peer/text.py` writes the text for the peer: a step covers the
 same stretch of it on both sides, cut into sequences at other places. Initial weights have the same distributions, but
-come from other generators. So losses compare as curves, not digit by digit. The peer tokenizes in its training process
-while the GPU works, as it does for its users; ours reads tokens.
+come from other generators. The peer tokenizes in its training process while the GPU works, as it does for its users;
+ours reads tokens. That is what speeds are measured with.
+
+With `--same-start` losses are what counts: the peer begins with our weights to the bit and reads our token shards, each
+rank of it at each step the sequences that this rank of ours reads (`peer/same_start.py`), and every step is logged. Our
+models with experts leave out what the peer's lack. Its first losses then differ by how each side rounds, and its curve
+lies on ours as far as the recipes are the same: `peer_curves.py` draws them. Take another folder for these runs.
+
+Each run's folder has its logged steps in `metrics.jsonl`, the peer's too, so `titan-fp8 plot` draws both sides.
 
 tok/s per GPU is the median over a run's logged steps after the warm-up, and in the table the median over the repeats,
 with their largest minus their smallest as the spread. Peak memory is the highest reserved amount of rank 0; losses are
@@ -81,6 +88,7 @@ from peer.text import write_peer_text
 
 from titan_fp8.models.arithmetic import count_parameters
 from titan_fp8.models.flavors import resolve_dims
+from titan_fp8.observability.json_lines import METRICS_FILE
 
 CONFIG = REPO / "train_configs" / "llama3_8b.toml"
 
@@ -128,6 +136,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ac", default="op", choices=CHECKPOINTING, help="activation checkpointing of both sides (default: op)")
     add("--vocab-size", type=int, default=128256, help="rows of embedding and head on both sides (default: 128256)")
     add("--row-timeout", type=float, default=600, help="seconds after which a run is ended (default: 600)")
+    add("--same-start", action="store_true", help="the peer starts with our weights and reads our sequences, see above")
     add("--resume", action="store_true", help="leave out runs that results.jsonl has with the same options")
     add("--profile", action="store_true", help="one more run of each side and row, whose last step is traced")
     args = parser.parse_args(argv)
@@ -224,12 +233,19 @@ def execute(
     else:
         text = log.read_text(errors="replace")
         lines, problem = read_steps(text), other_model(read_parameters(text), job, args)
+        write_metrics(args.out / run.name, lines)
     if not lines or lines[-1]["step"] != args.steps:
         problem = f"the log has no step {args.steps}; last: {last_error(log)}"
     if problem:
         return record | {"error": problem}
     counted = [line for line in lines if line["step"] <= args.steps - LOG_FREQ * run.traced]
     return record | figures(counted, args.warm_up) | {"losses": [[line["step"], line["loss"]] for line in lines]}
+
+
+def write_metrics(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The peer's logged steps where ours has its own, for `titan-fp8 plot`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def other_model(parameters: int | None, job: Job, args: argparse.Namespace) -> str | None:
@@ -312,7 +328,8 @@ def main() -> int:
     for name in args.jobs:
         job = JOBS[name]
         tokens = args.steps * job.global_batch * (job.seq_len + 1)
-        write_peer_text(args.data, args.tokenizer, args.out / name, ranks=job.gpus, tokens=tokens)
+        if not args.same_start:
+            write_peer_text(args.data, args.tokenizer, args.out / name, ranks=job.gpus, tokens=tokens)
         records = run_job(job, args, found)
         failed |= any("error" in record for record in records)
         versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())

@@ -11,6 +11,9 @@ Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same 
 same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
 for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
 
+Rows `*-fast` and `tensorwise-head` train with the options that `bench_peers.py` measures speed with, which change
+where gradients and the loss are rounded; the others with the defaults.
+
 With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
 computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs
 do at once: the steps see the same sequences in the same number.
@@ -43,10 +46,15 @@ MX_ROWS = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 """Emulated where the device has no products of blocks."""
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
+FAST = {"tensorwise-fast": "tensorwise", "rowwise-fast": "rowwise", HEAD: "tensorwise"}
+"""Rows that train as those of `bench_peers.py` do, and their recipes: the loss is computed a part of the tokens at a
+time and, on one GPU, gradients leave their products in fp32 and weights are kept by rows alone."""
+CHUNKS = 4
+"""Parts of a microbatch's tokens in these rows: as many as 2 x 8192 tokens have in `bench_peers.py`."""
 PAYLOAD = "experts-payload"
 EXPERTS = {"experts": None, "experts-rowwise": "rowwise", PAYLOAD: None}
 """Experts in float8 and the recipe of the linears; `experts-payload`: tokens travel to their experts as codes too."""
-ROWS = (*SEEDS, *RECIPES, HEAD, *MX_ROWS, *EXPERTS)
+ROWS = (*SEEDS, *RECIPES, *FAST, *MX_ROWS, *EXPERTS)
 FLOAT8 = "quantize.linear.float8"
 GROUPED = "quantize.grouped_mm.float8"
 MODELS = {
@@ -133,7 +141,7 @@ def settle(args: argparse.Namespace) -> None:
 def rows_of(size: str, worlds: Sequence[int]) -> list[str]:
     """The rows that a model of this size has on these numbers of GPUs; on one GPU no token travels."""
     if size != MOE:
-        return [*SEEDS, *RECIPES, HEAD, *MX_ROWS]
+        return [*SEEDS, *RECIPES, *FAST, *MX_ROWS]
     return [row for row in (*SEEDS, *EXPERTS) if row != PAYLOAD or min(worlds) > 1]
 
 
@@ -168,9 +176,8 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
         }
     if args.size == MOE:
         options |= {"model.name": "qwen3_moe", "model.flavor": "debugmodel", "parallelism.expert_parallel_degree": gpus}
-    recipe, filtered = EXPERTS.get(row, None if row in SEEDS else row), "output"
-    if row == HEAD:
-        recipe, filtered = "tensorwise", ""
+    recipe = {**EXPERTS, **FAST}.get(row, None if row in SEEDS else row)
+    filtered = "" if row == HEAD else "output"
     options["model.converters"] = ",".join([FLOAT8] * bool(recipe) + [GROUPED] * (row in EXPERTS))
     if row in MX_ROWS:
         options |= {"model.converters": MX, f"{MX}.recipe_name": recipe, f"{MX}.filter_fqns": filtered}
@@ -180,6 +187,11 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
         if gpus > 1 and not args.no_all_gather:
             flags.append(f"{FLOAT8}.enable_fsdp_float8_all_gather")
             flags.append(f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp")
+    if row in FAST:
+        options["training.loss_chunk_tokens"] = args.microbatch * args.seq_len // CHUNKS
+        if gpus == 1:
+            options[f"{FLOAT8}.grad_weight_dtype"] = "float32"
+            flags.append(f"{FLOAT8}.force_recompute_fp8_weight_in_bwd")
     if row in EXPERTS:
         options[f"{GROUPED}.fqns"] = "experts"
     if row == PAYLOAD:

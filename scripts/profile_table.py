@@ -35,6 +35,10 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("attention", r"attention|flash|sdpa|fmha"),
     ("FP8 GEMM", r"scaled_mm|scaled_grouped_mm|grouped_scaled_mm|nvjet_sm\d+_q|e4m3.*gemm|gemm.*e4m3"),
     ("GEMM", r"aten::(mm|addmm|bmm|matmul|linear|_grouped_mm)\b|nvjet|gemm|cutlass|cublas"),
+    # Of experts: what brings tokens to their groups, or activates, and writes codes on the way. That of linears, which
+    # has its place among norms, is called swiglu_cast.
+    ("permutation with casts", r"gather_group_both|_gather_(amax|cast)_kernel"),
+    ("experts' activation with casts", r"swiglu_group"),
     ("norm and activation", r"rms_norm|layer_norm|silu|swiglu"),
     (
         "routing and permutation",

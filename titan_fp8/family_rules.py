@@ -28,10 +28,11 @@ def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegree
     """Every rank of expert parallelism has as many experts."""
     key, ranks = "parallelism.expert_parallel_degree", job.parallelism.expert_parallel_degree
     if job.parallelism.expert_parallel_comm_backend == "deepep":
-        missing = "" if find_spec("deep_ep") else ", whose package deep_ep is not installed"
+        package = "though its package deep_ep is" if find_spec("deep_ep") else "and its package deep_ep is not"
         yield Problem(
             "parallelism.expert_parallel_comm_backend",
-            f'deepep{missing}: tokens are not exchanged by it; set it to "standard"',
+            f"not supported yet, {package} installed: tokens travel by the process group's all-to-all alone; set it "
+            'to "standard"',
         )
     if ranks == 1:
         yield from _nothing_is_exchanged(job)

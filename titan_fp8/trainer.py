@@ -127,9 +127,10 @@ class Trainer:
     def _train_step(self) -> StepResult:
         batches = [self._on_device(batch) for batch in self.loader.next_step()]
         label_tokens = self._label_tokens(batches)
+        tokens = sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
         self.optimizers.zero_grad()
         if self.expert_load is not None:
-            self.expert_load.begin_step(label_tokens)
+            self.expert_load.begin_step(label_tokens, tokens)
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
@@ -145,7 +146,7 @@ class Trainer:
         if self.expert_load is not None:
             self.expert_load.end_step(skip=nonfinite)
         self.lr_scheduler.step()
-        self.state.tokens_seen += sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
+        self.state.tokens_seen += tokens
         result = StepResult(loss, grad_norm)
         if bool(nonfinite):
             self._on_nonfinite(self.state.step + 1, result)

@@ -40,6 +40,12 @@ SAME: dict[str, Any] = {
     "debug.seed": 0,
 }
 """What all runs of both sides have in common."""
+_AS_THEIRS: dict[str, dict[str, Any]] = {
+    # Its layers all have rotary positions, and no norm of queries and keys.
+    "llama4": {"model.overrides.qk_norm": "none", "model.overrides.nope_interval": 1000},
+    "qwen3_moe": {"model.overrides.aux_loss_weight": 0.0},
+}
+"""What makes our model of a family the peer's, where curves are compared closely."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         options[f"{FLOAT8}.filter_fqns"] = "output,router.gate" if job.experts else "output"
         if run.row.recipe == "tensorwise" and gathers_codes(run):
             options |= dict.fromkeys(_GATHERS_CODES, True)
+    if args.same_start:
+        options["metrics.log_freq"] = 1
     if run.traced or run.repeat == PROFILE:
         options |= {"profiling.enable_profiling": True, "profiling.profile_freq": args.steps}
     return options
@@ -222,6 +230,8 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
     elif not run.row.grouped:
         options["model.converters"] = ""
     options |= _own_options(run)
+    if args.same_start:
+        options |= _AS_THEIRS.get(job.model_of(OURS)[0], {})
     for key in [word.removeprefix("--").partition("=")[0] for word in run.row.extra if word.startswith("--")]:
         options.pop(key, None)
         if key == "activation_checkpoint.mode":
@@ -255,7 +265,7 @@ def peer_options(run: Run, args: argparse.Namespace) -> list[str]:
     """The trainer's options of a run of the peer, whose switches are flags, and off without them."""
     options = shared_options(run, args) | {
         "model.flavor": FLAVOR,
-        "model.hf_assets_path": args.out / run.job.name / "tokenizer",
+        "model.hf_assets_path": args.tokenizer if args.same_start else args.out / run.job.name / "tokenizer",
         "training.dataset": "c4_test",
         "training.dataset_path": args.out / run.job.name / "text",
     }
@@ -277,4 +287,7 @@ def command_of(run: Run, args: argparse.Namespace) -> list[str]:
     launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]
     vocab_size = job.vocab_size or args.vocab_size
     model = ["--model", "/".join(job.model_of(THEIRS)), "--layers", str(job.layers), "--vocab-size", str(vocab_size)]
+    if args.same_start:
+        model += ["--same-start", job.model, "--seed", str(SAME["debug.seed"])]
+        model += ["--data", str(args.data), "--tokenizer", str(args.tokenizer)]
     return [*launcher, str(LAUNCHER), *model, "--", *peer_options(run, args)]

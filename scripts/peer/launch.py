@@ -4,9 +4,11 @@
     python launch.py --check                                             versions and GPUs as JSON, in the last line
 
 With `--model llama4/17bx16e` another one than Llama 3 8B. torchao 0.17 has given the configuration of its float8
-experts another name than the one by which torchtitan 0.2.2 asks for it: it gets that one too.
+experts another name than the one by which torchtitan 0.2.2 asks for it: it gets that one too. With `--same-start
+llama3/8B --data TOKENS --tokenizer DIR` it begins with the weights that this model of ours gets from `--seed`, and
+reads our token shards (`same_start.py`).
 
-Needs torchtitan 0.2.2 and torchao 0.17.0 on the path, and nothing of titan_fp8.
+Needs torchtitan 0.2.2 and torchao 0.17.0 on the path, and of titan_fp8 something with `--same-start` alone.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import platform
 import runpy
 import sys
+from pathlib import Path
 
 FLAVOR = "cut"
 MODULES = ("torchtitan.train", "torchao.float8")
@@ -43,13 +46,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def train(model: str, layers: int, vocab_size: int, options: list[str]) -> None:
+def train(args: argparse.Namespace) -> None:
     """Run the trainer as `torchrun -m torchtitan.train` would, with the flavor `FLAVOR` beside its own."""
     # torchtitan.config reads the command line when it is imported.
-    sys.argv[1:] = options
-    family, _, flavor = model.partition("/")
-    flavors = getattr(importlib.import_module(f"torchtitan.models.{family}"), f"{family}_args")
-    flavors[FLAVOR] = dataclasses.replace(flavors[flavor], n_layers=layers, vocab_size=vocab_size)
+    sys.argv[1:] = args.options
+    family, _, flavor = args.model.partition("/")
+    module = importlib.import_module(f"torchtitan.models.{family}")
+    flavors = getattr(module, f"{family}_args")
+    flavors[FLAVOR] = dataclasses.replace(flavors[flavor], n_layers=args.layers, vocab_size=args.vocab_size)
+    if args.same_start:
+        scripts = Path(__file__).resolve().parents[1]
+        sys.path += [str(scripts), str(scripts.parent)]  # last, so that nothing of the peer's is hidden
+        spec = importlib.import_module("peer.same_start").same_start(module.get_train_spec(), args)
+        importlib.import_module("torchtitan.protocols.train_spec").register_train_spec(family, spec)
     if family != "llama3":
         conversion = importlib.import_module("torchao.prototype.moe_training.conversion_utils")
         config = importlib.import_module("torchao.prototype.moe_training.config")
@@ -63,12 +72,16 @@ def main() -> None:
     parser.add_argument("--model", default="llama3/8B", help="FAMILY/FLAVOR (default: llama3/8B)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--same-start", help="FAMILY/FLAVOR of our model that it starts like")
+    parser.add_argument("--seed", type=int, default=0, help="of our weights (default: 0)")
+    parser.add_argument("--data", help="token shards that it reads then")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer that they were written with")
     parser.add_argument("options", nargs="*", help="torchtitan's options, after `--`")
     args = parser.parse_args()
     if args.check:
         check()
     else:
-        train(args.model, args.layers, args.vocab_size, args.options)
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Loads of experts over ranks: counts are summed, biases follow the formula, all ranks tell the same metrics."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -79,6 +79,7 @@ class Watched:
 
 
 LABEL_TOKENS = 40.0
+TOKENS = 2 * 10 * (1 + 2)  # two microbatches of sequences of ten, of which the first rank has one and the second two
 SKIPPED = 2  # the number of a step that is skipped
 
 
@@ -95,7 +96,7 @@ def _train(rank: int, world_size: int, steps: int) -> list[Step]:
     for step in range(steps):
         for each in watched:
             each.clear()
-        load.begin_step(torch.tensor(LABEL_TOKENS))
+        load.begin_step(torch.tensor(LABEL_TOKENS), TOKENS)
         scales = [layer.aux_loss_scale.item() for layer in layers]
         for _ in range(2):
             batch = torch.randint(31, (1 + rank, 11), generator=generator)
@@ -182,6 +183,7 @@ class Counted:
     layers_of_ranks: tuple[tuple[str, ...], ...]
     counts: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
     n_layers: int = 3
+    tokens: int = 8
 
 
 def _count(rank: int, world_size: int, case: Counted) -> list[Step]:
@@ -192,7 +194,7 @@ def _count(rank: int, world_size: int, case: Counted) -> list[Step]:
     layers = layers_of(part)
     done = []
     for counts_of_ranks in case.counts:
-        load.begin_step(torch.tensor(1.0))
+        load.begin_step(torch.tensor(1.0), case.tokens)
         for layer, counts in zip(layers, counts_of_ranks[rank], strict=True):
             layer.tokens_per_expert += torch.tensor(counts)
             layer.aux_loss_sum += sum(counts) / TOP_K * 1.5
@@ -231,10 +233,14 @@ def test_ranks_that_have_different_tokens_count_together(name: str) -> None:
 
 STAGES = {
     "one and two layers": Counted(
-        MeshDegrees(pipeline=2), (("0", "1"), ("2", "3")), (((FIRST[0][0],), FIRST[1]), ((SECOND[0][0],), SECOND[1])), 4
+        MeshDegrees(pipeline=2),
+        (("0", "1"), ("2", "3")),
+        (((FIRST[0][0],), FIRST[1]), ((SECOND[0][0],), SECOND[1])),
+        4,
+        tokens=4,
     ),
     "none in the first stage": Counted(
-        MeshDegrees(pipeline=2), (("0",), ("1", "2")), (((), FIRST[0]), ((), SECOND[1]))
+        MeshDegrees(pipeline=2), (("0",), ("1", "2")), (((), FIRST[0]), ((), SECOND[1])), tokens=4
     ),
 }
 
@@ -261,6 +267,7 @@ def _unbalanced(rank: int, world_size: int) -> tuple[dict[str, float], bool, boo
     mesh = mesh_of(MeshDegrees(data_parallel_shard=world_size), "cpu")
     load = expert_load([model], model.dims, mesh)
     assert load is not None
+    load.begin_step(torch.tensor(1.0), 12)
     for layer in layers_of(model):
         layer.tokens_per_expert += torch.tensor([6.0, 0.0, 6.0, 0.0])
     load.end_step()
@@ -280,3 +287,18 @@ def test_loads_are_told_also_where_nothing_balances_them() -> None:
         }
         assert not has_biases
         assert dense_has_none
+
+
+LOST = (((5, 1, 1, 1), (2, 2, 2, 2)), ((1, 3, 3, 1), (0, 0, 5, 0)))
+MISCOUNTED = {
+    "one rank lost three choices": (Counted(MeshDegrees(data_parallel_shard=2), BOTH, (FIRST, LOST, FIRST)), [0, 3, 0]),
+    "a stage lost three": (replace(STAGES["none in the first stage"], counts=(((), FIRST[0]), ((), LOST[1]))), [0, 3]),
+    "counted twice": (Counted(MeshDegrees(data_parallel_shard=2), BOTH, (FIRST, FIRST), tokens=4), [-16, -16]),
+}
+
+
+@pytest.mark.parametrize("name", MISCOUNTED)
+def test_choices_that_are_not_counted_are_told_as_dropped_in_their_step_alone(name: str) -> None:
+    case, dropped = MISCOUNTED[name]
+    for result in run_distributed(_count, 2, case):
+        assert [step.metrics["moe/dropped_tokens"] for step in result] == dropped

@@ -88,9 +88,10 @@ ALL_IN_MX = {
 }
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 EARLY_STEP = {"optimizer.early_step_in_backward": "true", "training.max_norm": "0"}
+FOUR_LAYERS = {"model.overrides.n_layers": "4"}
 ZERO_BUBBLE = {
+    **FOUR_LAYERS,
     "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
-    "model.overrides.n_layers": "4",
     "training.global_batch_size": "8",
 }
 """Gradients of activations and of weights apart, in an order of their own."""
@@ -138,6 +139,7 @@ CASES = {
     "ep2_bf16": Case("fsdp2 ep2", BF16, BF16_SUMS),
     "cp2_ep2": Case("cp2 ep2", NO_AUX_LOSS),
     "ep4": Case("fsdp4 ep4"),
+    "ep4_bf16": Case("fsdp4 ep4", BF16, BF16_SUMS),
     "two_shards_of_experts": Case("fsdp4 ep2"),
     "two_shards_of_three_experts_full_ac": Case("fsdp4 ep2", THREE_EACH | FULL),
     "hsdp": Case("rep2 fsdp2 ep2"),
@@ -191,6 +193,8 @@ FLOAT8_CASES = {
     "ep4": Case("fsdp4 ep4", EXPERTS_IN_FLOAT8, batch_alone=4),
     "two_shards_of_experts": Case("fsdp4 ep2", EXPERTS_IN_FLOAT8, batch_alone=2),
     "cp2_ep2": Case("cp2 ep2", EXPERTS_IN_FLOAT8),
+    # A microbatch of the pipeline is one sequence of each rank; both stages have experts.
+    "pp2_ep2": Case("pp2 fsdp2 ep2", EXPERTS_IN_FLOAT8 | FOUR_LAYERS, batch=2, batch_alone=2),
     "ep2_full_ac_compiled": Case("fsdp2 ep2", EXPERTS_IN_FLOAT8 | FULL | COMPILED, batch=2, batch_alone=4),
     # Linears have the tokens of a rank together, and experts those of all, as no single process has.
     "ep2_linears": Case("fsdp2 ep2", ALL_IN_FLOAT8 | GATHERED_CODES, FLOAT8_CODES),

@@ -89,7 +89,9 @@ def _train_and_watch(rank: int, world_size: int, arguments: list[str], folder: s
     with mock.patch.object(building, "expert_load", watch):
         run = train_afresh(rank, world_size, arguments, folder, steps)
     ((parts, load),) = watched
-    run.grads |= {key: torch.tensor(value) for key, value in load.metrics().items() if "dropped" not in key}
+    metrics = load.metrics()
+    assert metrics.pop("moe/dropped_tokens") == 0
+    run.grads |= {key: torch.tensor(value) for key, value in metrics.items()}
     for part in parts:
         for name, module in part.named_modules():
             if isinstance(module, MoE) and module.expert_bias is not None:

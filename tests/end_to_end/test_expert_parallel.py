@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.end_to_end.conftest import FLOAT8, TINY, Result
+from titan_fp8 import family_rules
 from titan_fp8.config.errors import ConfigErrors
 from titan_fp8.job_config import load_job_config
 
@@ -103,7 +104,7 @@ REFUSALS = {
     "deepep": (
         2,
         {"expert_parallel_degree": 2, "expert_parallel_comm_backend": "deepep"},
-        'tokens are not exchanged by it; set it to "standard"',
+        'tokens travel by the process group\'s all-to-all alone; set it to "standard"',
     ),
     "ranks that divide experts have no others": (
         4,
@@ -151,6 +152,25 @@ def test_what_experts_cannot_be_dealt_out_to_is_refused_in_one_line(name: str) -
         load_job_config(arguments, {"WORLD_SIZE": str(ranks)})
     assert caught.value.render().count(words) == 1, caught.value.render()
     assert len(caught.value.violations) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [(None, "and its package deep_ep is not installed"), (object(), "though its package deep_ep is installed")],
+    ids=["absent", "installed"],
+)
+def test_deepep_is_refused_with_the_reason_and_where_its_package_is_installed_too(
+    package: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family_rules, "find_spec", lambda name: package if name == "deep_ep" else None)
+    arguments = ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_comm_backend=deepep"]
+    with pytest.raises(ConfigErrors) as caught:
+        load_job_config([*TINY, *MODEL, *arguments], {"WORLD_SIZE": "2"})
+    (violation,) = caught.value.violations
+    assert violation.message == (
+        f'parallelism.expert_parallel_comm_backend = "deepep": not supported yet, {words}: tokens travel by the '
+        'process group\'s all-to-all alone; set it to "standard"'
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ GROUPS = {
     "all in one": ([0, 1024, 0], 1024),
     "many": ([32 * (number % 5) for number in range(70)], 4480),
     "none": ([0, 0], 96),
+    "as much padding as there can be, and rows behind": ([32] * 5, 256),
 }
 
 
@@ -49,12 +50,13 @@ def cuda_kernel() -> None:
 
 
 def assert_same(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
-    """The same bits in the same shape, contiguous."""
+    """The same bits in the same shape, contiguous; plain scales by columns may be so once they are transposed."""
     for position, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         assert result is not None
         assert wanted is not None
         assert (result.dtype, result.shape) == (wanted.dtype, wanted.shape), position
-        assert result.is_contiguous(), position
+        of_columns = result.dtype == mx.E8M0 and result.transpose(-2, -1).is_contiguous()
+        assert result.is_contiguous() or of_columns, position
         one, other = (t.contiguous().view(torch.uint8) for t in (result.cpu(), wanted))
         assert torch.equal(one, other), f"output {position}: {int((one != other).sum())} bytes differ"
 
@@ -165,6 +167,15 @@ def test_the_cuda_kernel_takes_any_strides_and_no_tokens(cuda_kernel: None) -> N
         assert_same(mx.cast_columns(to_gpu(x), "rceil", kernel="cuda"), mx.cast_columns(x, "rceil"))
     codes_t, scale_t = mx.cast_columns(torch.empty(0, 64, device="cuda"), "rceil", kernel="cuda")
     assert (codes_t.shape, scale_t.shape) == ((64, 0), (64, 0))
+
+
+def test_plain_scales_by_columns_lie_as_x_does(cuda_kernel: None) -> None:
+    x, weight, ends = values(96, 64), values(2, 96, 64), torch.tensor([32, 96], dtype=torch.int32)
+    for kernel in mx.DIM1_KERNELS:
+        assert mx.cast_columns(x.cuda(), "rceil", kernel=kernel)[1].stride() == (1, 64)
+    assert mx.cast_both(x.cuda(), "rceil")[3].stride() == (1, 64)
+    assert mx.cast_group_both(x.cuda(), ends.cuda(), "rceil")[3].stride() == (1, 64)
+    assert mx.cast_experts(weight.cuda(), "rceil")[3].stride() == (192, 1, 64)
 
 
 def test_the_torch_choice_gives_the_reference_bits_on_the_gpu() -> None:

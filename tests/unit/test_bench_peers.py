@@ -6,15 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 
 from titan_fp8.cli import prepare
+from titan_fp8.cli.plot import read_curve
 from titan_fp8.data.token_store import open_shards
 from titan_fp8.data.tokenizer import build_tokenizer
 from titan_fp8.job_config import load_job_config
+from titan_fp8.models import initialize, resolve_dims
+from titan_fp8.models.decoder import Decoder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FLOAT8 = "quantize.linear.float8"
@@ -32,6 +38,7 @@ def parse(load, tmp_path):
         required = ("--data", tmp_path / "data", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out")
         return load("bench_peers").arguments([*map(str, required), *options])
 
+    parse.out = tmp_path / "out"
     return parse
 
 
@@ -123,6 +130,81 @@ def test_the_peer_gathers_codes_only_without_a_named_recipe(load, parse):
         assert command[-3:] == ["--training.dataloader.num_workers=1", "--a", "b"]
         assert command[command.index("--nproc_per_node") + 1] == str(job.gpus)
         assert command[command.index("--layers") + 1] == str(job.layers)
+
+
+def test_with_the_same_start_the_peer_is_told_of_our_model_and_shards_and_ours_of_what_it_lacks(load, parse):
+    jobs, args = load("peer.jobs"), parse("--same-start")
+    families = {}
+    for job, row in itertools.product(jobs.JOBS.values(), jobs.ROWS.values()):
+        if not row.is_for(job):
+            continue
+        command = jobs.command_of(jobs.Run(job, row, "peer", 1), args)
+        end = command.index("--")
+        assert command[end - 8 : end] == [
+            *("--same-start", job.model, "--seed", "0"),
+            *("--data", str(args.data), "--tokenizer", str(args.tokenizer)),
+        ]
+        assert given(command[end + 1 :])["metrics.log_freq"] == "1"
+        options = jobs.our_options(jobs.Run(job, row, "ours", 1), args)
+        config = ["--job.config_file", str(load("bench_peers").CONFIG)]
+        found, _ = load_job_config([*config, *options], {"WORLD_SIZE": str(job.gpus)})
+        assert (found.metrics.log_freq, found.debug.seed, found.training.shuffle) == (1, 0, False)
+        families[found.model.name] = found.model.overrides
+    assert (families["llama4"].qk_norm, families["qwen3_moe"].aux_loss_weight) == ("none", 0.0)
+    assert families["llama4"].nope_interval > 48
+
+
+def test_the_peers_model_is_filled_with_the_weights_of_ours_whatever_it_had(load):
+    start = load("peer.same_start")
+    dims = resolve_dims("llama3", "debugmodel", {"n_layers": 1, "dim": 64, "n_heads": 4})
+
+    class Theirs(nn.Module):
+        """Two of the parameters, one in a wrapper as activation checkpointing has it."""
+
+        def __init__(self):
+            super().__init__()
+            self.tok_embeddings = nn.Embedding(dims.vocab_size, dims.dim)
+            inner = nn.ModuleDict({"w1": nn.Linear(dims.dim, dims.ffn_hidden_dim, bias=False)})
+            wrapper = nn.ModuleDict({"_checkpoint_wrapped_module": nn.ModuleDict({"feed_forward": inner})})
+            self.layers = nn.ModuleDict({"0": wrapper})
+
+        def init_weights(self, buffer_device=None):
+            self.buffers_are_made = True
+
+    theirs = start.with_our_weights(Theirs, dims, 3, halves=False)()
+    theirs.init_weights(buffer_device=None)
+    ours = Decoder(dims)
+    initialize(ours, 3)
+    expected = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, expected[name.replace("_checkpoint_wrapped_module.", "")]), name
+    assert theirs.buffers_are_made
+    theirs.surplus = nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match="no initialization rule covers surplus"):
+        theirs.init_weights(buffer_device=None)
+
+
+def test_features_that_turn_together_lie_in_the_two_halves_of_a_head(load):
+    rows = torch.arange(16).view(16, 1)
+    assert load("peer.same_start").halves_first(rows, 8).flatten().tolist() == [
+        *(0, 2, 4, 6, 1, 3, 5, 7),
+        *(8, 10, 12, 14, 9, 11, 13, 15),
+    ]
+
+
+def test_the_peer_reads_microbatch_for_microbatch_what_the_rank_of_ours_reads(load, corpus):
+    data, tokenizer = corpus
+    start = load("peer.same_start")
+    sizes = SimpleNamespace(seq_len=16, global_batch_size=8, local_batch_size=2)
+    store = open_shards(data, "train", build_tokenizer(str(tokenizer)))
+    for rank in (0, 1):
+        with start.token_loader(str(data), str(tokenizer), sizes, rank, 2) as loader:
+            batches = list(itertools.islice(start.TokenBatches(loader), 4))  # of two steps
+        rows = torch.cat([torch.cat([inputs["input"], labels[:, -1:]], 1) for inputs, labels in batches])
+        # A step has eight sequences of 16 tokens in file order, the first half for rank 0; the labels are one further.
+        for step, slot in itertools.product((0, 1), range(4)):
+            first = 16 * (8 * step + 4 * rank + slot)
+            assert rows[4 * step + slot].tolist() == store.read(first, first + 17).tolist()
 
 
 def test_a_further_row_of_ours_starts_from_the_jobs_options_or_from_those_of_a_row(load, parse):
@@ -221,6 +303,8 @@ def test_a_run_of_the_peer_is_judged_by_its_logged_steps_after_the_warm_up(load,
     assert (record["tps"], record["first_loss"], record["last_loss"]) == (44_050, 12.0, 8.0)
     assert (record["memory_gib"], record["exit_code"], record["device"]) == (49.2, 0, "NVIDIA H100")
     assert record["losses"][-1] == [20, 8.0]
+    curve = read_curve(parse.out / "one-gpu" / "bf16-compiled" / "peer-1", key="loss")
+    assert (curve.steps, curve.values) == ([1, 5, 10, 15, 20], [12.0, 11.0, 10.0, 9.0, 8.0])
     assert json.loads(json.dumps(record)) == record
 
 

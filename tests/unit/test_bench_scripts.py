@@ -67,7 +67,9 @@ def test_validation_losses_are_compared_with_bf16_in_per_cent(load):
                                             ["rowwise", "1", "1.9900"], ["rowwise", "2", "2.2500"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ["bf16-seed2", "tensorwise", "tensorwise-head", "mxfp8_cublas_rceil"])
+@pytest.mark.parametrize(
+    "row", ["bf16-seed2", "tensorwise", "tensorwise-fast", "rowwise-fast", "tensorwise-head", "mxfp8_cublas_rceil"]
+)
 def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, row):
     script = load("loss_parity")
     words = ["--out", str(tmp_path), "--size", "375m", "--steps", "1500", "--log-every", "10", "--validate"]
@@ -83,9 +85,35 @@ def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, r
         assert job.model.converters == ["quantize.linear.mx"]
         assert (job.quantize.linear.mx.recipe_name, job.quantize.linear.mx.emulate) == (row, "auto")
         return
-    assert job.quantize.linear.float8.filter_fqns == (
-        [] if row == "tensorwise-head" else ["output"] * (row != "bf16-seed2")
-    )
+    float8 = job.quantize.linear.float8
+    assert float8.filter_fqns == ([] if row == "tensorwise-head" else ["output"] * (row != "bf16-seed2"))
+    assert float8.recipe_name == (None if row == "bf16-seed2" else row.partition("-")[0])
+    is_fast = row.endswith(("-fast", "-head"))
+    assert job.training.loss_chunk_tokens == 4096 * is_fast
+    assert (float8.grad_weight_dtype == "float32", float8.force_recompute_fp8_weight_in_bwd) == (is_fast, is_fast)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, monkeypatch, tmp_path, gpus):
+    script, peers, jobs = load("loss_parity"), load("bench_peers"), load("peer.jobs")
+    monkeypatch.setattr(script, "visible_gpus", list)
+    rows = {"tensorwise-fast": "tensorwise-compiled", "rowwise-fast": "rowwise-compiled", script.HEAD: "float8-head"}
+    words = ["--out", str(tmp_path), "--gpus", str(gpus), "--rows", ",".join(["bf16", *rows])]
+    monkeypatch.setattr(sys, "argv", ["loss_parity.py", *words])
+    args = script.arguments()
+    script.settle(args)
+    (tmp_path / "tokenizer.json").touch()
+    of_speed = peers.arguments([f"--{name}={tmp_path}" for name in ("data", "tokenizer", "out")])
+    speed_job = jobs.JOBS["one-gpu" if gpus == 1 else "two-gpus"]
+    for row, name in rows.items():
+        options = script.options_of(row, gpus, args, tmp_path)
+        mine, _ = load_job_config(["--job.config_file", str(args.config), *options], {"WORLD_SIZE": str(gpus)})
+        options = jobs.our_options(jobs.Run(speed_job, jobs.ROWS[name], "ours", 1), of_speed)
+        theirs, _ = load_job_config(["--job.config_file", str(args.config), *options], {"WORLD_SIZE": str(gpus)})
+        assert mine.quantize.linear.float8 == theirs.quantize.linear.float8, row
+        assert mine.activation_checkpoint.mode == theirs.activation_checkpoint.mode == "none"
+        # A quarter of the tokens of one GPU's microbatch.
+        assert (mine.training.loss_chunk_tokens, theirs.training.loss_chunk_tokens) == (4096, 4096)
 
 
 @pytest.mark.parametrize("row", ["bf16-seed1", "experts", "experts-rowwise", "experts-payload"])
@@ -394,3 +422,27 @@ def test_a_kernel_takes_as_long_as_the_slower_of_its_flops_and_its_bytes(load):
     assert by_flops.seconds(device, mx=False) == pytest.approx(3 / 0.70)
     assert by_flops.seconds(device, mx=True) == pytest.approx(3 / 2 / 0.68)
     assert script.Kernel("", "", 1, 1e9, 5e8).seconds(device, mx=True) == pytest.approx(0.5 / 0.88)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_wide_product_is_that_of_its_parts_where_scales_stay_their_own(load, recipe):
+    script = load("bench_wide")
+    operands = script.Operands(recipe, 32, 64, (48, 16, 32), torch.device("cpu"))
+    for kind in ("output", "grad_weight"):
+        calls = script.calls(operands, recipe, kind)
+        parts, (wide,) = calls[script.PARTS](), calls[script.ROWS]()
+        assert torch.equal(wide, torch.cat(parts, dim=1 if kind == "output" else 0))
+    shared = operands.g[0].scale, operands.w_t[0].scale
+    for name, scale in zip(("g", "w_t"), shared, strict=True):
+        setattr(operands, name, [script.Factor(factor.codes, scale) for factor in getattr(operands, name)])
+    calls = script.calls(operands, recipe, "grad_input")
+    (wide,), parts = calls.pop(next(name for name in calls if name != script.PARTS))(), calls[script.PARTS]()
+    torch.testing.assert_close(wide.float(), sum(part.float() for part in parts), rtol=2e-2, atol=2e-4)
+
+
+def test_the_benchmark_of_wide_products_runs_on_a_cpu(load, capsys):
+    assert load("bench_wide").main(["--device", "cpu", "--tiny", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Error" not in out
+    assert out.count("| w1, w3 |") == 8
+    assert "new tensors, strided" in out

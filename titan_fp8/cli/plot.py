@@ -8,11 +8,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from titan_fp8.observability.files import disk_errors
 from titan_fp8.observability.json_lines import METRICS_FILE, read_json_lines
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe & Ito's palette: told apart with every common colour blindness.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,24 +66,50 @@ def read_curve(run_folder: Path, *, key: str, label: str | None = None) -> Curve
     return Curve(label or path.absolute().parent.name, [record["step"] for record in known], values)
 
 
+Panel = tuple[str | None, Sequence[Curve]]
+"""Title and curves."""
+
+
 def draw(curves: Sequence[Curve], output: Path, *, key: str, title: str | None = None, log_scale: bool = False) -> None:
     """Draw `curves` into `output`; its suffix (.png, .svg, .pdf) decides the format.
 
     Raises:
         UserError: matplotlib is missing, or `output` cannot be written or has no known suffix.
     """
+    draw_panels([[(title, curves)]], output, key=key, log_scale=log_scale, size=(8.0, 4.5))
+
+
+def draw_panels(
+    lines: Sequence[Sequence[Panel]],
+    output: Path,
+    *,
+    key: str,
+    log_scale: bool = False,
+    size: tuple[float, float] = (4.8, 3.2),
+) -> None:
+    """Draw lines of panels into one picture, each of `size` inches. Raises `UserError` as `draw`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("titan-fp8 plot needs matplotlib: pip install matplotlib") from error
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white", layout="constrained")
+    width = max(map(len, lines))
+    whole = (width * size[0], len(lines) * size[1])
+    figure = Figure(figsize=whole, dpi=150, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     formats = canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:
         raise UserError(f"--output {output}: no known picture format; end it in one of {', '.join(sorted(formats))}")
-    axes = figure.add_subplot(facecolor="white")
+    for number, line in enumerate(lines):
+        for column, (title, curves) in enumerate(line):
+            axes = figure.add_subplot(len(lines), width, number * width + column + 1, facecolor="white")
+            _draw_curves(axes, curves, key, title, log_scale)
+    with disk_errors(output):
+        figure.savefig(output)
+
+
+def _draw_curves(axes: "Axes", curves: Sequence[Curve], key: str, title: str | None, log_scale: bool) -> None:
     for index, curve in enumerate(curves):
         style = "-" if index < len(_COLORS) else "--"
         marker = "o" if len(curve.steps) == 1 else None
@@ -95,8 +125,6 @@ def draw(curves: Sequence[Curve], output: Path, *, key: str, title: str | None =
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with disk_errors(output):
-        figure.savefig(output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

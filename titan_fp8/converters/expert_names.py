@@ -11,7 +11,7 @@ from titan_fp8.converters.filters import AUTO_FILTER, check_patterns, first_matc
 from titan_fp8.converters.grouped_experts import local_shape
 from titan_fp8.converters.other_experts import holder_problems, holders_of, weight_problems, weights_of
 from titan_fp8.converters.report import ReportRow
-from titan_fp8.converters.size_rule import experts_are_too_small
+from titan_fp8.converters.size_rule import EXPERTS_RULE, experts_are_too_small
 from titan_fp8.models.moe import Experts, MoE
 from titan_fp8.quantization.grouped_product import GroupedFormat
 
@@ -83,6 +83,7 @@ def problems_of_others(
     *,
     kept: bool,
     aligned: bool,
+    filtered: bool = False,
 ) -> list[str]:
     """What is wrong with experts that are not ours, one message each.
 
@@ -94,11 +95,12 @@ def problems_of_others(
         prefix: what stands before a setting's name in messages.
         kept: codes of weights are to be kept or gathered.
         aligned: groups are said to be multiples of what the format needs.
+        filtered: the converter has `filter_fqns`.
     """
     setting = f"{prefix}fqns"
     problems = [*holder_problems(holders_of(model), lambda fqn: is_named(fqns, fqn), products, setting)]
     for fqn, module in others.items():
-        problems += weight_problems(fqn, module, products, setting)
+        problems += weight_problems(fqn, module, products, setting, remedy_by_name(fqn, prefix, filtered=filtered))
     if others and kept:
         gather = f"enable_fsdp_{products.name.lower()}_all_gather"
         problems.append(
@@ -111,6 +113,11 @@ def problems_of_others(
             "leave it out"
         )
     return problems
+
+
+def remedy_by_name(fqn: str, prefix: str, *, filtered: bool) -> str:
+    """How experts are left alone that cannot be converted. filtered: also by `filter_fqns`."""
+    return (f"name {fqn} in {prefix}filter_fqns, or " if filtered else "") + f"leave it out of {prefix}fqns"
 
 
 def reasons_to_stay(
@@ -154,8 +161,8 @@ def filter_problems(
             "correct it or take it out"
         )
     by_size = AUTO_FILTER in filter_fqns
-    if not by_size and named and all(fqn in reasons for fqn in named):
-        problems.append(f"{setting} leaves all experts alone that {prefix}fqns names, so nothing would run in float8")
+    if named and all(fqn in reasons for fqn in named):
+        problems.append(_nothing_left(setting, reasons, prefix))
     unknown = [fqn for fqn in others if fqn not in reasons]
     if by_size and unknown:
         problems.append(
@@ -163,6 +170,19 @@ def filter_problems(
             f"this package's do not say which is which ({', '.join(unknown)}); name those that are too small instead"
         )
     return problems
+
+
+def _nothing_left(setting: str, reasons: Mapping[str, str], prefix: str) -> str:
+    problem = f"{setting} leaves all experts alone that {prefix}fqns names"
+    small = list(reasons.values()).count(AUTO_FILTER)
+    if not small:
+        return f"{problem}, so nothing would run in float8"
+    other = "take the converter out of model.converters" if prefix else "do not convert the model"
+    return (
+        f"{problem}, {small} of {len(reasons)} by {AUTO_FILTER} as too small to gain (features K and hidden features H "
+        f"on a rank: {EXPERTS_RULE.in_words()}, or 16 does not divide both), so nothing would run in float8; "
+        f"take {AUTO_FILTER} out of it, or {other}"
+    )
 
 
 def expert_rows(

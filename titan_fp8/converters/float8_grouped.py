@@ -19,6 +19,7 @@ from titan_fp8.converters.expert_names import (
     name_problems,
     problems_of_others,
     reasons_to_stay,
+    remedy_by_name,
 )
 from titan_fp8.converters.filters import AUTO_FILTER
 from titan_fp8.converters.grouped_experts import (
@@ -136,9 +137,11 @@ def convert_grouped(
     rows = expert_rows(experts, others, fqns, ranks, RECIPE, reasons)
     named = {fqn: each for fqn, each in named.items() if fqn not in reasons}
     others = {fqn: module for fqn, module in others.items() if fqn not in reasons}
-    problems += _problems(named, f"{prefix}fqns", ranks)
+    problems += _problems(named, prefix, ranks)
     kept = weights is not ExpertWeights.CAST
-    problems += problems_of_others(model, others, fqns, PRODUCTS, prefix, kept=kept, aligned=aligned_groups)
+    problems += problems_of_others(
+        model, others, fqns, PRODUCTS, prefix, kept=kept, aligned=aligned_groups, filtered=True
+    )
     emulated, mode = False, "native"
     try:
         emulated, mode = resolve_grouped_emulation(emulate, device, setting=f"{prefix}emulate")
@@ -165,8 +168,9 @@ def convert_grouped(
     )
 
 
-def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[str]:
+def _problems(named: Mapping[str, Experts], prefix: str, ranks: int) -> list[str]:
     """What is wrong with experts of ours that are named, one message each."""
+    setting = f"{prefix}fqns"
     problems = []
     for fqn, each in named.items():
         if isinstance(each, Float8Experts):
@@ -179,6 +183,6 @@ def _problems(named: Mapping[str, Experts], setting: str, ranks: int) -> list[st
                 whose = "an expert" if ranks == 1 else f"the part of an expert on one of {ranks} ranks"
                 problems.append(
                     f"{fqn}.{name}: {whose} is {' x '.join(map(str, dims))}, and float8 needs multiples of "
-                    f"{ALIGNMENT}; leave it out of {setting}"
+                    f"{ALIGNMENT}; {remedy_by_name(fqn, prefix, filtered=True)}"
                 )
     return problems

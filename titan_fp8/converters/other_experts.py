@@ -241,8 +241,8 @@ def _check(fqn: str, products: GroupedFormat, x: Tensor, weight: Tensor, ends: T
         raise UserError(f"{fqn}: an expert's weight is {shape}, and {needs}{leave}")
 
 
-def weight_problems(fqn: str, module: nn.Module, products: GroupedFormat, setting: str) -> Iterable[str]:
-    """What is wrong with one of `other_experts_of`, one message each."""
+def weight_problems(fqn: str, module: nn.Module, products: GroupedFormat, setting: str, remedy: str) -> Iterable[str]:
+    """What is wrong with one of `other_experts_of`, one message each. remedy: of what cannot be converted."""
     if (already := format_of(module)) is not None:
         yield f"{fqn}: its experts are converted to {already} already; leave it out of {setting}"
     for name, weight in weights_of(module).items():
@@ -250,7 +250,7 @@ def weight_problems(fqn: str, module: nn.Module, products: GroupedFormat, settin
             shape = " x ".join(map(str, weight.shape[1:]))
             yield (
                 f"{fqn}.{name}: an expert is {shape}, and {products.name} needs multiples of {products.alignment}; "
-                f"leave it out of {setting}"
+                f"{remedy}"
             )
 
 

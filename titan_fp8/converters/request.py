@@ -105,6 +105,8 @@ class Arguments:
         value = self.settings[name]
         if or_one and isinstance(value, str):
             self.settings[name] = [value]
+        elif isinstance(value, str):
+            self.reject(name, f"a list of names; write {[part.strip() for part in value.split(',')]!r}")
         elif not _is_list(value, str):
             self.reject(name, "a list of names")
 

@@ -45,7 +45,7 @@ _MEASURED = SizeRule(((512, None), (1024, 4096), (2048, 2048), (4096, 1024), (No
 SIZE_RULES: dict[str, SizeRule] = dict.fromkeys(("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"), _MEASURED)
 """Recipe -> what is too small for it."""
 
-EXPERTS_RULE = SizeRule(((768, None), (2048, 4096), (4096, 2048), (None, 1408)), "H200, eager", names=("K", "H"))
+EXPERTS_RULE = SizeRule(((768, None), (None, 768)), "H200, eager", names=("K", "H"))
 """The table of experts: which are too small for float8, by features K and hidden features H."""
 
 

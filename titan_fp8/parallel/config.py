@@ -103,7 +103,7 @@ class ParallelismSection(Section):
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Implementation of the exchange of tokens between experts: `standard` is all-to-all by the process group.
-    `deepep`, the package of that name, is refused."""
+    `deepep` is refused, also where the package of that name is installed: it is not supported yet."""
 
 
 class ActivationCheckpointSection(Section):

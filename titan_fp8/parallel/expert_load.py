@@ -49,13 +49,16 @@ class ExpertLoad:
             layer.aux_loss_sum = self._aux_sums[number : number + 1]
             layer.aux_loss_scale = self._aux_scale
         self._last_counts, self._last_aux = self._counts.clone(), self._aux_sums.clone()
+        self._tokens = self._last_tokens = 0
 
-    def begin_step(self, label_tokens: Tensor) -> None:
+    def begin_step(self, label_tokens: Tensor, tokens: int) -> None:
         """Call before a step's first microbatch.
 
         Args:
             label_tokens: fp32 `[]`, by which the losses of the step are divided.
+            tokens: of all microbatches and ranks, padding included: each layer chooses experts for every one.
         """
+        self._tokens = tokens
         self._aux_scale.copy_((self._aux_weight / label_tokens).view(1))
 
     @torch.no_grad()
@@ -69,7 +72,7 @@ class ExpertLoad:
         dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.tokens.get_group())
         if self._mesh.degrees.tensor > 1:  # the same sequences, but each has routed some of the tokens
             dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.device_mesh.get_group(TP))
-        self._last_counts, self._last_aux = sums[:, :-1], sums[:, -1]
+        self._last_counts, self._last_aux, self._last_tokens = sums[:, :-1], sums[:, -1], self._tokens
         self._counts.zero_()
         self._aux_sums.zero_()
         if not self._rate:
@@ -88,7 +91,8 @@ class ExpertLoad:
         - `moe/max_load`: tokens of the fullest expert over the mean, in the worst layer; 1 is balanced.
         - `moe/mean_max_load`: the same, as the mean of the layers.
         - `moe/entropy`: of the distribution of tokens, over its largest value, log E; the mean of the layers.
-        - `moe/dropped_tokens`: tokens that an expert had no room for: none, ever.
+        - `moe/dropped_tokens`: choices of experts that the step's tokens made, less those that were counted, over all
+          layers: 0 unless something is wrong, since experts have room for all.
         - `moe/aux_loss`: the auxiliary loss before its weight; the mean of the layers; 1 is balanced.
         """
         totals = self._last_counts.sum(1, keepdim=True).clamp(min=1)
@@ -96,17 +100,20 @@ class ExpertLoad:
         max_loads = shares.amax(1) * shares.shape[1]
         entropy = -torch.xlogy(shares, shares).sum(1) / math.log(max(shares.shape[1], 2))
         aux = self._last_aux * self._top_k / totals.squeeze(1)
-        sums = torch.stack([max_loads.sum(), entropy.sum(), aux.sum()])
-        worst = max_loads.amax() if len(self._layers) else sums.new_zeros(())
+        # In fp64: each count is exact in fp32, their sum may not be.
+        dropped = self._last_tokens * self._top_k - self._last_counts.double().sum(1)
+        sums = torch.stack([each.double().sum() for each in (max_loads, entropy, aux, dropped)])
+        worst = max_loads.amax().double() if len(self._layers) else sums.new_zeros(())
         if self._mesh.stages is not None:
             dist.all_reduce(sums, dist.ReduceOp.SUM, self._mesh.stages)
             dist.all_reduce(worst, dist.ReduceOp.MAX, self._mesh.stages)
-        mean_max, mean_entropy, mean_aux = (sums / self._n_layers).tolist()
+        *of_layers, dropped_tokens = sums.tolist()
+        mean_max, mean_entropy, mean_aux = (each / self._n_layers for each in of_layers)
         return {
             "moe/max_load": worst.item(),
             "moe/mean_max_load": mean_max,
             "moe/entropy": mean_entropy,
-            "moe/dropped_tokens": 0,
+            "moe/dropped_tokens": int(dropped_tokens),
             "moe/aux_loss": mean_aux,
         }
 

@@ -190,7 +190,7 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _transposed(codes: Tensor, scale: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     codes_t = codes.view(torch.uint8).transpose(-2, -1).contiguous().view(codes.dtype)
-    return codes_t, mx.swizzle(scale.view(torch.uint8).transpose(-2, -1).contiguous().view(scale.dtype))
+    return codes_t, mx.swizzle(scale.transpose(-2, -1))
 
 
 values_of_weight = register_operator(

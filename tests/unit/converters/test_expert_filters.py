@@ -13,7 +13,7 @@ from tests.unit.converters.test_float8_grouped import ALL, SIZES, build, convert
 from tests.unit.converters.test_other_experts import Layer, ours
 from titan_fp8.converters import ConversionError
 from titan_fp8.converters.config import Float8GroupedSection
-from titan_fp8.converters.protocol import ONE_PROCESS, Placement
+from titan_fp8.converters.protocol import Placement
 from titan_fp8.converters.size_rule import EXPERTS_RULE
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims
@@ -68,8 +68,8 @@ def test_a_filter_that_can_match_nothing_is_refused_in_the_section() -> None:
 
 
 def test_what_a_filter_leaves_alone_may_be_what_float8_cannot_multiply() -> None:
-    model = build()
-    model.layers["1"].moe.experts = Experts(4, 32, 40, 0.02)
+    model = on_meta()
+    model.layers["1"].moe.experts = Experts(2, 4112, 40, 0.02)
     assert len(violations(model)) == 3
     for pattern in ("layers.1", "auto_filter_small_kn"):
         other = copy.deepcopy(model)
@@ -82,51 +82,77 @@ def test_what_a_filter_leaves_alone_may_be_what_float8_cannot_multiply() -> None
 @pytest.mark.parametrize(
     ("dims", "stays"),
     [
-        ({}, False),
         ({"dim": 768}, True),
-        ({"moe_ffn_dim": 1408}, True),
-        ({"dim": 2048, "moe_ffn_dim": 4096}, True),
-        ({"dim": 4096, "moe_ffn_dim": 2048}, True),
-        ({"dim": 2064, "moe_ffn_dim": 4096}, False),
-        ({"dim": 4112, "moe_ffn_dim": 4096 + 8}, True),
+        ({"dim": 784}, False),
+        ({"hidden_dim": 768}, True),
+        ({"hidden_dim": 784}, False),
+        ({"dim": 4112, "hidden_dim": 4096 + 8}, True),
     ],
     ids=str,
 )
 def test_the_rule_of_size_leaves_small_experts_alone(dims: dict[str, int], stays: bool) -> None:
-    model = on_meta(**dims)
+    model = on_meta()
+    with torch.device("meta"):
+        model.layers["1"].moe.experts = Experts(2, **{"dim": 4112, "hidden_dim": 4096} | dims, residual_std=0.02)
     report = convert(model, filter_fqns=["auto_filter_small_kn"])
-    assert converted_names(model) == (set() if stays else ALL)
-    assert {row.reason for row in report.rows} == {"auto_filter_small_kn" if stays else None}
+    assert converted_names(model) == ({"layers.2.moe.experts"} if stays else ALL)
+    reasons = {row.reason for row in report.rows if row.fqn.startswith("layers.1.")}
+    assert reasons == {"auto_filter_small_kn" if stays else None}
     assert report.fingerprint()["auto_filter_small_kn"] == {"rowwise": EXPERTS_RULE.in_words()}
 
 
 def test_the_rule_of_size_counts_the_part_of_experts_that_a_rank_has() -> None:
-    for ranks, expected in ((1, ALL), (2, set())):
-        model = on_meta(moe_ffn_dim=2816)
+    def to_convert() -> Decoder:
+        model = on_meta()
+        with torch.device("meta"):
+            model.layers["1"].moe.experts = Experts(2, 4112, 1536, 0.02)
+        return model
+
+    for ranks, expected in ((1, ALL), (2, {"layers.2.moe.experts"})):
+        model = to_convert()
         convert(model, placement=Placement(expert_tensor=ranks), filter_fqns=["auto_filter_small_kn"])
         assert converted_names(model) == expected
 
 
-@pytest.mark.parametrize("placement", [ONE_PROCESS, Placement(ranks=2, shards=2, expert_shards=2)])
-def test_a_model_of_which_the_rule_of_size_leaves_all_trains_in_high_precision(placement: Placement) -> None:
-    model, plain = build(), build()
-    report = convert(model, placement=placement, filter_fqns=["auto_filter_small_kn"])
-    assert report.converted == []
-    tokens = torch.arange(32).view(1, 32)
-    assert torch.equal(model(tokens), plain(tokens))
+@pytest.mark.parametrize(
+    ("filters", "small"), [(["auto_filter_small_kn"], 2), (["auto_filter_small_kn", "layers.2"], 1)]
+)
+def test_a_rule_of_size_that_leaves_all_experts_alone_is_refused(filters: list[str], small: int) -> None:
+    prefix = "quantize.grouped_mm.float8"
+    (problem,) = violations(build(), filter_fqns=filters)
+    assert problem == (
+        f"{prefix}.filter_fqns leaves all experts alone that {prefix}.fqns names, {small} of 2 by auto_filter_small_kn "
+        "as too small to gain (features K and hidden features H on a rank: "
+        f"{EXPERTS_RULE.in_words()}, or 16 does not divide both), so nothing would run in float8; take "
+        "auto_filter_small_kn out of it, or take the converter out of model.converters"
+    )
+    with pytest.raises(ConversionError, match=r"^filter_fqns leaves .* out of it, or do not convert the model$"):
+        titan_fp8.convert_to_float8_grouped_training(build(), filter_fqns=filters, emulate=True)
+
+
+def test_the_rule_of_size_is_refused_where_the_parts_of_all_experts_are_too_small() -> None:
+    convert(on_meta(moe_ffn_dim=1536), filter_fqns=["auto_filter_small_kn"])
+    with pytest.raises(ConversionError, match="leaves all experts alone"):
+        convert(on_meta(moe_ffn_dim=1536), placement=Placement(expert_tensor=2), filter_fqns=["auto_filter_small_kn"])
 
 
 def test_a_name_counts_before_the_rule_of_size() -> None:
-    report = convert(build(), filter_fqns=["auto_filter_small_kn", "layers.2"])
+    model = on_meta(n_layers=4)
+    with torch.device("meta"):
+        model.layers["1"].moe.experts = Experts(2, 32, 48, 0.02)
+        model.layers["2"].moe.experts = Experts(2, 32, 48, 0.02)
+    report = convert(model, filter_fqns=["auto_filter_small_kn", "layers.2"])
     reasons = {row.fqn.rpartition(".")[0]: row.reason for row in report.rows}
-    assert list(reasons.values()) == ["auto_filter_small_kn", 'filter "layers.2"']
+    assert list(reasons.values()) == ["auto_filter_small_kn", 'filter "layers.2"', None]
 
 
 def test_filters_are_an_argument_in_python() -> None:
     model = build()
     report = titan_fp8.convert_to_float8_grouped_training(model, filter_fqns=["layers.2"], emulate=True)
     assert {row.reason for row in report.rows} == {None, 'filter "layers.2"'}
-    with pytest.raises(ConversionError, match=r"filter_fqns = 'layers.1': expected a list of names"):
+    with pytest.raises(
+        ConversionError, match=r"^filter_fqns = 'layers.1': expected a list of names; write \['layers.1'\]$"
+    ):
         titan_fp8.convert_to_float8_grouped_training(build(), filter_fqns="layers.1", emulate=True)
 
 

@@ -144,6 +144,7 @@ def test_odd_dimensions_may_be_filtered_by_name_or_by_the_rule_of_size() -> None
 
 
 def test_the_rule_of_size_may_leave_every_linear_alone_but_names_may_not() -> None:
+    """Commands of torchtitan's documents have the rule, and are to run for a model of any size."""
     report = converter(filter_fqns=["auto_filter_small_kn"]).convert(Model())
     assert report.converted == []
     assert report.flop_share == 0

@@ -318,7 +318,11 @@ def test_parameters_stay_and_a_report_has_a_row_for_each_weight() -> None:
 @pytest.mark.parametrize(
     ("experts", "options", "message"),
     [
-        (Stacked(hidden=48), {}, r"^experts.w1: an expert is 48 x 64, and MXFP8 needs multiples of 32"),
+        (
+            Stacked(hidden=48),
+            {},
+            r"^experts.w1: an expert is 48 x 64, and MXFP8 needs multiples of 32; leave it out of fqns",
+        ),
         (Holder(), {}, r"experts: it holds .* no forward pass.*would run in MXFP8"),
         (nn.Linear(32, 32), {}, r"experts.*convert_to_mxfp8_training"),
         (None, {"fqns": ["expertz"]}, r"fqns: 'expertz' matches no module of the model.*experts"),

@@ -21,6 +21,7 @@ ENDS = {
     "none": [0, 0, 0],
     "one group": [192],
     "five groups": [32, 64, 96, 128, 256],
+    "as much padding as there can be, and rows behind": [32, 64],
 }
 ROWS = 256
 LAYOUTS = (True, False), (False, True), (True, True)
@@ -29,9 +30,12 @@ LAYOUTS = (True, False), (False, True), (True, True)
 
 def shrink_blocks() -> None:
     """Tiles so small that an operand takes several, and poisoned outputs."""
-    kernel.ROWS_TILE = kernel.COLUMNS_TILE = bits.Tile(64, 32, 4, 2)
-    kernel.ROWS_OF_PAIRS_TILE = kernel.COLUMNS_OF_PAIRS_TILE = bits.Tile(64, 32, 4, 2)
-    kernel.BOTH_TILE = kernel.BOTH_OF_PAIRS_TILE = kernel.QUANTIZE_DEQUANTIZE_TILE = bits.Tile(64, 64, 4, 2)
+    narrow, wide = bits.Tile(64, 32, 4, 2), bits.Tile(64, 64, 4, 2)
+    kernel.ROWS_TILE = kernel.COLUMNS_TILE = narrow
+    kernel.ROWS_OF_PAIRS_TILE = kernel.COLUMNS_OF_PAIRS_TILE = kernel.COLUMNS_OF_GROUPS_TILE = narrow
+    kernel.BOTH_TILE = kernel.BOTH_OF_EXPERTS_TILE = kernel.BOTH_OF_GROUPS_TILE = wide
+    kernel.BOTH_OF_PAIRS_TILE = kernel.BOTH_PLAIN_OF_PAIRS_TILE = wide
+    kernel.QUANTIZE_DEQUANTIZE_TILE = kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE = wide
     bits.new_codes = poisoned_codes
     # Other new memory is filled with NaN.
     torch.use_deterministic_algorithms(True)
@@ -113,6 +117,26 @@ def case_few_tokens() -> str:
     return named({str(tokens): compare(values(tokens, 64), "floor", tokens == 33) for tokens in (1, 2, 31, 33)})
 
 
+def case_several_squares_of_a_warp_and_tiles_that_fit() -> str:
+    """Tiles of two pieces along K, of which some operands are whole numbers, in one direction or in both."""
+    names = "BOTH_TILE", "BOTH_OF_EXPERTS_TILE", "BOTH_OF_PAIRS_TILE", "BOTH_OF_GROUPS_TILE"
+    names += "BOTH_PLAIN_OF_PAIRS_TILE", "QUANTIZE_DEQUANTIZE_PAIRS_TILE"
+    before = {name: getattr(kernel, name) for name in names}
+    for name in names:
+        setattr(kernel, name, bits.Tile(128, 128, 4, 1))
+    texts = {}
+    for shape in ((256, 128), (256, 160), (250, 256)):
+        x = values(*shape)
+        x[shape[0] - 1, 3], x[5, 70] = torch.nan, -torch.inf
+        texts |= {f"{shape} {x.dtype}": compare(x) for x in (x, x.bfloat16())}
+    x = values(ROWS, 128).bfloat16()
+    texts |= {name: compare_groups(x, ends) for name, ends in ENDS.items()}
+    texts |= {f"experts of {n}": compare_experts(values(2, n, 128)) for n in (128, 160)}
+    for name, tile in before.items():
+        setattr(kernel, name, tile)
+    return named(texts)
+
+
 def case_strides() -> str:
     base = values(96, 140)
     inputs = base[:, :64].t(), base[::2, 3:131:2], base[:1, :64].expand(40, 64)
@@ -188,6 +212,23 @@ def case_experts_with_nan() -> str:
     weight = values(2, 96, 64)
     weight[1, 0, 63] = torch.nan
     return compare_experts(weight, "even")
+
+
+def case_plain_scales_by_columns_lie_as_x_does() -> str:
+    x, weight, ends = values(96, 64), values(2, 96, 64), torch.tensor([32, 96], dtype=torch.int32)
+    both = {"rows": True, "columns": True, "swizzled": False}
+    made = {
+        "dense": kernel.cast(x, kernel.dense(x), None, "rceil", **both),
+        "groups": kernel.cast(x, kernel.Rows(kernel.GROUPS, 96, 2), ends, "rceil", **both),
+        "experts": kernel.cast(weight.view(-1, 64), kernel.Rows(kernel.EXPERTS, 96), None, "rceil", **both),
+    }
+    references = mx.cast_both(x, "rceil"), mx.cast_group_both(x, ends, "rceil"), mx.cast_experts(weight, "rceil")
+    return named(
+        {
+            name: "" if results[3].stride() == expected[3].stride() and results[3].stride(-2) == 1 else "lies otherwise"
+            for (name, results), expected in zip(made.items(), references, strict=True)
+        }
+    )
 
 
 if __name__ == "__main__":

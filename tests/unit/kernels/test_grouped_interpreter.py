@@ -41,12 +41,14 @@ def test_the_kernels_compile_with_wide_loads_and_stores(groups: int) -> None:
     cast = compile_ptx(kernel._cast_kernel, [*pointers, *["i32+"] * 3, "i32"], ROWS=True, **sizes, **flags)
     pointers = ["*bf16", "*i32", "*fp32", "*i32", "*i32", "*fp32", "*u8", "*fp32", "*u8"]
     integers = ["i32+", "i32+", "i32+", "i32", "i32"]
-    gather = compile_ptx(gather_kernel._cast_kernel, pointers + integers, SCALED=True, **sizes, **flags)
+    gather = compile_ptx(gather_kernel._gather_cast_kernel, pointers + integers, SCALED=True, **sizes, **flags)
     tile = swiglu_kernel.TILE
     sizes = {"BLOCK_T": tile.tokens, "BLOCK_K": tile.features, "BAND": tile.band, "num_warps": tile.warps}
     gradient = ["*i32", "*fp32", "*u8", "*fp32", "*u8"]
     pointers = [*["*bf16"] * 3, "*i32", *gradient, *gradient, "*fp32", "*u8"]
-    backward = compile_ptx(swiglu_kernel._cast_kernel, [*pointers, *["i32+"] * 5, "i32"], **sizes, **flags)
+    backward = compile_ptx(
+        swiglu_kernel._swiglu_groups_cast_kernel, [*pointers, *["i32+"] * 5, "i32"], **sizes, **flags
+    )
     for ptx in (cast, gather, backward):
         assert "ld.global.v4.b32" in ptx
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx

@@ -39,20 +39,21 @@ def cast(tmp_path_factory: pytest.TempPathFactory) -> Cast:
         (tokens, features), poison = x.shape, 0x7F
         codes = torch.full((features, mx.padded(tokens)), poison, dtype=torch.uint8)
         blocks = mx.padded(tokens) // mx.BLOCK
-        shape = layout.padded_shape(features, blocks) if swizzled else (features, blocks)
+        shape = layout.padded_shape(features, blocks) if swizzled else (blocks, features)
         scale = torch.zeros(shape, dtype=torch.uint8) if swizzled else torch.full(shape, poison, dtype=torch.uint8)
         pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
         carry, form = reference.CARRY[mode], columns_cuda.FORMATS[x.dtype]
         function(*pointers, tokens, features, x.stride(0), form, carry, swizzled)
-        return codes.view(torch.float8_e4m3fn), scale.view(mx.E8M0)
+        scale = scale.view(mx.E8M0)
+        return codes.view(torch.float8_e4m3fn), scale if swizzled else scale.t()
 
     return run
 
 
 def assert_equal(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     for result, wanted in zip(results, expected, strict=True):
-        assert (result.shape, result.dtype) == (wanted.shape, wanted.dtype)
-        assert torch.equal(result.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+        assert (result.shape, result.dtype, result.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+        assert torch.equal(result.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @needs_nvcc

@@ -27,9 +27,9 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_cast(
     x: str, tile: Tile, capability: int, *, rows: bool, columns: bool, swizzled: bool = True, kind: str = kernel.DENSE,
-    groups: int = 1, mode: str = "rceil", exact_bits: bool = False, in_pairs: bool | None = None,
+    groups: int = 1, mode: str = "rceil", exact_bits: bool = False, in_pairs: bool | None = None, stride_k: str = "1",
 ) -> str:  # fmt: skip
-    arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", "1", "i32"]
+    arguments = [x, "*i32", "*u8", "*u8", "*u8", "*u8", "i32", "i32+", "i32+", "i32+", stride_k, "i32"]
     return compile_ptx(
         kernel._cast_tiles_kernel, arguments, capability, tile.warps,
         PAIRS=x == "*bf16" if in_pairs is None else in_pairs, ROWS=rows, COLUMNS=columns, SWIZZLED=swizzled,
@@ -39,8 +39,8 @@ def compile_cast(
     )  # fmt: skip
 
 
-def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool) -> str:
-    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", "1", "i32"]
+def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool, stride_k: str = "1") -> str:
+    arguments = ["*bf16", "*i32", "*i16", "*i16", "i32", "i32+", "i32+", stride_k, "i32"]
     return compile_ptx(
         kernel._quantize_dequantize_kernel, arguments, capability, tile.warps, ROWS=True, COLUMNS=columns,
         KIND=kernel.DENSE, CARRY=CARRY["floor"], EXACT_BITS=False, BLOCK_T=tile.tokens, BLOCK_K=tile.features,
@@ -57,36 +57,41 @@ def assert_by_bits(ptx: str) -> None:
 
 
 @CAPABILITIES
-@pytest.mark.parametrize(
-    ("x", "rows", "columns", "tile"),
-    [
-        ("*bf16", True, False, kernel.ROWS_OF_PAIRS_TILE),
-        ("*bf16", False, True, kernel.COLUMNS_OF_PAIRS_TILE),
-        ("*bf16", True, True, kernel.BOTH_OF_PAIRS_TILE),
-        ("*fp32", True, False, kernel.ROWS_TILE),
-        ("*fp32", False, True, kernel.COLUMNS_TILE),
-        ("*fp32", True, True, kernel.BOTH_TILE),
-    ],
-)
+@pytest.mark.parametrize("layouts", [(True, False), (False, True), (True, True)], ids=["rows", "columns", "both"])
+@pytest.mark.parametrize("x", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("swizzled", [False, True], ids=["plain", "swizzled"])
-def test_casts_compile(x: str, rows: bool, columns: bool, tile: Tile, swizzled: bool, capability: int) -> None:
+def test_casts_compile(x: str, layouts: tuple[bool, bool], swizzled: bool, capability: int) -> None:
+    rows, columns = layouts
+    tile = kernel._tile_of(x == "*bf16", kernel.DENSE, rows, columns, swizzled)
     ptx = compile_cast(x, tile, capability, rows=rows, columns=columns, swizzled=swizzled)
     assert_by_bits(ptx)
-    # Codes leave 16 bytes at a time; only scales, a thirty-second of them, are bytes: four rows of a quad, and columns.
+    # Codes leave 8 or 16 bytes at a time; only scales, a thirty-second of them, are words, in a store for each layout
+    # and in another for the edges, and bytes, in plain rows that are not whole tiles.
     assert "st.global.v4.b32" in ptx
-    assert "st.global.b32" not in ptx
-    assert len(re.findall(NARROW, ptx)) <= 4 * rows + 2 * columns
+    assert ptx.count("st.global.b32") <= 2 * (rows + columns)
+    assert len(re.findall(NARROW, ptx)) <= (0 if swizzled else 4 * rows)
     # The conversion takes two numbers: each of a thread's, once in each layout.
     per_thread = tile.tokens * tile.features // (32 * tile.warps)
     assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) == per_thread // 2 * (rows + columns)
 
 
+@CAPABILITIES
+@pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
+def test_casts_of_any_stride_compile(x: str, capability: int) -> None:
+    tile = kernel._tile_of(False, kernel.DENSE, True, True, swizzled=True)
+    compile_cast(x, tile, capability, rows=True, columns=True, in_pairs=False, stride_k="i32")
+    compile_quantize_dequantize(kernel.QUANTIZE_DEQUANTIZE_TILE, capability, columns=True, stride_k="i32")
+
+
 @pytest.mark.parametrize("kind", [kernel.EXPERTS, kernel.GROUPS])
 @pytest.mark.parametrize("groups", [8, 128])
 def test_casts_of_experts_and_groups_compile(kind: str, groups: int) -> None:
-    ptx = compile_cast("*bf16", kernel.BOTH_OF_PAIRS_TILE, 90, rows=True, columns=True, kind=kind, groups=groups)
+    tile = kernel._tile_of(True, kind, True, True, swizzled=True)
+    ptx = compile_cast("*bf16", tile, 90, rows=True, columns=True, kind=kind, groups=groups)
     assert_by_bits(ptx)
     assert "st.global.b32" not in ptx
+    if kind == kernel.GROUPS:  # wherever groups end, their tiles are whole
+        assert not re.search(NARROW, ptx)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -105,6 +110,27 @@ def test_quantize_dequantize_compiles(columns: bool, capability: int) -> None:
     assert "st.global.v4.b32" in ptx
     assert not re.search(NARROW, ptx)
     assert re.search(r"cvt\.rn\.f16x2\.e4m3x2", ptx), "back from codes by hardware"
+
+
+@CAPABILITIES
+@pytest.mark.parametrize("layouts", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("mode", ["floor", "rceil"])
+def test_quantize_dequantize_in_pairs_compiles_to_arithmetic_of_pairs(
+    layouts: tuple[bool, bool], mode: str, capability: int
+) -> None:
+    tile, arguments = kernel.QUANTIZE_DEQUANTIZE_PAIRS_TILE, ["*bf16", *["*i32"] * 3, "i32", "i32+", "i32+", "1", "i32"]
+    ptx = compile_ptx(
+        kernel._quantize_dequantize_pairs_kernel, arguments, capability, tile.warps, ROWS=layouts[0],
+        COLUMNS=layouts[1], KIND=kernel.DENSE, CARRY=CARRY[mode], EXACT_BITS=False, BLOCK_T=tile.tokens,
+        BLOCK_K=tile.features, BAND=tile.band,
+    )  # fmt: skip
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+    assert "e4m3" not in ptx
+    assert "st.global.b32" not in ptx
+    # Of a thread's words, each is limited once in each layout where a mode lets values be above 448.
+    per_thread = tile.tokens * tile.features // (2 * 32 * tile.warps)
+    assert ptx.count("min.NaN.xorsign.abs.bf16x2") == (per_thread * sum(layouts) if mode == "floor" else 0)
 
 
 @pytest.mark.slow
@@ -128,14 +154,17 @@ def test_every_tile_of_the_sweep_compiles(
     from scripts.bench_mx import configurations
 
     for values in configurations()[name]:
-        ((constant, tile),) = values.items()
-        assert hasattr(kernel, constant)
+        assert all(hasattr(kernel, constant) for constant in values)
+        tile = next(iter(values.values()))
         if name.startswith("quantize-dequantize"):
             assert_by_bits(compile_quantize_dequantize(tile, 90, columns=columns))
         else:
-            x = "*bf16" if "PAIRS" in constant else "*fp32"
+            x = "*fp32" if name.startswith(("fp32", "experts")) else "*bf16"
             kind = {"groups": kernel.GROUPS, "experts": kernel.EXPERTS}.get(name.split()[0], kernel.DENSE)
-            assert_by_bits(compile_cast(x, tile, 90, rows=rows, columns=columns, kind=kind, groups=16))
+            # Swizzled scales of groups are those of one of the constants alone.
+            swizzled = kind != kernel.GROUPS or "BOTH_OF_GROUPS_TILE" in values
+            ptx = compile_cast(x, tile, 90, rows=rows, columns=columns, kind=kind, groups=16, swizzled=swizzled)
+            assert_by_bits(ptx)
 
 
 def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:

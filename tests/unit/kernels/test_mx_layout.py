@@ -34,6 +34,14 @@ def ends_of(sizes: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_plain_scales_may_lie_in_columns(rows: int, columns: int) -> None:
+    for shape in ((rows, columns), (3, rows, columns)):
+        scale = random_scale(*shape)
+        lying = bits(scale).transpose(-2, -1).contiguous().view(mx.E8M0).transpose(-2, -1)
+        assert torch.equal(bits(mx.swizzle(lying)), bits(mx.swizzle(scale)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_each_byte_is_where_the_formula_says_and_padding_is_zero(rows: int, columns: int) -> None:
     scale = random_scale(rows, columns)
     blocked = mx.swizzle(scale)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.tolerances import TRANSFORMERS_RELATIVE_ERROR, relative_error
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.dims import ModelDims, YarnScaling
 from titan_fp8.models.initialization import initialize
@@ -102,10 +103,13 @@ def test_logits_and_all_gradients_equal_transformers(tied: bool, scaling: dict[s
     tokens = torch.randint(0, dims.vocab_size, (2, 49), generator=torch.Generator().manual_seed(0))
     our_logits, their_logits = ours(tokens), theirs(tokens).logits
     torch.testing.assert_close(our_logits, their_logits, rtol=1e-4, atol=1e-4)
+    assert relative_error(our_logits, their_logits) <= TRANSFORMERS_RELATIVE_ERROR
     for logits in (our_logits, their_logits):
         (cross_entropy_sum(logits, tokens.roll(-1, 1)) / tokens.numel()).backward()
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
         gradient = _to_hf(name, parameter.grad, dims)
         reference = theirs.get_parameter(_hf_name(name)).grad
+        assert reference is not None, name
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert relative_error(gradient, reference) <= TRANSFORMERS_RELATIVE_ERROR, name

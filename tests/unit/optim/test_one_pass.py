@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.tolerances import ADAM_ULPS, ulps
 from titan_fp8.kernels import adam, float8
 from titan_fp8.optim import build_optimizer, clip_grad_norm_
 from titan_fp8.optim.clipping import clip_factor
@@ -23,7 +24,6 @@ from titan_fp8.quantization.weights import mark_stepped
 
 PAIRS = [(OnePassAdam, torch.optim.Adam), (OnePassAdamW, torch.optim.AdamW)]
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.1}
-ULPS = 8
 
 
 def _parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -35,13 +35,6 @@ def _give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
     torch.manual_seed(seed)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter) * 10.0 ** (seed % 5 - 2)
-
-
-def _ulps(actual: Tensor, expected: Tensor, before: Tensor) -> float:
-    """The largest difference in units in the last place of a value before or after the update, the larger of the two:
-    where an update cancels most of a value, the rest has fewer digits."""
-    size = torch.maximum(expected.double().abs(), before.double().abs()).clamp(min=1e-30)
-    return ((actual.double() - expected.double()).abs() / (size * torch.finfo(expected.dtype).eps)).max().item()
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
@@ -58,11 +51,11 @@ def test_a_step_is_torchs_to_a_few_ulps_at_every_count(ours: type, theirs: type)
             _give_gradients(parameters, seed)
             each.step()
         for p, q, old in zip(left, right, before, strict=True):
-            assert _ulps(p, q, old["weight"]) <= ULPS
+            assert ulps(p, q, old["weight"]) <= ADAM_ULPS
             assert optimizer.state[p].keys() == expected.state[q].keys()
             for key, value in expected.state[q].items():
                 assert optimizer.state[p][key].dtype == value.dtype
-                assert _ulps(optimizer.state[p][key], value, old.get(key, value)) <= ULPS
+                assert ulps(optimizer.state[p][key], value, old.get(key, value)) <= ADAM_ULPS
 
 
 @pytest.mark.parametrize("ours", [OnePassAdam, OnePassAdamW])
@@ -89,7 +82,7 @@ def test_a_learning_rate_may_be_a_tensor_and_constants_belong_to_the_group() -> 
         _give_gradients(parameters, 1)
         each.step()
     before = _parameters()
-    assert max(_ulps(p, q, old) for p, q, old in zip(left, right, before, strict=True)) <= ULPS
+    assert max(ulps(p, q, old) for p, q, old in zip(left, right, before, strict=True)) <= ADAM_ULPS
 
 
 def test_the_clip_factor_is_that_of_one_step_and_leaves_gradients_alone() -> None:
@@ -107,7 +100,7 @@ def test_the_clip_factor_is_that_of_one_step_and_leaves_gradients_alone() -> Non
         expected.step()
         assert optimizer.clip is None
         assert all(torch.equal(p.grad, g) for p, g in zip(left, gradients, strict=True))
-        assert max(_ulps(p, q, old) for p, q, old in zip(left, right, before, strict=True)) <= ULPS
+        assert max(ulps(p, q, old) for p, q, old in zip(left, right, before, strict=True)) <= ADAM_ULPS
 
 
 def _containers() -> list[tuple[list[nn.Module], Any]]:

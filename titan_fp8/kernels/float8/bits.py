@@ -288,10 +288,15 @@ def _store_tile(
 @triton.jit
 def _tile_of_program(pid, tiles_t, tiles_k, BAND: tl.constexpr):
     """`(row, column)` of a program's tile: BAND tiles down the tokens before the next ones along the features."""
-    first = pid // (BAND * tiles_k) * BAND
-    height = tl.minimum(BAND, tiles_t - first)
-    within = pid % (BAND * tiles_k)
-    return first + within % height, within // height
+    if BAND == 1:  # the same with one division, not three
+        tile_t = pid // tiles_k
+        tile_k = pid - tile_t * tiles_k
+    else:
+        first = pid // (BAND * tiles_k) * BAND
+        height = tl.minimum(BAND, tiles_t - first)
+        within = pid % (BAND * tiles_k)
+        tile_t, tile_k = first + within % height, within // height
+    return tile_t, tile_k
 
 
 def new_codes(*shape: int, device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:

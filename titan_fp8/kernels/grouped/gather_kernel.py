@@ -1,7 +1,7 @@
 """Tokens brought to the rows of groups and cast on the way, as Triton kernels: rows in high precision exist nowhere.
 
-    _amax_kernel    largest |x| of each row, and of each column of each group
-    _cast_kernel    codes of a tile, by rows and by columns
+    _gather_amax_kernel    largest |x| of each row, and of each column of each group
+    _gather_cast_kernel    codes of a tile, by rows and by columns
 
 As in `kernel.py`, but that a row is looked up: row m holds the token `source[m] // k`, times the score of that choice
 rounded once, or zero. Each value is read twice from where it lies; as k rows share a token, often from the cache.
@@ -53,7 +53,7 @@ def _load_rows(
 
 
 @triton.jit(do_not_specialize=["splits", "top_k"])
-def _amax_kernel(
+def _gather_amax_kernel(
     x_ptr, source_ptr, scores_ptr, ends_ptr, row_amax_ptr, amax_ptr, rows, features, stride, top_k, splits,
     SCALED: tl.constexpr, EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _amax_kernel(
 
 
 @triton.jit(do_not_specialize=["top_k"])
-def _cast_kernel(
+def _gather_cast_kernel(
     x_ptr, source_ptr, scores_ptr, ends_ptr, row_amax_ptr, inv_scale_ptr, rows_ptr, row_scale_ptr, columns_ptr,
     rows, features, stride, groups, top_k,
     SCALED: tl.constexpr, EXACT_BITS: tl.constexpr, GROUPS: tl.constexpr,
@@ -99,7 +99,7 @@ def _cast_kernel(
     _store_group_columns(a, b, c, d, group, inv_scale_ptr, columns_ptr, quad, k, rows, features, groups, EXACT_BITS)
 
 
-@planned(_amax_kernel)
+@planned(_gather_amax_kernel)
 def _launch_amax(
     device: int, shape: tuple[int, int], stride: int, groups: int, top_k: int, dtype: torch.dtype, scaled: bool,
     blocks: tuple[int, int, int, int, int],
@@ -116,7 +116,7 @@ def _launch_amax(
     return Plan(programs, (rows, features, stride, top_k, splits), constants | tiles.LAUNCH)
 
 
-@planned(_cast_kernel)
+@planned(_gather_cast_kernel)
 def _launch_cast(
     device: int, shape: tuple[int, int], stride: int, groups: int, top_k: int, dtype: torch.dtype, scaled: bool,
     tile: Tile,

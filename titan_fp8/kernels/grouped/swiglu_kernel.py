@@ -1,7 +1,8 @@
 """The backward of SwiGLU over grouped rows, straight to float8 in the layouts that the products of experts consume.
 
-    _amax_kernel    largest values: of rows of both gradients, of columns in each group of these and of the output
-    _cast_kernel    their codes
+    _swiglu_groups_amax_kernel    largest values: of rows of both gradients, of columns in each group of these
+                                  and of the output
+    _swiglu_groups_cast_kernel    their codes
 
 The gradients, and the output once more, are computed in both and never stored. As in `kernel.py`, a program of the
 first belongs to one group, and one of the second to a tile of rows.
@@ -36,7 +37,7 @@ TILE = Tile(32, 128, 4, 4)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _amax_kernel(
+def _swiglu_groups_amax_kernel(
     grad_ptr, gate_ptr, up_ptr, ends_ptr, gate_rows_ptr, up_rows_ptr, gate_columns_ptr, up_columns_ptr, output_ptr,
     features, stride_grad, stride_gate, stride_up, groups, splits,
     EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,7 +93,7 @@ def _values(
 
 
 @triton.jit
-def _cast_kernel(
+def _swiglu_groups_cast_kernel(
     grad_ptr, gate_ptr, up_ptr, ends_ptr,
     gate_amax_ptr, gate_inv_scale_ptr, gate_codes_ptr, gate_scale_ptr, gate_codes_t_ptr,
     up_amax_ptr, up_inv_scale_ptr, up_codes_ptr, up_scale_ptr, up_codes_t_ptr,
@@ -139,7 +140,7 @@ def _cast_kernel(
     )  # fmt: skip
 
 
-@planned(_amax_kernel)
+@planned(_swiglu_groups_amax_kernel)
 def _launch_amax(
     device: int, shape: tuple[int, int], strides: tuple[int, int, int], groups: int, dtype: torch.dtype,
     blocks: tuple[int, int, int, int, int],
@@ -155,7 +156,7 @@ def _launch_amax(
     return Plan(programs, (features, *strides, groups, splits), constants | tiles.LAUNCH)
 
 
-@planned(_cast_kernel)
+@planned(_swiglu_groups_cast_kernel)
 def _launch_cast(
     device: int, shape: tuple[int, int], strides: tuple[int, int, int], groups: int, dtype: torch.dtype, tile: Tile
 ) -> Plan:

@@ -15,6 +15,8 @@ T tokens (rows), M rows in groups, N rows of an expert's weight, K features (col
 is T rounded up to a multiple of 32. K is a multiple of 32, and N, M and the size of each group are too. Inputs are
 bf16, fp16 or fp32; codes are float8_e4m3fn and scales float8_e8m0fnu. `mode` is one of `MODES` (see `reference.py`).
 `swizzled` scales are in the layout that Blackwell's tensor cores read (see `layout.py` for shapes), others are plain.
+Plain scales of transposed codes are `[K, T/32]` with K contiguous in memory: they lie as x does, whose lines kernels
+write, and which is how scales of a weight are gathered.
 """
 
 import functools
@@ -93,6 +95,7 @@ def to_mx(t: Tensor, block_size: int = BLOCK, scaling_mode: str = "rceil", *, di
     last = t.movedim(dim, -1)
     if t.dim() == 2 and dim in (0, -2) and float8.uses_kernel(t) and t.shape[1] % BLOCK == 0:
         codes, scale = cast_columns(t, scaling_mode)
+        scale = scale.contiguous()
     else:
         codes, scale = cast_rows(last.unsqueeze(0).flatten(0, -2), scaling_mode)
         codes, scale = codes.view(last.shape), scale.view(*last.shape[:-1], last.shape[-1] // BLOCK)

@@ -1,5 +1,5 @@
 // The MXFP8 cast along T, transposed: x [T, K] -> codes_t [K, padded(T)] in e4m3 and scale_t in e8m0, a byte for each
-// 32 rows of a feature. `reference.py` says what is computed, `layout.py` how swizzled scales lie.
+// 32 rows of a feature. `reference.py` says what is computed, `layout.py` how scales lie.
 //
 // A thread has a 32-bit word of each of 32 rows: one feature in fp32, two in bf16 or fp16. So a warp reads 128 bytes of
 // a row at a time, a block of values lies in the registers of one thread, and amax takes no exchange between threads.
@@ -78,7 +78,7 @@ __host__ __device__ inline uint32_t nan_codes(int left) {
 
 // Where the scale of a feature and a block is.
 __host__ __device__ inline int64_t scale_place(const Arguments& a, int64_t feature, int64_t block) {
-  if (!a.swizzled) return feature * blocks_of(a) + block;
+  if (!a.swizzled) return block * a.features + feature;
   const int64_t tile = feature / 128 * ((blocks_of(a) + 3) / 4) + block / 4;
   return tile * 512 + feature % 32 * 16 + feature / 32 % 4 * 4 + block % 4;
 }
@@ -225,10 +225,11 @@ __global__ void __launch_bounds__(kWarps* kWarpWords) cast_columns_kernel(const 
   if (thread >= kFeatures || first_feature + thread >= a.features) return;
   uint8_t* target = a.scale + scale_place(a, first_feature + thread, first_block);
   const int64_t left = blocks_of(a) - first_block;
-  if (left >= kWarps && (a.swizzled || blocks_of(a) % kWarps == 0)) {  // at a multiple of four bytes
+  if (left >= kWarps && a.swizzled) {  // four bytes side by side, the first at a multiple of four
     *reinterpret_cast<uint32_t*>(target) = bytes[thread];
   } else {
-    for (int i = 0; i < kWarps && i < left; ++i) target[i] = static_cast<uint8_t>(bytes[thread] >> (8 * i));
+    const int64_t apart = a.swizzled ? 1 : a.features;
+    for (int i = 0; i < kWarps && i < left; ++i) target[i * apart] = static_cast<uint8_t>(bytes[thread] >> (8 * i));
   }
 }
 

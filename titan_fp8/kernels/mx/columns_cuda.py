@@ -57,7 +57,9 @@ def _has_whole_words(x: Tensor) -> bool:
 
 
 def _new_scale(rows: int, columns: int, swizzled: bool, device: torch.device) -> Tensor:
-    shape = padded_shape(rows, columns) if swizzled else (rows, columns)
+    if not swizzled:
+        return torch.empty(columns, rows, dtype=torch.uint8, device=device).view(E8M0).t()
+    shape = padded_shape(rows, columns)
     make = torch.empty if shape == (rows, columns) else torch.zeros  # the kernel writes no padding
     return make(shape, dtype=torch.uint8, device=device).view(E8M0)
 

@@ -48,7 +48,7 @@ def swizzle(scale: Tensor) -> Tensor:
     """Swizzled scales of plain ones.
 
     Args:
-        scale: e8m0 `[R, C]`, or `[E, R, C]` of experts.
+        scale: e8m0 `[R, C]`, or `[E, R, C]` of experts, with any strides.
 
     Returns:
         e8m0 `[R padded to 128, C padded to 4]`, the tiles one after the other; of experts `[E, bytes of one]`.

@@ -93,16 +93,20 @@ def _scales(amax, CARRY: tl.constexpr, EXACT_BITS: tl.constexpr):
     smallest: tl.constexpr = 0x04000400 - carry  # what has byte 0, as all below
     floored = _larger_of_four(amax, smallest, smallest, smallest, True) if EXACT_BITS else _larger(amax, smallest)
     exponent = (floored + carry) & -0x7F0080  # 0xFF80 twice, 8 more than bytes; a sum of 16 bits is below 2^16
-    is_bad = ((amax + 0x00800080) >> 15) & 0x00010001
-    byte = ((exponent - 0x04000400) >> 7) | (is_bad * 255)
+    byte = (exponent - 0x04000400) >> 7
     inverse = -0x7CFF7D00 - exponent  # 262 twice
     if EXACT_BITS:
+        is_bad = ((amax + 0x00800080) >> 15) & 0x00010001
+        byte = byte | (is_bad * 255)
         inverse = tl.where((is_bad & 1) != 0, (inverse & -0x10000) | 0x7FC0, inverse)
         inverse = tl.where((is_bad & 0x10000) != 0, (inverse & 0xFFFF) | 0x7FC00000, inverse)
     else:
-        inverse = tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $3, $2;", "=r,r,r,r", [amax, inverse, 0], dtype=tl.int32, is_pure=True, pack=1
-        )
+        # A byte of copies of the sign that Inf and NaN have one exponent further up.
+        byte, inverse = tl.inline_asm_elementwise(
+            "{ .reg .b32 bad; add.u32 bad, $2, 0x00800080; prmt.b32 bad, bad, 0, 0x4b49; or.b32 $0, $3, bad;"
+            " fma.rn.bf16x2 $1, $2, $5, $4; }",
+            "=&r,=r,r,r,r,r", [amax, byte, inverse, 0], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
     return byte, inverse
 
 

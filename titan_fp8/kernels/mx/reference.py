@@ -98,12 +98,12 @@ def cast_rows(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 def cast_columns(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """Cast x `[T, K]` by 32x1 blocks along T, transposed: `(codes_t [K, padded(T)], scale_t [K, padded(T)/32])`. The
-    codes of padding are zero, and it takes no part in any amax."""
+    codes of padding are zero, and it takes no part in any amax. scale_t lies as x does, K contiguous."""
     tokens = x.shape[0]
     whole = torch.nn.functional.pad(x, (0, 0, 0, padded(tokens) - tokens))
     codes_t, scale_t = cast_last(whole.t(), mode)
     codes_t.view(torch.uint8)[:, tokens:] = 0  # even where the scale is NaN
-    return codes_t, scale_t
+    return codes_t, _lying_as_x(scale_t)
 
 
 def quantize_dequantize(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -115,8 +115,15 @@ def quantize_dequantize(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 def cast_experts(weight: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both casts of each `weight[e]` of `[E, N, K]`: `(codes [E, N, K], scale [E, N, K/32], codes_t [E, K, N], scale_t
-    [E, K, N/32])`."""
-    return *cast_last(weight, mode), *cast_last(weight.transpose(1, 2), mode)
+    [E, K, N/32])`, scale_t with K contiguous."""
+    codes_t, scale_t = cast_last(weight.transpose(1, 2), mode)
+    return *cast_last(weight, mode), codes_t, _lying_as_x(scale_t)
+
+
+def _lying_as_x(scale_t: Tensor) -> Tensor:
+    """The same scales `[..., K, blocks]` with K contiguous."""
+    scale = scale_t.view(torch.uint8).transpose(-2, -1).clone(memory_format=torch.contiguous_format)
+    return scale.view(E8M0).transpose(-2, -1)
 
 
 def without_tail(x: Tensor, ends: Tensor) -> Tensor:
