@@ -26,8 +26,7 @@ def _sum_parts_kernel(
         if rank == RANK:
             part = tl.load(own_ptr + offset, mask=mask, other=0).to(tl.float32)
         else:
-            row: tl.constexpr = rank - (rank > RANK)
-            start = tl.cast(numel, tl.int64) * row
+            start = tl.cast(numel, tl.int64) * (rank - (rank > RANK))
             part = tl.load(others_ptr + start + offset, mask=mask, other=0).to(tl.float32)
         total = part if rank == 0 else total + part
     tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=mask)
