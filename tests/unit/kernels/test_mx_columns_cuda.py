@@ -1,5 +1,9 @@
 """The CUDA kernel of the transposed MXFP8 cast: what its threads compute, run on the CPU where nvcc is, equals the
-reference bit for bit; and where it cannot be built or run it says so, and nothing stands in for it."""
+reference bit for bit; and where it cannot be built or run it says so, and nothing stands in for it.
+
+Code for the CPU has no `__CUDA_ARCH__`: what runs here of bf16 is the path one number at a time. That of pairs, PTX for
+8.6 and later, is compiled here (`test_mx_compiles.py`, `test_mx_compiles_blackwell.py`) and run on GPUs alone
+(`tests/gpu/test_mx.py`)."""
 
 import ctypes
 import os
