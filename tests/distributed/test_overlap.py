@@ -83,7 +83,9 @@ def _train_and_count(rank: int, world_size: int, case: Case) -> tuple[Trained | 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "rowwise" else n for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("rowwise", "blockwise") else n for n in CASES]
+)
 def test_a_block_overlaps_its_exchanges_and_trains_as_one_process(name: str) -> None:
     case, expected, tolerance = CASES[name]
     ranks = run_distributed(_train_and_count, case.ranks, case, timeout_s=280)
