@@ -48,6 +48,27 @@ def compile_quantize_dequantize(tile: Tile, capability: int, *, columns: bool, s
     )  # fmt: skip
 
 
+def compile_columns(arch: str, folder: Path) -> str:
+    """The PTX of `columns.cu`, which has a kernel for each format."""
+    out = folder / "columns.ptx"
+    command = [
+        str(NVCC),
+        "-ptx",
+        "-O3",
+        f"-arch={arch}",
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(out),
+        columns_cuda.SOURCE,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+    ptx = out.read_text()
+    assert f".target {arch}" in ptx
+    assert len(re.findall(r"\.entry", ptx)) == len(columns_cuda.FORMATS)
+    return ptx
+
+
 def assert_by_bits(ptx: str) -> None:
     """Wide loads, the hardware's conversion, and no exponents by logarithms or divisions."""
     assert "ld.global.v4.b32" in ptx
@@ -174,21 +195,7 @@ def test_the_integer_conversion_compiles_for_gpus_without_float8() -> None:
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_the_cuda_kernel_compiles(arch: str, tmp_path: Path) -> None:
-    out = tmp_path / "columns.ptx"
-    command = [
-        str(NVCC),
-        "-ptx",
-        "-O3",
-        f"-arch={arch}",
-        "-Werror",
-        "all-warnings",
-        "-o",
-        str(out),
-        columns_cuda.SOURCE,
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
-    ptx = out.read_text()
-    assert len(re.findall(r"\.entry", ptx)) == len(columns_cuda.FORMATS)
+    ptx = compile_columns(arch, tmp_path)
     # 32 values a thread in fp32, 64 in the two formats of 16 bits; branches may have copies of what follows them.
     assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) >= (32 + 64 + 64) // 2
     assert "st.global.v4.u32" in ptx or "st.global.v4.b32" in ptx

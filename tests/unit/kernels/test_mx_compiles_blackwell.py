@@ -2,8 +2,6 @@
 kernels of all else that it runs."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from triton.backends.compiler import GPUTarget
 
 from tests.unit.kernels import test_producers_compiles as producers
 from tests.unit.kernels.test_float8_compiles import compile_ptx
-from tests.unit.kernels.test_mx_compiles import compile_cast
+from tests.unit.kernels.test_mx_compiles import NVCC, compile_cast, compile_columns
 from titan_fp8.kernels.cross_entropy import kernel as cross_entropy
 from titan_fp8.kernels.moe import kernel as moe
 from titan_fp8.kernels.moe import plan_kernel
-from titan_fp8.kernels.mx import columns_cuda, dequantize, kernel
+from titan_fp8.kernels.mx import dequantize, kernel
 from titan_fp8.kernels.mx.reference import CARRY, MODES
 from titan_fp8.kernels.partial_sums import kernel as partial_sums
 from titan_fp8.kernels.producers import norm_backward_kernel as norm_backward
@@ -29,7 +27,6 @@ from titan_fp8.kernels.rope import kernel as rope
 B200 = 100
 BOTH, ROWS, COLUMNS = (True, True), (True, False), (False, True)
 LAYOUTS = pytest.mark.parametrize("layouts", [ROWS, COLUMNS, BOTH], ids=["rows", "columns", "both"])
-NVCC = shutil.which("nvcc")
 
 
 @pytest.fixture(autouse=True)
@@ -190,20 +187,5 @@ def test_every_tile_of_the_sweep(layouts: tuple[bool, bool], monkeypatch: pytest
 @pytest.mark.parametrize("arch", ["sm_80", *(pytest.param(f"sm_{n}", marks=pytest.mark.slow) for n in (89, 120))])
 def test_the_cuda_kernel_compiles_for_other_gpus(arch: str, tmp_path: Path) -> None:
     """Those with the arithmetic of bf16 pairs and the conversion to e4m3, and those without."""
-    out = tmp_path / "columns.ptx"
-    command = [
-        str(NVCC),
-        "-ptx",
-        "-O3",
-        f"-arch={arch}",
-        "-Werror",
-        "all-warnings",
-        "-o",
-        str(out),
-        columns_cuda.SOURCE,
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
-    ptx = out.read_text()
-    assert f".target {arch}" in ptx
-    assert len(re.findall(r"\.entry", ptx)) == len(columns_cuda.FORMATS)
+    ptx = compile_columns(arch, tmp_path)
     assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (arch != "sm_80")

@@ -1,6 +1,7 @@
-"""A tiny decoder for the tests of this folder."""
+"""A tiny decoder, and compilers of tests, for the tests of this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,24 @@ from titan_fp8.quantization.recipes import get_recipe
 def tiny_decoder() -> Callable[..., Decoder]:
     """`tiny_decoder(n_layers=3, recipe=None, **dims)` -> a decoder with initial weights, its blocks quantized."""
     return _build
+
+
+@pytest.fixture
+def register_backend() -> Iterator[Callable[[str, Callable[..., Any]], None]]:
+    """`register_backend(name, backend)` makes `backend` one of torch.compile's for the time of a test."""
+    names: list[str] = []
+
+    def register(name: str, backend: Callable[..., Any]) -> None:
+        torch._dynamo.reset()
+        torch._dynamo.register_backend(backend, name=name)
+        names.append(name)
+
+    yield register
+    registry = torch._dynamo.backends.registry
+    for name in names:
+        registry._COMPILER_FNS.pop(name)
+        registry._BACKENDS.pop(name, None)
+    torch._dynamo.reset()
 
 
 def _conversion(recipe: str) -> Callable[[nn.Linear], nn.Linear]:

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,7 +218,7 @@ KEEPING = "keep_codes_for_a_test"
 
 
 @pytest.fixture
-def codes_of_graphs() -> Iterator[list[StorageWeakRef]]:
+def codes_of_graphs(register_backend: Callable[..., None]) -> list[StorageWeakRef]:
     """The memory of float8 codes that come out of forward graphs compiled by the backend called KEEPING."""
     codes: list[StorageWeakRef] = []
 
@@ -233,14 +233,8 @@ def codes_of_graphs() -> Iterator[list[StorageWeakRef]]:
     def backward_compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
         return make_boxed_func(graph.forward)
 
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler)
-    torch._dynamo.register_backend(backend, name=KEEPING)
-    yield codes
-    registry = torch._dynamo.backends.registry
-    registry._COMPILER_FNS.pop(KEEPING)
-    registry._BACKENDS.pop(KEEPING, None)
-    torch._dynamo.reset()
+    register_backend(KEEPING, aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler))
+    return codes
 
 
 def _is_fp8(tensor: Tensor) -> bool:

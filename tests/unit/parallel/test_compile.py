@@ -30,7 +30,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def graphs() -> Iterator[list[torch.fx.GraphModule]]:
+def graphs(register_backend: Callable[..., None]) -> list[torch.fx.GraphModule]:
     """The graphs that the backend called BACKEND was given."""
     seen: list[torch.fx.GraphModule] = []
 
@@ -38,13 +38,8 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
         seen.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
-    torch._dynamo.register_backend(backend, name=BACKEND)
-    yield seen
-    registry = torch._dynamo.backends.registry
-    registry._COMPILER_FNS.pop(BACKEND)
-    registry._BACKENDS.pop(BACKEND, None)
-    torch._dynamo.reset()
+    register_backend(BACKEND, backend)
+    return seen
 
 
 def _step(model: Decoder) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Where activations are computed again, routers choose no other experts than before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def ops_of_backward() -> Iterator[list[object]]:
+def ops_of_backward(register_backend: Callable[..., None]) -> list[object]:
     """The operations in backward graphs compiled by the backend called NOTING."""
     ops: list[object] = []
 
@@ -38,14 +38,8 @@ def ops_of_backward() -> Iterator[list[object]]:
         ops.extend(node.target for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler)
-    torch._dynamo.register_backend(backend, name=NOTING)
-    yield ops
-    registry = torch._dynamo.backends.registry
-    registry._COMPILER_FNS.pop(NOTING)
-    registry._BACKENDS.pop(NOTING, None)
-    torch._dynamo.reset()
+    register_backend(NOTING, aot_autograd(fw_compiler=forward_compiler, bw_compiler=backward_compiler))
+    return ops
 
 
 class _Noting(TorchDispatchMode):
