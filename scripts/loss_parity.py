@@ -11,8 +11,8 @@ Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same 
 same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
 for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
 
-Rows `*-fast` and `tensorwise-head` train with the options that `bench_peers.py` measures speed with, which change
-where gradients and the loss are rounded; the others with the defaults.
+Rows `*-fast`, `*-lean` and `tensorwise-head` train with the options that `bench_peers.py` measures speed with, which
+change where gradients and the loss are rounded; the others with the defaults.
 
 With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
 computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs
@@ -46,7 +46,10 @@ MX_ROWS = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 """Emulated where the device has no products of blocks."""
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
+LEAN = ("tensorwise-lean", "rowwise-lean")
+"""As `*-fast`, and what w1 and w3 give is kept as codes."""
 FAST = {"tensorwise-fast": "tensorwise", "rowwise-fast": "rowwise", HEAD: "tensorwise"}
+FAST |= {row: row.removesuffix("-lean") for row in LEAN}
 """Rows that train as those of `bench_peers.py` do, and their recipes: the loss is computed a part of the tokens at a
 time and, on one GPU, gradients leave their products in fp32 and weights are kept by rows alone."""
 CHUNKS = 4
@@ -192,6 +195,8 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
         if gpus == 1:
             options[f"{FLOAT8}.grad_weight_dtype"] = "float32"
             flags.append(f"{FLOAT8}.force_recompute_fp8_weight_in_bwd")
+    if row in LEAN:
+        flags.append(f"{FLOAT8}.keep_gate_up_in_float8")
     if row in EXPERTS:
         options[f"{GROUPED}.fqns"] = "experts"
     if row == PAYLOAD:

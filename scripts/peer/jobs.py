@@ -133,6 +133,17 @@ ROWS = {
 }
 
 
+_CODES = {f"{FLOAT8}.keep_gate_up_in_float8": True}
+_LEAN: dict[tuple[str, str], dict[str, Any]] = {
+    ("one-gpu", "rowwise-compiled"): _CODES,
+    ("one-gpu", "tensorwise-eager"): _CODES,
+    ("one-gpu", "float8-head"): _CODES,
+    ("two-gpus-accumulating", "tensorwise-compiled"): _CODES
+    | {f"{FLOAT8}.keep_fp8_weight_shards": False, "training.loss_chunk_tokens": 1024},
+}
+"""(job, row) -> what keeps ours within the peer's memory where it would otherwise take more."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training; `traced`: its last step is, and the last `LOG_FREQ` steps do not count."""
@@ -247,7 +258,8 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
 
 def _own_options(run: Run) -> dict[str, Any]:
     """What ours has and the peer has not: the loss some tokens at a time and, since float8 layers keep less, no
-    recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone."""
+    recomputation. On one GPU gradients leave their products in fp32, and weights are kept by rows alone. Some rows keep
+    less (`_LEAN`)."""
     job = run.job
     # Tensor parallelism divides the logits already.
     options: dict[str, Any] = {"training.loss_chunk_tokens": 4096} if job.tensor == 1 else {}
@@ -256,6 +268,8 @@ def _own_options(run: Run) -> dict[str, Any]:
     if run.row.recipe and not job.experts:
         if not job.same_ac:
             options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
+        if (job.name, run.row.name) in _LEAN:
+            options |= _LEAN[job.name, run.row.name]
         if job.gpus == 1:
             options |= {f"{FLOAT8}.grad_weight_dtype": "float32", f"{FLOAT8}.force_recompute_fp8_weight_in_bwd": True}
     return options

@@ -32,6 +32,7 @@ def convert_to_float8_training(
     cache_weights: bool = False,
     enable_fsdp_float8_all_gather: bool = False,
     force_recompute_fp8_weight_in_bwd: bool = False,
+    keep_gate_up_in_float8: bool = False,
 ) -> ConversionReport:
     """Replace the linear layers of `model` in place by `Float8Linear`s, which train in float8.
 
@@ -65,6 +66,8 @@ def convert_to_float8_training(
         force_recompute_fp8_weight_in_bwd: save no codes of a weight for backward, which casts the parameter again (with
             `cache_weights`: makes the layout that it reads from the cached codes). Set it under FSDP that gathers in
             high precision: otherwise the codes of the whole model are kept from the forward to the backward pass.
+        keep_gate_up_in_float8: the feed-forwards of a decoder of this package keep the outputs of w1 and w3 as e4m3
+            codes for backward; an error in a model where none can.
 
     Returns:
         A report with a row for each linear layer; `print(report)` shows the table.
@@ -88,6 +91,7 @@ def convert_to_float8_training(
         cache_weights=cache_weights,
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
+        keep_gate_up_in_float8=keep_gate_up_in_float8,
     )
     return convert_linears(model, request, detect_device(), problems=problems)
 
@@ -182,6 +186,7 @@ def convert_to_float8_nocompile_training(
     cache_weights: bool = False,
     enable_fsdp_float8_all_gather: bool = False,
     force_recompute_fp8_weight_in_bwd: bool = False,
+    keep_gate_up_in_float8: bool = False,
 ) -> ConversionReport:
     """`convert_to_float8_training` for eager mode: on a GPU with the Triton kernels, or not at all.
 
@@ -208,6 +213,7 @@ def convert_to_float8_nocompile_training(
         cache_weights=cache_weights,
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
+        keep_gate_up_in_float8=keep_gate_up_in_float8,
     )
 
 

@@ -84,6 +84,11 @@ class Float8LinearSection(Section):
     layout that backward reads is made from the cached codes again. FSDP frees what it gathered after the forward pass
     in any case, and gathers it again; `parallelism.fsdp_reshard_after_forward = "never"` would keep it."""
 
+    keep_gate_up_in_float8: bool = False
+    """Keep the outputs of w1 and w3, the largest tensors that a block keeps for its backward pass, as e4m3 codes with a
+    scale a token: half the bytes, for gradients that are computed from rounded values. Needs feed-forwards whose w1,
+    w2 and w3 all have one fully float8 recipe."""
+
     def problems(self) -> Iterator[Problem]:
         """What would do nothing, and names that no model has."""
         for key_name, problem in emulation_problems(self.fast_accum_in_backward, self.emulate):

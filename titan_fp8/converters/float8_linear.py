@@ -21,7 +21,7 @@ from torch import nn
 from titan_fp8.converters.config import Float8LinearSection
 from titan_fp8.converters.exchanges import exchanges
 from titan_fp8.converters.filters import AUTO_FILTER
-from titan_fp8.converters.fusion import fuse_producers
+from titan_fp8.converters.fusion import can_gate_any, fuse_producers
 from titan_fp8.converters.linears import (
     divided_weights,
     nothing_to_convert,
@@ -122,6 +122,7 @@ def convert_linears(
             fast_accum_in_backward=request.fast_accum_in_backward,
             grad_weight_dtype=request.grad_weight_dtype,
             recompute_weight_in_backward=recompute,
+            keeps_gate_up_in_float8=request.keep_gate_up_in_float8,
         )
         for recipe, (emulate, _) in modes.items()
     }
@@ -193,6 +194,14 @@ def _check_model(
         )
         if obstacle:
             problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")
+    if request.keep_gate_up_in_float8:
+        recipes = {fqn: choice.recipe for fqn, choice in choices.items() if choice.reason is None}
+        if not can_gate_any(model, recipes, tensor_parallel=placement.tensor > 1):
+            problems.append(
+                f"{request.prefix}keep_gate_up_in_float8 = true is for feed-forwards whose w1, w2 and w3 are converted "
+                "with one recipe that is float8 in all three products, under tensor parallelism not tensorwise, and "
+                f"there is none; convert them ({setting}), or leave the option out"
+            )
     for users in divided_weights(model, choices) if request.enable_fsdp_float8_all_gather else []:
         names = ", ".join(f"{name} ({reader})" for name, reader in users)
         problems.append(

@@ -18,6 +18,7 @@ would read stays a tensor. The new modules hold the old ones' parameters under t
 who looks at what passes between modules (hooks, autocast), they compute as the modules they replaced.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, TypeGuard, TypeVar
@@ -36,6 +37,7 @@ from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.quantization.shared_input import share_input
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_FEED_FORWARDS = ("feed_forward", "moe.shared_experts")
 
 
 def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[str]:
@@ -61,10 +63,34 @@ def fuse_producers(model: nn.Module, *, tensor_parallel: bool = False) -> list[s
     return fused
 
 
+def can_gate_any(model: nn.Module, recipes: Mapping[str, Float8Recipe], *, tensor_parallel: bool) -> bool:
+    """Whether `fuse_producers` will find a feed-forward to replace in a model that has yet to be converted.
+
+    Args:
+        model: as it is before conversion.
+        recipes: name of each linear that will be converted -> its recipe.
+        tensor_parallel: as for `fuse_producers`.
+    """
+    for fqn, block in model.named_modules():
+        if not isinstance(block, TransformerBlock):
+            continue
+        for name in _FEED_FORWARDS:
+            feed_forward = _part(block, name)
+            if type(feed_forward) is not FeedForward or feed_forward.w1.bias is not None:
+                continue
+            prefix = f"{fqn}.{name}" if fqn else name
+            first, *others = (recipes.get(f"{prefix}.{linear}") for linear in ("w1", "w2", "w3"))
+            if first is None or not first.grad_weight_in_float8 or any(other != first for other in others):
+                continue
+            if not (tensor_parallel and first.granularity is Granularity.TENSOR):
+                return True
+    return False
+
+
 def _fused_parts(block: TransformerBlock, tensor_parallel: bool) -> dict[str, nn.Module]:
     """Name -> what to put there."""
     parts: dict[str, nn.Module] = {}
-    for name in ("feed_forward", "moe.shared_experts"):
+    for name in _FEED_FORWARDS:
         feed_forward = _part(block, name)
         if type(feed_forward) is FeedForward and _can_gate(feed_forward):
             assert isinstance(feed_forward.w2, Float8Linear)

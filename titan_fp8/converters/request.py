@@ -23,6 +23,7 @@ _FLAGS = (
     "fast_accum_in_backward",
     "enable_fsdp_float8_all_gather",
     "force_recompute_fp8_weight_in_bwd",
+    "keep_gate_up_in_float8",
     "cache_weights",
 )
 _COUNTS = ("keep_first_blocks_hp", "keep_last_blocks_hp")
@@ -51,6 +52,7 @@ class Float8Request:
     grad_weight_dtype: torch.dtype = torch.bfloat16
     enable_fsdp_float8_all_gather: bool = False
     force_recompute_fp8_weight_in_bwd: bool = False
+    keep_gate_up_in_float8: bool = False
     cache_weights: bool = False
     filters_are_default: bool = False
     prefix: str = ""

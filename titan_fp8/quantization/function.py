@@ -50,6 +50,8 @@ class Float8Config:
             derive its columns again from cached or gathered row codes.
         keeps_input: save x in place of its codes by columns, and cast it again in backward: less memory where whoever
             made x keeps it for its own backward anyway, and no other linear reads it.
+        keeps_gate_up_in_float8: a gated feed-forward keeps what w1 and w3 give as e4m3 codes (`gated.py`); of other
+            linears it says nothing.
         parallel: the linear's part in a product that several ranks compute; see `tensor_parallel.py`.
     """
 
@@ -59,6 +61,7 @@ class Float8Config:
     grad_weight_dtype: torch.dtype = torch.bfloat16
     recompute_weight_in_backward: bool = False
     keeps_input: bool = False
+    keeps_gate_up_in_float8: bool = False
     parallel: TensorParallel | None = None
 
     @property

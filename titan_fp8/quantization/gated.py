@@ -10,6 +10,10 @@ layouts, without being written in between:
                grad_x  = grad_gate @ w1 + grad_up @ w3
                grad_w1 = grad_gate.T @ x;  grad_w3 = grad_up.T @ x;  grad_w2 = grad_output.T @ hidden
 
+Gate and up are the largest tensors that a block keeps. With `Float8Config.keeps_gate_up_in_float8` their e4m3 codes are
+kept in their place, with a scale a token: backward reads half the bytes, and computes the three gradients that depend
+on them from the rounded values. Forward does not change.
+
 `gated_feed_forward` is all of it, and keeps gate and up alone: their backward reads them anyway, and makes the codes of
 hidden that grad_w2 multiplies in the same pass. `gated_hidden` is the first half, for a w2 that is another module's or
 computes otherwise (a part of a product that several ranks compute); w2 then keeps those codes.
@@ -24,9 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.producers import Cast
 from titan_fp8.kernels.producers.reference import output_cast
-from titan_fp8.quantization import producer_ops
+from titan_fp8.quantization import ops, producer_ops
 from titan_fp8.quantization.activation import QuantizedActivation
 from titan_fp8.quantization.casts import Codes, as_matrix
 from titan_fp8.quantization.function import differentiable_once
@@ -35,6 +40,31 @@ from titan_fp8.quantization.produced import input_cast, quantized, value_of
 from titan_fp8.quantization.producer_ops import Forms
 from titan_fp8.quantization.shared_input import Operands, Plan, Saved, add_part, arguments_of
 from titan_fp8.quantization.tensor_parallel import cast_gradient
+
+
+class _Kept(NamedTuple):
+    """What backward has of gate and up `[T, H]`: themselves, or their codes and their scales `[T, 1]`."""
+
+    gate: Tensor
+    up: Tensor
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, gate: Tensor, up: Tensor, *, in_float8: bool) -> "_Kept":
+        """What to keep of them."""
+        if not in_float8:
+            return cls(gate, up)
+        (gate_codes, gate_scale), (up_codes, up_scale) = (ops.cast_rows(each, E4M3) for each in (gate, up))
+        return cls(gate_codes, up_codes, gate_scale, up_scale)
+
+    def values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gate and up as tensors."""
+        if self.gate_scale is None or self.up_scale is None:
+            return self.gate, self.up
+        pairs = (self.gate, self.gate_scale), (self.up, self.up_scale)
+        gate, up = ((codes.float() * scale).to(dtype) for codes, scale in pairs)
+        return gate, up
 
 
 class _GatedPlan(NamedTuple):
@@ -116,7 +146,8 @@ class _GatedFeedForward(torch.autograd.Function):
             outputs = value_of(None, (*shape[:-1], gate.shape[1]), like=gate), *codes
             ctx.mark_non_differentiable(*codes)
         needs_grads = [linears.needs_grad_input] * 2 + [plan.needs_grad_hidden] * plan.has_w2
-        ctx.save_for_backward(gate, up, *operands.for_backward(linears, needs_grads))
+        kept = _Kept.of(gate, up, in_float8=linears.config.keeps_gate_up_in_float8)
+        ctx.save_for_backward(*kept, *operands.for_backward(linears, needs_grads))
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # nobody wants a zero gradient of codes
         ctx.plan, ctx.input_shape, ctx.arguments = plan, shape, len(arguments)
@@ -132,15 +163,16 @@ class _GatedFeedForward(torch.autograd.Function):
         of_values: list[Tensor | None] = [None] * linears.values
         of_weights: list[Tensor | None] = [None] * len(linears.weights)
         if grad is not None:
-            gate, up, *kept = ctx.saved_tensors
-            saved, after, g_columns = Saved(kept, linears), grad, None
+            gate, up, gate_scale, up_scale, *others = ctx.saved_tensors
+            kept = _Kept(gate, up, gate_scale, up_scale)
+            saved, after, g_columns = Saved(others, linears), grad, None
             if plan.has_w2:
                 grad, g_columns = _through_w2(grad, saved, plan)
-            of_gate, of_up, hidden = _through_swiglu(grad, gate, up, plan, output=g_columns is not None)
+            of_gate, of_up, hidden = _through_swiglu(grad, kept, plan, output=g_columns is not None)
             if not torch.compiler.is_compiling():
                 # The products that follow need memory, and gate and up, as large as what they make, are done with.
                 ctx.maybe_clear_saved_tensors()
-            del gate, up, grad, kept
+            del gate, up, kept, grad, others
             if g_columns is not None and hidden is not None:
                 of_weights[2] = saved.grad_weight(g_columns, hidden, 2)
             x_columns = saved.x_columns(after) if plan.needs_columns else None
@@ -162,7 +194,7 @@ def _through_w2(grad: Tensor, saved: Saved, plan: _GatedPlan) -> tuple[Tensor | 
 
 
 def _through_swiglu(
-    grad: Tensor | None, gate: Tensor, up: Tensor, plan: _GatedPlan, *, output: bool
+    grad: Tensor | None, kept: _Kept, plan: _GatedPlan, *, output: bool
 ) -> tuple[Forms, Forms, Codes | None]:
     """The gradients of gate and up for that of hidden, if there is one; and, if asked, hidden by columns."""
     recipe = plan.linears.config.recipe
@@ -171,8 +203,10 @@ def _through_swiglu(
     hidden_cast = output_cast(cast, recipe.input_dtype)
     if grad is None:
         none = Forms(None, None, None)
-        return none, none, producer_ops.forms(iter(producer_ops.swiglu_cast(gate, up, *hidden_cast)), hidden_cast)[2]
+        tensors = iter(producer_ops.swiglu_cast(*kept.values(plan.linears.dtype), *hidden_cast))
+        return none, none, producer_ops.forms(tensors, hidden_cast).columns
     dtype = recipe.input_dtype if output else None
-    tensors = iter(producer_ops.swiglu_backward_cast(grad.reshape(gate.shape), gate, up, *cast, dtype))
+    gate, up, *scales = kept
+    tensors = iter(producer_ops.swiglu_backward_cast(grad.reshape(gate.shape), gate, up, *cast, dtype, *scales))
     of_gate, of_up = (producer_ops.forms(tensors, cast) for _ in range(2))
     return of_gate, of_up, producer_ops.forms(tensors, hidden_cast).columns if output else None

@@ -131,20 +131,26 @@ def _swiglu(gate: Tensor, up: Tensor, *cast: Any) -> list[Tensor]:
 
 
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *options: Any) -> list[Tensor]:
-    cast, (output_columns,) = options[:6], options[6:] or (None,)  # a default is not passed on
-    of_gate, of_up, output = producers.swiglu_backward(grad, gate, up, _cast(*cast), output_columns)
+    cast, output_columns, *scales = _split_backward(options)
+    kept = None if scales[0] is None else (scales[0], scales[1])
+    of_gate, of_up, output = producers.swiglu_backward(grad, gate, up, cast, output_columns, kept)
     return _given(*of_gate, *of_up, *(output or ()))
 
 
 def _fake_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *options: Any) -> list[Tensor]:
-    cast, (output_columns,) = _cast(*options[:6]), options[6:] or (None,)
-    output = () if output_columns is None else _fake_forms(gate, output_cast(cast, output_columns))
-    return _given(*_fake_forms(gate, cast), *_fake_forms(gate, cast), *output)
+    cast, output_columns, *_ = _split_backward(options)
+    output = () if output_columns is None else _fake_forms(grad, output_cast(cast, output_columns))
+    return _given(*_fake_forms(grad, cast), *_fake_forms(grad, cast), *output)
 
 
 def _split(options: tuple[Any, ...]) -> tuple[Cast, bool]:
     """A cast, and what may follow it: a default is not passed on."""
     return _cast(*options[:6]), bool(options[6:] and options[6])
+
+
+def _split_backward(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A cast, and the three options that may follow it."""
+    return _cast(*options[:6]), *options[6:], *[None] * (9 - len(options))
 
 
 def _cast(granularity: str, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool, emit: bool) -> Cast:
@@ -192,9 +198,11 @@ swiglu_cast = register_operator(
 """`swiglu_cast(gate [T, H], up [T, H], *Cast)`: silu(gate) * up, as float8."""
 
 swiglu_backward_cast = register_operator(
-    f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}, ScalarType? output_columns=None) -> Tensor[]",
+    f"swiglu_backward_cast(Tensor grad, Tensor gate, Tensor up, {_CAST}, ScalarType? output_columns=None,"
+    " Tensor? gate_scale=None, Tensor? up_scale=None) -> Tensor[]",
     _swiglu_backward,
     _fake_swiglu_backward,
 )
-"""`swiglu_backward_cast(grad [T, H], gate [T, H], up [T, H], *Cast, output_columns)`: the gradients of gate and up, as
-float8, and if asked the columns of silu(gate) * up in the format `output_columns`."""
+"""`swiglu_backward_cast(grad [T, H], gate [T, H], up [T, H], *Cast, output_columns, gate_scale [T, 1], up_scale [T,
+1])`: the gradients of gate and up, as float8, and if asked the columns of silu(gate) * up in the format
+`output_columns`. With scales, gate and up are e4m3 codes by rows."""

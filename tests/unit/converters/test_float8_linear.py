@@ -94,6 +94,25 @@ def test_a_section_reaches_the_layers() -> None:
     assert config.grad_weight_dtype == torch.bfloat16
 
 
+def test_feed_forwards_keep_codes_where_asked_and_only_where_they_can() -> None:
+    dims = resolve_dims("llama3", "debugmodel")
+    model = Decoder(dims)
+    converter(filter_fqns=["output"], keep_gate_up_in_float8=True).convert(model)
+    assert model.layers["0"].feed_forward.w1.config.keeps_gate_up_in_float8
+    for cannot in (
+        {"filter_fqns": ["output", "w2"]},
+        {"recipe_name": "rowwise_with_gw_hp"},
+        {"recipe_by_fqn": ["w3=rowwise"]},
+    ):
+        (problem,) = violations(Decoder(dims), keep_gate_up_in_float8=True, **cannot)
+        assert "keep_gate_up_in_float8 = true is for feed-forwards whose w1, w2 and w3 are converted" in problem
+    violations(Model(), keep_gate_up_in_float8=True)
+    two_ranks = Placement(ranks=2, tensor=2)
+    converter(placement=two_ranks, recipe_name="rowwise", keep_gate_up_in_float8=True).convert(Decoder(dims))
+    with pytest.raises(ConversionError, match="under tensor parallelism not tensorwise"):
+        converter(placement=two_ranks, keep_gate_up_in_float8=True).convert(Decoder(dims))
+
+
 @pytest.mark.parametrize(
     ("device", "emulate", "outcome"),
     [(CPU, "auto", True), (CPU, True, True), (H200, "auto", False), (H200, True, True), (H200, False, False)],

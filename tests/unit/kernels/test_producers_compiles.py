@@ -134,20 +134,40 @@ def blocks_of(tile: Tile) -> dict[str, int]:
         (True, "block", swiglu.BACKWARD_BLOCK_TILE),
     ],
 )
-def test_swiglu_compiles(backward: bool, granularity: str, tile: Tile) -> None:
+@pytest.mark.parametrize("codes", [False, True])
+def test_swiglu_compiles(backward: bool, granularity: str, tile: Tile, codes: bool) -> None:
+    if codes and not backward:
+        pytest.skip("forward has gate and up")
     pointers = ["*i32", "*i32", *FORMS] * 2 + ["*i32", "*u8", "*fp32"]
-    arguments = ["*bf16"] * 3 + pointers + ["i32"] + ["i32+"] * 5
-    flags = {"BACKWARD": backward, "GRANULARITY": granularity, "ROWS": True, "COLUMNS": True, "EMIT": False, **CODES}
+    arguments = [*inputs_of_swiglu(codes), *pointers, "i32", *["i32+"] * 5]
+    flags = {
+        "BACKWARD": backward,
+        "CODES": codes,
+        "GRANULARITY": granularity,
+        "ROWS": True,
+        "COLUMNS": True,
+        "EMIT": False,
+        **CODES,
+    }
     flags |= {"OUTPUT": backward, "OUTPUT_GRANULARITY": granularity, "OUTPUT_E5M2": False}
     assert_wide_and_exact(compile_ptx(swiglu._swiglu_tiles_kernel, arguments, tile.warps, **flags, **blocks_of(tile)))
 
 
-@pytest.mark.parametrize(("backward", "tensor"), [(False, True), (True, True), (True, False)])
-def test_amax_of_swiglu_compiles(backward: bool, tensor: bool) -> None:
+def inputs_of_swiglu(codes: bool) -> list[str]:
+    """Pointers to the gradient, gate and up, and to the scales of these."""
+    return ["*bf16", "*u8", "*u8", "*fp32", "*fp32"] if codes else ["*bf16"] * 5
+
+
+@pytest.mark.parametrize(
+    ("backward", "tensor", "codes"),
+    [(False, True, False), (True, True, False), (True, False, False), (True, True, True), (True, False, True)],
+)
+def test_amax_of_swiglu_compiles(backward: bool, tensor: bool, codes: bool) -> None:
     block = swiglu_amax.BACKWARD_AMAX if backward else swiglu_amax.FORWARD_AMAX
-    arguments = ["*bf16"] * 3 + ["*i32"] * 5 + ["i32"] + ["i32+"] * 4
+    arguments = [*inputs_of_swiglu(codes), *["*i32"] * 5, "i32", *["i32+"] * 4]
     flags = {
         "BACKWARD": backward,
+        "CODES": codes,
         "OUTPUT": backward,
         "TENSOR": tensor,
         "ROWS": not tensor,

@@ -179,13 +179,21 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
 
 
 def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None = None
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    cast: Cast,
+    output_columns: torch.dtype | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Produced, Produced, Produced | None]:
     """Gradients of gate and of up `[T, H]`, for `grad [T, H]` of `silu(gate) * up`, in the forms that `cast` asks for.
 
     Args:
         output_columns: float8 format of the columns of the output itself, which the next weight's gradient reads; they
-            are made here again, of the same bits as in `swiglu`, so that nobody need keep them. None: not wanted.
+            are made here again, so that nobody need keep them: of the same bits as in `swiglu` where gate and up are
+            the same. None: not wanted.
+        scales: fp32 `[T, 1]` of gate and of up, which are then e4m3 codes by rows (`float8.cast_rows`); they stand for
+            `codes * scale`.
 
     Returns:
         The gradients of gate and of up; and the output's columns, or None.
@@ -193,10 +201,23 @@ def swiglu_backward(
     Raises:
         ValueError: for shapes, dtypes or a cast that do not fit.
     """
-    _check(cast, gate, up, grad)
+    if scales is None:
+        _check(cast, grad, gate, up)
+    else:
+        _check(cast, grad)
+        _check_codes(grad, (gate, up), scales)
     if output_columns is not None:
-        float8.check_input(gate, output_columns)
-    if not float8.uses_kernel(gate):
-        return reference.swiglu_backward(grad, gate, up, cast, output_columns)
+        float8.check_input(grad, output_columns)
+    if not float8.uses_kernel(grad):
+        return reference.swiglu_backward(grad, gate, up, cast, output_columns, scales)
     inputs = [_contiguous_rows(each) for each in (grad, gate, up)]
-    return _swiglu_kernel().swiglu_backward(*inputs, cast, output_columns)
+    return _swiglu_kernel().swiglu_backward(*inputs, cast, output_columns, scales)
+
+
+def _check_codes(grad: Tensor, codes: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor]) -> None:
+    for code, scale in zip(codes, scales, strict=True):
+        if code.dtype != float8.E4M3 or code.shape != grad.shape or scale.shape != (grad.shape[0], 1):
+            raise ValueError(
+                f"expected e4m3 codes {list(grad.shape)} and scales [{grad.shape[0]}, 1], got {code.dtype} "
+                f"{list(code.shape)} and {list(scale.shape)}"
+            )

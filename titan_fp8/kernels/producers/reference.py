@@ -124,19 +124,19 @@ def norm_backward(
     return grad_x.to(x.dtype).contiguous(), (grad * normed).sum(0).to(x.dtype)
 
 
-def swiglu_output(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, `[T, H]`."""
+def swiglu_output(gate: Tensor, up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`silu(gate) * up`, `[T, H]`, in `dtype` or in gate's."""
     value = gate.float()
-    return (value / (1 + torch.exp(-value)) * up.float()).to(gate.dtype).contiguous()
+    return (value / (1 + torch.exp(-value)) * up.float()).to(dtype or gate.dtype).contiguous()
 
 
 def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up `[T, H]` for the gradient of `silu(gate) * up`."""
+    """Gradients of gate and up `[T, H]` for the gradient of `silu(gate) * up`, in its dtype."""
     value, g = gate.float(), grad.float()
     sigmoid = 1 / (1 + torch.exp(-value))
     grad_gate = g * (up.float() * (sigmoid * (1 + value * (1 - sigmoid))))
     grad_up = g * (value * sigmoid)
-    return grad_gate.to(gate.dtype).contiguous(), grad_up.to(gate.dtype).contiguous()
+    return grad_gate.to(grad.dtype).contiguous(), grad_up.to(grad.dtype).contiguous()
 
 
 def rms_norm(
@@ -180,11 +180,18 @@ def output_cast(cast: Cast, dtype: torch.dtype) -> Cast:
 
 
 def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    cast: Cast,
+    output_columns: torch.dtype | None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Produced, Produced, Produced | None]:
     """See `titan_fp8.kernels.producers.swiglu_backward`."""
+    if scales is not None:
+        gate, up = (codes.float() * scale for codes, scale in zip((gate, up), scales, strict=True))
     grad_gate, grad_up = swiglu_gradients(grad, gate, up)
     output = None
     if output_columns is not None:
-        output = quantize(swiglu_output(gate, up), output_cast(cast, output_columns))
+        output = quantize(swiglu_output(gate, up, grad.dtype), output_cast(cast, output_columns))
     return quantize(grad_gate, cast), quantize(grad_up, cast), output

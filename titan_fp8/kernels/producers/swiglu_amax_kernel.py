@@ -19,7 +19,7 @@ from titan_fp8.kernels.float8.bits import _abs_bits, exact_bits
 from titan_fp8.kernels.launch import cdiv, fast
 from titan_fp8.kernels.producers import tiles
 from titan_fp8.kernels.producers.reference import TENSOR, Cast
-from titan_fp8.kernels.producers.swiglu_values import _load, _unrounded, _unrounded_gradients
+from titan_fp8.kernels.producers.swiglu_values import _load, _load_value, _unrounded, _unrounded_gradients
 from titan_fp8.kernels.producers.tiles import _rounded
 
 
@@ -70,15 +70,17 @@ def _store_amax(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _swiglu_amax_kernel(
-    grad_ptr, gate_ptr, up_ptr, row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr, output_amax_ptr,
+    grad_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr,
+    row_amax_ptr, column_amax_ptr, up_row_amax_ptr, up_column_amax_ptr, output_amax_ptr,
     tokens, features, stride_grad, stride_gate, stride_up,
-    BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EXACT_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr, CODES: tl.constexpr, OUTPUT: tl.constexpr, TENSOR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EXACT_BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Integer maxima of the output, or of grad_gate and grad_up, into zeroed int32: TENSOR: of everything, at
     row_amax_ptr; ROWS: of each row; COLUMNS: of each column. OUTPUT: of the output as well, of everything or of each
     column, at output_amax_ptr."""
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     blocks_k = tl.cdiv(features, BLOCK_K)
     pid = tl.program_id(0)
     k = (pid % blocks_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -88,10 +90,10 @@ def _swiglu_amax_kernel(
     output_largest = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.int32)
     for step in tl.range(STEPS, num_stages=STAGES):
         t = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
-        mask = (t < tokens)[:, None] & (k < features)[None, :]
-        gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
+        gate = _load_value(gate_ptr, gate_scale_ptr, t, k, stride_gate, tokens, features, CODES, EXACT_BITS)
+        up = _load_value(up_ptr, up_scale_ptr, t, k, stride_up, tokens, features, CODES, EXACT_BITS)
         if BACKWARD:
-            grad = _load(grad_ptr, t, k, stride_grad, mask)
+            grad = _load(grad_ptr, t, k, stride_grad, (t < tokens)[:, None] & (k < features)[None, :])
             value, up_value = _unrounded_gradients(grad, gate, up, EXACT_BITS)
             up_largest = _accumulate_amax(up_value, up_largest, up_row_amax_ptr, t, tokens, ROWS, dtype, EXACT_BITS)
             if OUTPUT:
@@ -106,9 +108,16 @@ def _swiglu_amax_kernel(
         _store_amax(output_largest, output_amax_ptr, output_amax_ptr, k, features, TENSOR, True, dtype, EXACT_BITS)
 
 
-def amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: bool, of_output: bool) -> list[Tensor]:
+def amaxes(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor] | None,
+    cast: Cast,
+    *,
+    is_backward: bool,
+    of_output: bool,
+) -> list[Tensor]:
     """`[row_amax, column_amax]` of the output, or of both gradients; and the amax of the output or of its columns, for
-    the backward. Unused ones are as long as they need be."""
+    the backward. Unused ones are as long as they need be. scales: of gate and up, where these are codes."""
     tokens, features = inputs[1].shape
     is_tensor = cast.granularity == TENSOR
     per_column = 1 if is_tensor else features
@@ -120,9 +129,11 @@ def amaxes(inputs: tuple[Tensor, Tensor, Tensor], cast: Cast, *, is_backward: bo
     block = BACKWARD_AMAX if is_backward else FORWARD_AMAX
     blocks_t = cdiv(tokens, block.tokens * block.steps)
     fast(_swiglu_amax_kernel)[(blocks_t * cdiv(features, block.features),)](
-        *inputs, *amaxes, tokens, features, *[each.stride(0) for each in inputs],
-        BACKWARD=is_backward, OUTPUT=of_output, TENSOR=is_tensor, ROWS=cast.rows and not is_tensor,
-        COLUMNS=cast.columns and not is_tensor, BLOCK_T=block.tokens, BLOCK_K=block.features, STEPS=block.steps,
-        STAGES=block.stages, EXACT_BITS=exact_bits(inputs[1].device), num_warps=block.warps, **tiles.LAUNCH,
+        *inputs, *(inputs[1:] if scales is None else scales), *amaxes,
+        tokens, features, *[each.stride(0) for each in inputs],
+        BACKWARD=is_backward, CODES=scales is not None, OUTPUT=of_output, TENSOR=is_tensor,
+        ROWS=cast.rows and not is_tensor, COLUMNS=cast.columns and not is_tensor,
+        EXACT_BITS=exact_bits(inputs[1].device), BLOCK_T=block.tokens, BLOCK_K=block.features, STEPS=block.steps,
+        STAGES=block.stages, num_warps=block.warps, **tiles.LAUNCH,
     )  # fmt: skip
     return amaxes

@@ -38,7 +38,7 @@ from titan_fp8.kernels.float8.bits import (
 from titan_fp8.kernels.launch import cdiv, fast, next_power_of_2
 from titan_fp8.kernels.producers import swiglu_amax_kernel, tiles
 from titan_fp8.kernels.producers.reference import BLOCK, ROW, TENSOR, Cast, Produced, output_cast
-from titan_fp8.kernels.producers.swiglu_values import _gradients, _load, _output
+from titan_fp8.kernels.producers.swiglu_values import _gradients, _load, _load_value, _output, _value
 from titan_fp8.kernels.producers.tiles import _store_codes
 
 # Static block sizes: a search at the first step could choose differently on different ranks.
@@ -67,9 +67,14 @@ def _inputs(
 
 
 @triton.jit
-def _values(grad, gate, up, BACKWARD: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
-    """The output twice, or `(grad_gate, grad_up)`: fp32, rounded."""
-    grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+def _values(
+    grad, gate, up, gate_scale_ptr, up_scale_ptr, t, tokens,
+    BACKWARD: tl.constexpr, CODES: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr,
+):  # fmt: skip
+    """The output twice, or `(grad_gate, grad_up)`, of rows t: fp32, rounded."""
+    grad = grad.to(tl.float32)
+    gate = _value(gate, gate_scale_ptr, t, tokens, CODES, EXACT_BITS)
+    up = _value(up, up_scale_ptr, t, tokens, CODES, EXACT_BITS)
     if BACKWARD:
         value, up_value = _gradients(grad, gate, up, dtype, EXACT_BITS)
     else:
@@ -80,11 +85,12 @@ def _values(grad, gate, up, BACKWARD: tl.constexpr, dtype: tl.constexpr, EXACT_B
 
 @triton.jit
 def _again(
-    gate_ptr, up_ptr, t, k, tokens, features, stride_gate, stride_up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr
+    gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, t, k, tokens, features, stride_gate, stride_up,
+    CODES: tl.constexpr, dtype: tl.constexpr, EXACT_BITS: tl.constexpr,
 ):  # fmt: skip
     """The output at rows t: fp32, rounded, zero outside."""
-    mask = (t < tokens)[:, None] & (k < features)[None, :]
-    gate, up = _load(gate_ptr, t, k, stride_gate, mask), _load(up_ptr, t, k, stride_up, mask)
+    gate = _load_value(gate_ptr, gate_scale_ptr, t, k, stride_gate, tokens, features, CODES, EXACT_BITS)
+    up = _load_value(up_ptr, up_scale_ptr, t, k, stride_up, tokens, features, CODES, EXACT_BITS)
     return _output(gate, up, dtype, EXACT_BITS)
 
 
@@ -102,19 +108,19 @@ def _emit(output_ptr, a, b, c, d, quad, k, tokens, features, dtype: tl.constexpr
 
 @triton.jit(do_not_specialize=["tokens"])
 def _swiglu_tiles_kernel(
-    grad_ptr, gate_ptr, up_ptr,
+    grad_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr,
     row_amax_ptr, column_amax_ptr, output_ptr, rows_ptr, row_scale_ptr, columns_ptr, column_scale_ptr,
     up_row_amax_ptr, up_column_amax_ptr, up_output_ptr, up_rows_ptr, up_row_scale_ptr, up_columns_ptr,
     up_column_scale_ptr, output_amax_ptr, output_columns_ptr, output_scale_ptr,
     tokens, features, padded_tokens, stride_grad, stride_gate, stride_up,
-    BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, OUTPUT_GRANULARITY: tl.constexpr, OUTPUT_E5M2: tl.constexpr,
-    GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
+    BACKWARD: tl.constexpr, CODES: tl.constexpr, OUTPUT: tl.constexpr, OUTPUT_GRANULARITY: tl.constexpr,
+    OUTPUT_E5M2: tl.constexpr, GRANULARITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EMIT: tl.constexpr,
     E5M2: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXACT_BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile of the output, or of grad_gate and grad_up (the pointers that begin with `up_`) and, with
-    OUTPUT, of the output by columns."""
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    OUTPUT, of the output by columns. CODES: gate and up are e4m3 codes with a scale a row."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     pid_t, pid_k = _tile_of_program(tl.program_id(0), tl.cdiv(padded_tokens, BLOCK_T), tl.cdiv(features, BLOCK_K), BAND)
     quad, k = _quads_of_tile(pid_t, pid_k, BLOCK_T, BLOCK_K)
     t = 4 * quad
@@ -131,10 +137,16 @@ def _swiglu_tiles_kernel(
     d_grad, d_gate, d_up = _inputs(
         grad_ptr, gate_ptr, up_ptr, t + 3, k, tokens, features, stride_grad, stride_gate, stride_up, BACKWARD
     )
-    a, a_up = _values(a_grad, a_gate, a_up, BACKWARD, dtype, EXACT_BITS)
-    b, b_up = _values(b_grad, b_gate, b_up, BACKWARD, dtype, EXACT_BITS)
-    c, c_up = _values(c_grad, c_gate, c_up, BACKWARD, dtype, EXACT_BITS)
-    d, d_up = _values(d_grad, d_gate, d_up, BACKWARD, dtype, EXACT_BITS)
+    a, a_up = _values(a_grad, a_gate, a_up, gate_scale_ptr, up_scale_ptr, t, tokens, BACKWARD, CODES, dtype, EXACT_BITS)
+    b, b_up = _values(
+        b_grad, b_gate, b_up, gate_scale_ptr, up_scale_ptr, t + 1, tokens, BACKWARD, CODES, dtype, EXACT_BITS
+    )
+    c, c_up = _values(
+        c_grad, c_gate, c_up, gate_scale_ptr, up_scale_ptr, t + 2, tokens, BACKWARD, CODES, dtype, EXACT_BITS
+    )
+    d, d_up = _values(
+        d_grad, d_gate, d_up, gate_scale_ptr, up_scale_ptr, t + 3, tokens, BACKWARD, CODES, dtype, EXACT_BITS
+    )
     if EMIT:
         _emit(output_ptr, a, b, c, d, quad, k, tokens, features, dtype)
     _store_codes(
@@ -152,10 +164,22 @@ def _swiglu_tiles_kernel(
         )  # fmt: skip
     if OUTPUT:
         # Gate and up are loaded again, from a cache: kept until here, they would take registers from the gradients.
-        a = _again(gate_ptr, up_ptr, t, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
-        b = _again(gate_ptr, up_ptr, t + 1, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
-        c = _again(gate_ptr, up_ptr, t + 2, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
-        d = _again(gate_ptr, up_ptr, t + 3, k, tokens, features, stride_gate, stride_up, dtype, EXACT_BITS)
+        a = _again(
+            gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, t, k, tokens, features, stride_gate, stride_up,
+            CODES, dtype, EXACT_BITS,
+        )  # fmt: skip
+        b = _again(
+            gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, t + 1, k, tokens, features, stride_gate, stride_up,
+            CODES, dtype, EXACT_BITS,
+        )  # fmt: skip
+        c = _again(
+            gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, t + 2, k, tokens, features, stride_gate, stride_up,
+            CODES, dtype, EXACT_BITS,
+        )  # fmt: skip
+        d = _again(
+            gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, t + 3, k, tokens, features, stride_gate, stride_up,
+            CODES, dtype, EXACT_BITS,
+        )  # fmt: skip
         _store_codes(
             a, b, c, d, pid_t, pid_k, tokens, features, padded_tokens,
             output_amax_ptr, output_amax_ptr, output_columns_ptr, output_scale_ptr, output_columns_ptr,
@@ -201,17 +225,24 @@ def swiglu(gate: Tensor, up: Tensor, cast: Cast) -> Produced:
     if cast.granularity == ROW and cast.rows and not cast.columns:
         _launch_rows(gate, up, forms)
     else:
-        _launch_tiles(None, gate, up, [forms], None)
+        _launch_tiles((gate, gate, up), None, [forms], None, is_backward=False)
     return forms.result()
 
 
 def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, cast: Cast, output_columns: torch.dtype | None
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    cast: Cast,
+    output_columns: torch.dtype | None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Produced, Produced, Produced | None]:
     """See `titan_fp8.kernels.producers.swiglu_backward`. Tensors have contiguous rows."""
-    forms = [tiles.new_forms(gate, cast) for _ in range(2)]
-    output = None if output_columns is None else tiles.new_forms(gate, output_cast(cast, output_columns))
-    _launch_tiles(grad, gate, up, forms, output)
+    forms = [tiles.new_forms(grad, cast) for _ in range(2)]
+    output = None if output_columns is None else tiles.new_forms(grad, output_cast(cast, output_columns))
+    if scales is not None:
+        gate, up = gate.view(torch.uint8), up.view(torch.uint8)
+    _launch_tiles((grad, gate, up), scales, forms, output, is_backward=True)
     return forms[0].result(), forms[1].result(), None if output is None else output.result()
 
 
@@ -229,17 +260,24 @@ def _launch_rows(gate: Tensor, up: Tensor, forms: tiles.Forms) -> None:
 
 
 def _launch_tiles(
-    grad: Tensor | None, gate: Tensor, up: Tensor, forms: list[tiles.Forms], output: tiles.Forms | None
+    inputs: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor] | None,
+    forms: list[tiles.Forms],
+    output: tiles.Forms | None,
+    *,
+    is_backward: bool,
 ) -> None:
-    """Fill the forms of the output (grad None), or of grad_gate and grad_up and then, if asked, those of the output."""
+    """Fill the forms of the output, or of grad_gate and grad_up and then, if asked, those of the output.
+
+    inputs: the gradient (forward: any tensor of the activations' dtype), gate and up; scales: of these, if codes.
+    """
+    gate = inputs[1]
     tokens, features = gate.shape
     cast, padded_tokens = forms[0].cast, forms[0].padded_tokens
-    is_backward = grad is not None
-    inputs = (gate if grad is None else grad, gate, up)
     strides = [each.stride(0) for each in inputs]
     amaxes = [gate] * 5
     if cast.granularity != BLOCK and (cast.rows or cast.columns or output is not None):
-        amaxes = swiglu_amax_kernel.amaxes(inputs, cast, is_backward=is_backward, of_output=output is not None)
+        amaxes = swiglu_amax_kernel.amaxes(inputs, scales, cast, is_backward=is_backward, of_output=output is not None)
     pointers = [
         pointer
         for number in (0, 1)
@@ -248,8 +286,8 @@ def _launch_tiles(
     pointers += [amaxes[4], *_output_pointers(output, gate)]
     tile = _tile(cast, is_backward=is_backward)
     fast(_swiglu_tiles_kernel)[(cdiv(padded_tokens, tile.tokens) * cdiv(features, tile.features),)](
-        *inputs, *pointers, tokens, features, padded_tokens, *strides,
-        BACKWARD=is_backward, OUTPUT=output is not None, OUTPUT_GRANULARITY=cast.granularity,
+        *inputs, *(inputs[1:] if scales is None else scales), *pointers, tokens, features, padded_tokens, *strides,
+        BACKWARD=is_backward, CODES=scales is not None, OUTPUT=output is not None, OUTPUT_GRANULARITY=cast.granularity,
         OUTPUT_E5M2=output is not None and output.cast.dtype == E5M2, EMIT=cast.emit,
         BLOCK_T=tile.tokens, BLOCK_K=tile.features, BAND=tile.band,
         num_warps=tile.warps, maxnreg=tile.registers, **tiles.flags(cast, gate.device), **tiles.LAUNCH,

@@ -10,6 +10,7 @@ T tokens, H hidden features.
 import triton
 import triton.language as tl
 
+from titan_fp8.kernels.float8.bits import _from_codes
 from titan_fp8.kernels.producers.tiles import _rounded
 
 
@@ -57,3 +58,24 @@ def _gradients(grad, gate, up, dtype: tl.constexpr, EXACT_BITS: tl.constexpr):
 @triton.jit
 def _load(x_ptr, t, k, stride, mask):
     return tl.load(x_ptr + t[:, None] * stride + k[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _value(x, scale_ptr, t, tokens, CODES: tl.constexpr, EXACT_BITS: tl.constexpr):
+    """A tile at rows t in fp32. CODES: x holds e4m3 codes as bytes, whose scales, one a row, are at scale_ptr."""
+    if CODES:
+        scale = tl.load(scale_ptr + t, mask=t < tokens, other=0)
+        value = _from_codes(x, False, EXACT_BITS) * scale[:, None]
+    else:
+        value = x.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _load_value(
+    x_ptr, scale_ptr, t, k, stride, tokens, features, CODES: tl.constexpr, EXACT_BITS: tl.constexpr
+):  # fmt: skip
+    """`_value` of a tile of x, zero outside."""
+    mask = (t < tokens)[:, None] & (k < features)[None, :]
+    x = tl.load(x_ptr + t[:, None] * stride + k[None, :], mask=mask, other=0)
+    return _value(x, scale_ptr, t, tokens, CODES, EXACT_BITS)
