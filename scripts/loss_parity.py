@@ -70,7 +70,7 @@ MODELS[MOE] = {
     "dim": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 4, "head_dim": 64, "n_experts": 16, "top_k": 4,
     "moe_ffn_dim": 768, "vocab_size": 32768,
 }  # fmt: skip
-"""Of the family qwen3_moe: 290M parameters, of which a token uses 119M."""
+"""Of the family qwen3_moe: 290M parameters, of which a token uses 120M."""
 TINY_MODEL = {
     "dim": 128,
     "n_layers": 2,
