@@ -30,7 +30,13 @@ class Linears(nn.Module):
     """
 
     def __init__(
-        self, recipe: str, *, cache: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        recipe: str,
+        *,
+        cache: bool = True,
+        keep_codes: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -41,7 +47,7 @@ class Linears(nn.Module):
         self.norm = nn.LayerNorm(32, dtype=dtype, device=device)
         self.whole = [linear.weight.detach().clone() for linear in plain]
         self.seen: list[Codes] = []
-        wrap_weights_for_fsdp(list(self.linears), cache=cache)  # pyright: ignore[reportArgumentType]
+        wrap_weights_for_fsdp(list(self.linears), cache=cache, keep_codes=keep_codes)  # pyright: ignore
         for linear in self.linears:
             linear.register_forward_pre_hook(self._look)
 

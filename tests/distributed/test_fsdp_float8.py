@@ -258,12 +258,12 @@ _ONE_PASS = [_one_pass, _one_pass_and_roll_back, _one_pass_and_write_to_older_te
 _CHANGES = [_fused, _foreach, _compiled, _data, _copy, _load, _load_in_place_of, _load_the_norm_alone, _write_unseen]
 
 
-def _change_weights(rank: int, world_size: int, ahead: bool) -> None:
+def _change_weights(rank: int, world_size: int, ahead: bool, keep_codes: bool) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     for change in _CHANGES:
         if change is _compiled and world_size > 2:
             continue
-        model = Linears("rowwise", cache=not ahead).shard(mesh)
+        model = Linears("rowwise" if keep_codes else "tensorwise", cache=not ahead, keep_codes=keep_codes).shard(mesh)
         if ahead:
             precompute_float8_dynamic_scale_for_fsdp(model)
         model().backward()
@@ -275,10 +275,10 @@ def _change_weights(rank: int, world_size: int, ahead: bool) -> None:
         model.assert_current()
 
 
-def _tell_the_largest_values(rank: int, world_size: int, ahead: bool) -> None:
+def _tell_the_largest_values(rank: int, world_size: int, ahead: bool, keep_codes: bool) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     for change in _ONE_PASS:
-        model = Linears("tensorwise", cache=not ahead).shard(mesh)
+        model = Linears("tensorwise", cache=not ahead, keep_codes=keep_codes).shard(mesh)
         precompute_float8_dynamic_scale_for_fsdp(model)
         model().backward()
         change(model)
@@ -291,14 +291,19 @@ def _tell_the_largest_values(rank: int, world_size: int, ahead: bool) -> None:
         model.assert_current()
 
 
+@pytest.mark.parametrize("keep_codes", [True, False])
 @pytest.mark.parametrize(("ranks", "ahead"), [(2, False), (2, True), (3, True)])
-def test_a_step_tells_the_largest_values_and_no_later_write_is_missed(ranks: int, ahead: bool) -> None:
-    run_distributed(_tell_the_largest_values, ranks, ahead)
+def test_a_step_tells_the_largest_values_and_no_later_write_is_missed(
+    ranks: int, ahead: bool, keep_codes: bool
+) -> None:
+    run_distributed(_tell_the_largest_values, ranks, ahead, keep_codes)
 
 
+@pytest.mark.parametrize("keep_codes", [True, False])
 @pytest.mark.parametrize(("ranks", "ahead"), [(2, False), (2, True), (3, False), (3, True)])
-def test_no_stale_code_is_gathered_after_a_weight_has_changed(ranks: int, ahead: bool) -> None:
-    run_distributed(_change_weights, ranks, ahead)
+def test_no_stale_code_is_gathered_after_a_weight_has_changed(ranks: int, ahead: bool, keep_codes: bool) -> None:
+    """Without kept codes it is a stale scale that would show, and of a tensor there is one."""
+    run_distributed(_change_weights, ranks, ahead, keep_codes)
 
 
 def _shard_cached(rank: int, world_size: int, convert: Callable[..., Any]) -> None:

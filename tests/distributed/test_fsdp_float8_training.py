@@ -147,8 +147,8 @@ def test_every_adamw_and_clipping_treat_the_weights_as_ordinary_ones(implementat
     run_distributed(_train_with_adamw, 2, implementation, early)
 
 
-def _evaluate_in_inference_mode(rank: int, world_size: int) -> None:
-    model = Linears("rowwise").shard(init_device_mesh("cpu", (world_size,)))
+def _evaluate_in_inference_mode(rank: int, world_size: int, keep_codes: bool) -> None:
+    model = Linears("rowwise", keep_codes=keep_codes).shard(init_device_mesh("cpu", (world_size,)))
     model().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     with torch.inference_mode():
@@ -157,8 +157,9 @@ def _evaluate_in_inference_mode(rank: int, world_size: int) -> None:
     model.assert_current()
 
 
-def test_an_evaluation_in_inference_mode_may_be_what_casts() -> None:
-    run_distributed(_evaluate_in_inference_mode, 2)
+@pytest.mark.parametrize("keep_codes", [True, False])
+def test_an_evaluation_in_inference_mode_may_be_what_casts(keep_codes: bool) -> None:
+    run_distributed(_evaluate_in_inference_mode, 2, keep_codes)
 
 
 def _frozen(rank: int, world_size: int) -> None:

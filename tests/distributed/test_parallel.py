@@ -55,6 +55,7 @@ class Case:
     float8_recipe: str | None = None
     filtered: tuple[str, ...] = ()  # linears of every block that stay in high precision
     float8_all_gather: bool = False
+    keep_codes: bool = True
     precomputed_scales: bool = False
     dims: dict[str, int] = field(default_factory=dict)
     reshard: str = "default"
@@ -100,7 +101,8 @@ def built(case: Case, **float8: Any) -> Decoder:
                     if isinstance(child, nn.Linear) and name not in case.filtered:
                         setattr(parent, name, Float8Linear.from_linear(child, config))
     if case.float8_all_gather:
-        wrap_weights_for_fsdp([module for module in model.modules() if isinstance(module, Float8Linear)], cache=True)
+        linears = [module for module in model.modules() if isinstance(module, Float8Linear)]
+        wrap_weights_for_fsdp(linears, cache=True, keep_codes=case.keep_codes)
     return model
 
 

@@ -45,6 +45,12 @@ TWO_GPUS = {
     "rowwise_offload_precomputed": Case(
         shard=2, float8_recipe="rowwise", cpu_offload=True, precomputed_scales=True, **JOB
     ),
+    "blockwise_precomputed_no_codes_kept": Case(
+        shard=2, float8_recipe="blockwise", keep_codes=False, precomputed_scales=True, **JOB
+    ),
+    "tensorwise_offload_no_codes_kept": Case(
+        shard=2, float8_recipe="tensorwise", cpu_offload=True, keep_codes=False, **JOB
+    ),
 }
 COMPILED = {
     recipe: Case(
@@ -139,14 +145,14 @@ def test_a_shard_is_cast_by_one_kernel_beside_the_one_for_amax(recipe: str, tmp_
 class _Tower(nn.Module):
     """Eight float8 linears of 1024 x 1024, a unit each: enough work for streams to overlap."""
 
-    def __init__(self, cache: bool) -> None:
+    def __init__(self, cache: bool, keep_codes: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         config = Float8Config(RECIPES["rowwise"])
         self.layers = nn.ModuleList(
             Float8Linear.from_linear(nn.Linear(1024, 1024, bias=False, device="cuda"), config) for _ in range(8)
         )
-        wrap_weights_for_fsdp(list(self.layers), cache=cache)  # pyright: ignore[reportArgumentType]
+        wrap_weights_for_fsdp(list(self.layers), cache=cache, keep_codes=keep_codes)  # pyright: ignore
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -154,8 +160,8 @@ class _Tower(nn.Module):
         return x
 
 
-def _train_tower(rank: int, world_size: int, cache: bool, ahead: bool) -> list[float]:
-    model = _Tower(cache)
+def _train_tower(rank: int, world_size: int, cache: bool, ahead: bool, keep_codes: bool) -> list[float]:
+    model = _Tower(cache, keep_codes)
     mesh = init_device_mesh("cuda", (world_size,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
@@ -178,12 +184,14 @@ def _train_tower(rank: int, world_size: int, cache: bool, ahead: bool) -> list[f
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_when_codes_are_cast_changes_no_bit_of_the_training(tmp_path: Path) -> None:
-    """In the stream of the gather on the way, or in the default stream ahead; once a step or at each gather."""
+    """In the stream of the gather on the way, or in the default stream ahead; once a step or at each gather; and kept
+    or not."""
     runs = [
-        _on_gpus(_train_tower, 2, tmp_path / f"{cache}{ahead}", cache, ahead)
+        _on_gpus(_train_tower, 2, tmp_path / f"{cache}{ahead}{keep}", cache, ahead, keep)
         for cache, ahead in ((False, False), (True, False), (True, True))
+        for keep in (True, False)
     ]
-    assert runs[0] == runs[1] == runs[2]
+    assert all(run == runs[0] for run in runs)
     assert runs[0][-1] < runs[0][0]
 
 

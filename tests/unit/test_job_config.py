@@ -317,6 +317,15 @@ def test_precomputed_scales_need_fp8_communication():
     assert float8(precompute, "enable_fsdp_float8_all_gather", world_size=2)
 
 
+def test_codes_of_shards_are_let_go_only_where_they_are_gathered():
+    keep, gather = f"--{FLOAT8}.keep_fp8_weight_shards=false", f"--{FLOAT8}.enable_fsdp_float8_all_gather"
+    answer = error("--model.converters=float8", keep, world_size=2)
+    assert f"{FLOAT8}.keep_fp8_weight_shards" in answer
+    assert "has no effect without enable_fsdp_float8_all_gather" in answer
+    section = load("--model.converters=float8", keep, gather, world_size=2).quantize.linear.float8
+    assert not section.keep_fp8_weight_shards
+
+
 def test_recomputed_weights_need_nothing_but_that_they_are_not_kept():
     force, gather = "force_recompute_fp8_weight_in_bwd", "enable_fsdp_float8_all_gather"
     assert float8(force).force_recompute_fp8_weight_in_bwd

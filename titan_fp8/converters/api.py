@@ -31,6 +31,7 @@ def convert_to_float8_training(
     grad_weight_dtype: torch.dtype = torch.bfloat16,
     cache_weights: bool = False,
     enable_fsdp_float8_all_gather: bool = False,
+    keep_fp8_weight_shards: bool = True,
     force_recompute_fp8_weight_in_bwd: bool = False,
     keep_gate_up_in_float8: bool = False,
 ) -> ConversionReport:
@@ -63,6 +64,9 @@ def convert_to_float8_training(
             kernel of his own) calls `titan_fp8.mark_stale(model)` after it.
         enable_fsdp_float8_all_gather: `fully_shard` will gather the codes of the weights. Build the optimizer after
             `fully_shard`; the step may be followed by `precompute_float8_dynamic_scale_for_fsdp(model)`.
+        keep_fp8_weight_shards: False, with `enable_fsdp_float8_all_gather`: where the codes of a rank's shards would be
+            kept (with `cache_weights`, or from that function on), keep the scales alone, from which each gather makes
+            the codes; that saves one byte a parameter of the shard, and costs a pass over the shard each gather.
         force_recompute_fp8_weight_in_bwd: save no codes of a weight for backward, which casts the parameter again (with
             `cache_weights`: makes the layout that it reads from the cached codes). Set it under FSDP that gathers in
             high precision: otherwise the codes of the whole model are kept from the forward to the backward pass.
@@ -90,6 +94,7 @@ def convert_to_float8_training(
         grad_weight_dtype=grad_weight_dtype,
         cache_weights=cache_weights,
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+        keep_fp8_weight_shards=keep_fp8_weight_shards,
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
         keep_gate_up_in_float8=keep_gate_up_in_float8,
     )
@@ -185,6 +190,7 @@ def convert_to_float8_nocompile_training(
     grad_weight_dtype: torch.dtype = torch.bfloat16,
     cache_weights: bool = False,
     enable_fsdp_float8_all_gather: bool = False,
+    keep_fp8_weight_shards: bool = True,
     force_recompute_fp8_weight_in_bwd: bool = False,
     keep_gate_up_in_float8: bool = False,
 ) -> ConversionReport:
@@ -212,6 +218,7 @@ def convert_to_float8_nocompile_training(
         grad_weight_dtype=grad_weight_dtype,
         cache_weights=cache_weights,
         enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+        keep_fp8_weight_shards=keep_fp8_weight_shards,
         force_recompute_fp8_weight_in_bwd=force_recompute_fp8_weight_in_bwd,
         keep_gate_up_in_float8=keep_gate_up_in_float8,
     )

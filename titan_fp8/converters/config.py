@@ -79,6 +79,11 @@ class Float8LinearSection(Section):
     """Compute all weights' scales after the optimizer step, with one reduction for each mesh. Needs
     `enable_fsdp_float8_all_gather`."""
 
+    keep_fp8_weight_shards: bool = True
+    """Keep the FP8 codes of a rank's shards from one optimizer step to the next. False keeps the scales alone, from
+    which every gather makes the codes again: one byte less for each parameter of the shard, and a pass over the shard
+    each gather. Needs `enable_fsdp_float8_all_gather`."""
+
     force_recompute_fp8_weight_in_bwd: bool = False
     """Keep no FP8 copy of a whole weight from the forward to the backward pass for that pass alone: on one GPU, the
     layout that backward reads is made from the cached codes again. FSDP frees what it gathered after the forward pass
@@ -95,6 +100,8 @@ class Float8LinearSection(Section):
             yield Problem(key_name, problem)
         if self.precompute_float8_dynamic_scale_for_fsdp and not self.enable_fsdp_float8_all_gather:
             yield Problem("precompute_float8_dynamic_scale_for_fsdp", "needs enable_fsdp_float8_all_gather")
+        for key_name, problem in shard_problems(self.keep_fp8_weight_shards, self.enable_fsdp_float8_all_gather):
+            yield Problem(key_name, problem)
         for problem in malformed(pattern for pattern in self.filter_fqns if pattern != AUTO_FILTER):
             yield Problem("filter_fqns", problem)
         table, problems = parse_recipe_table(self.recipe_by_fqn, RECIPE_NAMES)
@@ -119,6 +126,15 @@ def recipe_option_problems(names: set[str], round_scales: bool, fast_accum: bool
         yield (
             "fast_accum_in_backward",
             "has no effect with blockwise, which adds each block's product in float32; leave it out",
+        )
+
+
+def shard_problems(keeps: bool, gathers: bool) -> Iterator[tuple[str, str]]:
+    """(setting, problem) where codes of shards are not to be kept that nobody makes."""
+    if not keeps and not gathers:
+        yield (
+            "keep_fp8_weight_shards",
+            "false has no effect without enable_fsdp_float8_all_gather, which makes these codes; leave it out",
         )
 
 

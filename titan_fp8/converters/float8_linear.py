@@ -8,6 +8,7 @@ What then becomes of the weights depends on where they will lie:
 
     one process           cast once an optimizer step, the codes are kept (`quantization/weights.py`)
     FSDP, FP8 all-gather  shards are cast once an optimizer step, and codes are gathered (`quantization/fsdp_weight.py`)
+                          unless their scales alone are kept, and codes made for each gather
     copies, no shards     the same, with nothing to gather: the whole weight is the shard
     FSDP otherwise        gathered in high precision, and cast in the forward and again in the backward pass
 """
@@ -50,6 +51,7 @@ class _Weights(Enum):
     """What becomes of the weights of a converted model, in the words of its report."""
 
     GATHERED_CODES = "cast shard by shard, gathered as float8 codes"
+    PASSING_CODES = "cast shard by shard for each gather, gathered as float8 codes"
     SHARD_CODES = "cast once an optimizer step on each rank"
     GATHERED = "gathered in high precision, cast in the forward and in the backward pass"
     CACHED = "cast once an optimizer step"
@@ -75,8 +77,8 @@ class Float8LinearConverter:
         return report
 
     def pre_training(self, model_parts: Sequence[nn.Module]) -> None:
-        """With precomputed scales, the codes of the first step. FSDP would make them as it gathers, in the memory of
-        its own stream, which would keep that memory when later codes are made elsewhere."""
+        """With precomputed scales, the first step's codes, or scales alone. FSDP would make them as it gathers, in the
+        memory of its own stream, which would keep that memory when later ones are made elsewhere."""
         for part in model_parts if self._precomputes else ():
             cast_ahead(modules_of(part, Float8Linear))
 
@@ -223,7 +225,7 @@ def _plan_weights(
     model: nn.Module, choices: Mapping[str, Choice], request: Float8Request, placement: Placement | None
 ) -> _Weights:
     if request.enable_fsdp_float8_all_gather:
-        return _Weights.GATHERED_CODES
+        return _Weights.GATHERED_CODES if request.keep_fp8_weight_shards else _Weights.PASSING_CODES
     if placement is not None and placement.is_managed:
         whole = placement.shards == 1 and not placement.offloaded and not divided_weights(model, choices)
         return _Weights.SHARD_CODES if whole else _Weights.GATHERED
@@ -233,7 +235,7 @@ def _plan_weights(
 def _prepare_weights(model: nn.Module, weights: _Weights, *, cache: bool) -> None:
     """Set up what casts the weights of a converted model."""
     linears = [module for module in model.modules() if isinstance(module, Float8Linear)]
-    if weights in (_Weights.GATHERED_CODES, _Weights.SHARD_CODES):
-        wrap_weights_for_fsdp(linears, cache=cache)
+    if weights in (_Weights.GATHERED_CODES, _Weights.PASSING_CODES, _Weights.SHARD_CODES):
+        wrap_weights_for_fsdp(linears, cache=cache, keep_codes=weights is not _Weights.PASSING_CODES)
     elif weights is _Weights.CACHED:
         cache_weights(model, linears)

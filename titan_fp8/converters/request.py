@@ -12,6 +12,7 @@ from titan_fp8.converters.config import (
     Float8LinearSection,
     emulation_problems,
     recipe_option_problems,
+    shard_problems,
 )
 from titan_fp8.converters.filters import parse_recipe_table
 from titan_fp8.converters.protocol import ConversionError
@@ -22,6 +23,7 @@ _FLAGS = (
     "round_scales_to_power_of_2",
     "fast_accum_in_backward",
     "enable_fsdp_float8_all_gather",
+    "keep_fp8_weight_shards",
     "force_recompute_fp8_weight_in_bwd",
     "keep_gate_up_in_float8",
     "cache_weights",
@@ -51,6 +53,7 @@ class Float8Request:
     fast_accum_in_backward: bool = False
     grad_weight_dtype: torch.dtype = torch.bfloat16
     enable_fsdp_float8_all_gather: bool = False
+    keep_fp8_weight_shards: bool = True
     force_recompute_fp8_weight_in_bwd: bool = False
     keep_gate_up_in_float8: bool = False
     cache_weights: bool = False
@@ -156,6 +159,8 @@ def request_from_arguments(**arguments: Any) -> tuple[Float8Request, list[str]]:
     problems += [
         f"{name}: {problem}" for name, problem in emulation_problems(request.fast_accum_in_backward, request.emulate)
     ]
+    shards = shard_problems(request.keep_fp8_weight_shards, request.enable_fsdp_float8_all_gather)
+    problems += [f"{name}: {problem}" for name, problem in shards]
     names = {get_recipe(request.recipe_name).name, *(recipe for _, recipe in request.recipe_by_fqn)}
     if not problems:
         options = recipe_option_problems(names, request.round_scales_to_power_of_2, request.fast_accum_in_backward)

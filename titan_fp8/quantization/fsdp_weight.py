@@ -7,7 +7,8 @@
 
 The codes are those that one process would compute from the whole weight (`shard_cast.py`), and forward, recomputation
 and backward see the same ones. Without precomputed scales every weight's statistics are reduced by themselves when
-FSDP first gathers it after a step; precomputing them needs one all-reduce for all weights of a mesh.
+FSDP first gathers it after a step; precomputing them needs one all-reduce for all weights of a mesh. What is kept until
+the weight changes is a shard's codes, or statistics alone, from which each gather makes them.
 
 Checkpoints are unaffected: a state dict holds plain high-precision tensors under the usual names, and takes them.
 """
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from titan_fp8.quantization.linear import Float8Linear
 
 
-def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = False) -> None:
+def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = False, keep_codes: bool = True) -> None:
     """Make the weights of `linears` such that FSDP2 gathers them as float8 codes. In place; before `fully_shard`.
 
     The weights become new parameters, so an optimizer must be built after this (as after `fully_shard`). They share
@@ -47,6 +48,8 @@ def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = Fa
         cache: codes serve until the weight changes: they are made once an optimizer step, and whoever writes to a
             weight by other means than operations on the parameter, optimizers and `load_state_dict` must call
             `weights.mark_stale`. Otherwise they are made for every gather.
+        keep_codes: codes are kept while they serve. Otherwise it is the statistics of the whole weight that serve so
+            long, and each gather makes codes from them and lets go of these.
 
     Raises:
         UserError: linears of different recipes share a weight; nothing is changed then.
@@ -55,7 +58,8 @@ def wrap_weights_for_fsdp(linears: Iterable["Float8Linear"], *, cache: bool = Fa
     states: dict[int, Float8WeightState] = {}
     for linear in linears:
         recipe = linear.config.recipe
-        state = states.setdefault(id(linear.weight), Float8WeightState(recipe, caches=cache))
+        state = Float8WeightState(recipe, caches=cache, keeps_codes=keep_codes)
+        state = states.setdefault(id(linear.weight), state)
         if state.recipe != recipe:
             raise UserError(
                 f"float8 linears of the recipes {state.recipe.name} and {recipe.name} share a weight, which can be "
@@ -128,7 +132,8 @@ def states_of(module: nn.Module) -> list[tuple[str, WeightState]]:
 
 def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
     """Cast all weights that FSDP gathers as codes now: in float8 with one all-reduce for each distinct mesh, in MXFP8
-    with no exchange, but for one gather of the scales of experts that are cut by rows.
+    with no exchange, but for one gather of the scales of experts that are cut by rows. Of weights whose codes are not
+    kept the scales alone are computed.
 
     Call it on every rank after each optimizer step. Left out are weights that are unchanged since they were cast, and
     those that are gathered at the moment or offloaded to host memory: they are cast when they are gathered next, when

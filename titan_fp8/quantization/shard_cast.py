@@ -16,7 +16,8 @@ lost on the way. A row lies on one rank, so rowwise codes need no statistics; th
 needs all of them beside the gathered codes.
 
 The statistics of many weights travel together: one buffer, one all-reduce. The kernels are those of a whole weight, so
-the codes have the same bits on every mesh.
+the codes have the same bits on every mesh. Whoever keeps a weight's statistics can make the codes of its shard again
+without asking anybody (`cast_shard`).
 
 E experts, N out features, K in features, n rows of a shard.
 """
@@ -31,7 +32,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_fp8.kernels import blockwise, float8
-from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.recipes import Float8Recipe, Granularity
 from titan_fp8.runtime.collectives import Axis, all_reduce
 
@@ -59,6 +59,7 @@ class Shard:
         axis: ranks that hold other parts of the weight that the shard is of, whose one scale, if it has one for all,
             is that of the parts together.
         amax: int32 `[]`, the bits of the largest |w| of the shard, where that is known and the recipe needs it.
+        casts: whether codes are wanted, or the weight's scale and statistics alone.
     """
 
     tensor: Tensor
@@ -68,6 +69,7 @@ class Shard:
     first: int
     axis: Axis | None = None
     amax: Tensor | None = None
+    casts: bool = True
 
     @classmethod
     def of(
@@ -78,11 +80,13 @@ class Shard:
         shards: ShardAxis,
         axis: Axis | None = None,
         amax: Tensor | None = None,
+        *,
+        casts: bool = True,
     ) -> "Shard":
         """The shard `tensor` of a weight of this shape that is sharded over `shards`."""
         dim = cut_dim(tensor.shape, shape)
         first = min(shards.rank * chunk_length(shape[dim], shards.ranks), shape[dim])
-        return cls(tensor, recipe, shape, dim, first, axis, amax)
+        return cls(tensor, recipe, shape, dim, first, axis, amax, casts)
 
     @property
     def statistics_size(self) -> int:
@@ -100,6 +104,20 @@ class Shard:
         if self.recipe.granularity is not Granularity.ROW:
             return statistics
         return statistics.view(*self.shape[:-1]).narrow(self.dim, self.first, self.tensor.shape[self.dim])
+
+
+class CastShard(NamedTuple):
+    """What is made of a shard.
+
+    Attributes:
+        codes: of its rows, in its shape; None unless the shard `casts`.
+        scale: of the whole weight, as `casts.cast_weight` of the whole weight gives it; of experts `[E, N]`.
+        statistics: int32, of the whole weight, in memory that the weights of one call share.
+    """
+
+    codes: Tensor | None
+    scale: Tensor
+    statistics: Tensor
 
 
 class _Measured(NamedTuple):
@@ -128,13 +146,8 @@ def chunk_length(length: int, ranks: int) -> int:
 
 
 @torch.no_grad()
-def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[Codes]:
-    """Cast shards of any recipes, on one device, with one all-reduce over `group` (none if that is None).
-
-    Returns:
-        for each, the codes of what it has and the scale of the whole weight, as `casts.cast_weight` of the whole
-        weight gives it; of experts `[E, N]`.
-    """
+def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[CastShard]:
+    """Cast shards of any recipes, on one device, with one all-reduce over `group` (none if that is None)."""
     measured = [_measure(shard) for shard in shards]
     sizes = [shard.statistics_size for shard in shards]
     slots = [-(-size // _SLOT_MULTIPLE) * _SLOT_MULTIPLE for size in sizes]
@@ -154,6 +167,18 @@ def cast_shards(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> lis
     return [_finish(*each) for each in zip(shards, measured, statistics, strict=True)]
 
 
+@torch.no_grad()
+def cast_shard(shard: Shard, statistics: Tensor) -> Tensor:
+    """The codes of a shard alone, the same bits as `cast_shards` makes, from the weight's statistics that it gave."""
+    match shard.recipe.granularity:
+        case Granularity.TENSOR:
+            return _cast_tensor(shard, statistics)[0]
+        case Granularity.ROW:
+            return _cast_rows(shard)[0]
+        case Granularity.BLOCK:
+            return _cast_blocks(shard, statistics)
+
+
 def _reduce_over_parts(shards: Sequence[Shard], statistics: Sequence[Tensor]) -> None:
     """Where tensor parallelism has divided a weight that has one scale: its largest value over all parts, one
     all-reduce an axis. Tiles lie in one part; rows may be cut, and each part then has its own powers of two."""
@@ -167,31 +192,53 @@ def _reduce_over_parts(shards: Sequence[Shard], statistics: Sequence[Tensor]) ->
 
 
 def _measure(shard: Shard) -> _Measured:
-    tensor, recipe = shard.tensor, shard.recipe
-    match recipe.granularity:
+    tensor = shard.tensor
+    match shard.recipe.granularity:
         case Granularity.TENSOR:
             amax = float8.amax(tensor) if shard.amax is None else shard.amax
             return _Measured(amax.view(1), None)
         case Granularity.ROW:
-            codes, scale = float8.cast_rows(tensor.reshape(-1, tensor.shape[-1]), recipe.weight_dtype)
-            return _Measured(scale.view(torch.int32).view(tensor.shape[:-1]), codes.view(tensor.shape))
+            codes, scale = _cast_rows(shard)
+            return _Measured(scale.view(torch.int32).view(tensor.shape[:-1]), codes if shard.casts else None)
         case Granularity.BLOCK:
             return _Measured(blockwise.block_amax(tensor, shard.first, shard.shape[0]).view(-1), None)
 
 
-def _finish(shard: Shard, measured: _Measured, statistics: Tensor) -> Codes:
-    tensor, recipe = shard.tensor, shard.recipe
-    dtype, power_of_two = recipe.weight_dtype, recipe.power_of_two_scales
-    match recipe.granularity:
+def _finish(shard: Shard, measured: _Measured, statistics: Tensor) -> CastShard:
+    dtype, power_of_two = shard.recipe.weight_dtype, shard.recipe.power_of_two_scales
+    match shard.recipe.granularity:
+        case Granularity.TENSOR if shard.casts:
+            return CastShard(*_cast_tensor(shard, statistics), statistics)
         case Granularity.TENSOR:
-            codes, _, scale = float8.cast_tensor(tensor, statistics.view(()), dtype, rows=True, columns=False)
-            assert codes is not None
-            return Codes(codes, scale)
+            return CastShard(None, blockwise.block_scale(statistics.view(()), dtype, power_of_two), statistics)
         case Granularity.ROW:
-            assert measured.codes is not None
             scale = statistics.view(torch.float32)
-            return Codes(measured.codes, scale.view(-1, 1) if len(shard.shape) == 2 else scale.view(*shard.shape[:-1]))
+            scale = scale.view(-1, 1) if len(shard.shape) == 2 else scale.view(*shard.shape[:-1])
+            return CastShard(measured.codes, scale, statistics)
         case Granularity.BLOCK:
-            amax = statistics.view(blockwise.blocks(shard.shape[0]), -1)
-            codes = blockwise.cast_blocks_from_amax(tensor, amax, dtype, power_of_two, shard.first)
-            return Codes(codes, blockwise.block_scale(amax, dtype, power_of_two))
+            scale = blockwise.block_scale(_of_blocks(shard, statistics), dtype, power_of_two)
+            return CastShard(_cast_blocks(shard, statistics) if shard.casts else None, scale, statistics)
+
+
+def _cast_tensor(shard: Shard, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = shard.recipe.weight_dtype
+    codes, _, scale = float8.cast_tensor(shard.tensor, statistics.view(()), dtype, rows=True, columns=False)
+    assert codes is not None
+    return codes, scale
+
+
+def _cast_rows(shard: Shard) -> tuple[Tensor, Tensor]:
+    tensor = shard.tensor
+    codes, scale = float8.cast_rows(tensor.reshape(-1, tensor.shape[-1]), shard.recipe.weight_dtype)
+    return codes.view(tensor.shape), scale
+
+
+def _cast_blocks(shard: Shard, statistics: Tensor) -> Tensor:
+    dtype, power_of_two = shard.recipe.weight_dtype, shard.recipe.power_of_two_scales
+    amax = _of_blocks(shard, statistics)
+    return blockwise.cast_blocks_from_amax(shard.tensor, amax, dtype, power_of_two, shard.first)
+
+
+def _of_blocks(shard: Shard, statistics: Tensor) -> Tensor:
+    """Statistics as the amax of tiles, `[ceil(N/128), K/128]`."""
+    return statistics.view(blockwise.blocks(shard.shape[0]), -1)

@@ -1,7 +1,8 @@
 """A weight that FSDP gathers as float8 codes: `ShardableWeight` in this format.
 
 What travels is the shard's codes, one byte a value; what arrives becomes a `GatheredFloat8Weight`. Codes are cast on
-the way if they must be, or ahead (`refresh`), together with all ranks that hold shards (`shard_cast.py`).
+the way if they must be, or ahead (`refresh`), together with all ranks that hold shards (`shard_cast.py`). They are kept
+for later gathers; or the weight's statistics are, a few bytes, from which each gather makes them by itself.
 
 E experts, N out features, K in features, n rows of a shard.
 """
@@ -15,9 +16,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_fp8.quantization.casts import Codes
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
-from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_length, cut_dim, is_cut_by_rows
+from titan_fp8.quantization.shard_cast import (
+    CastShard,
+    Shard,
+    ShardAxis,
+    cast_shard,
+    cast_shards,
+    chunk_length,
+    cut_dim,
+    is_cut_by_rows,
+)
 from titan_fp8.quantization.shardable import ShardableWeight
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.errors import UserError
@@ -56,11 +65,10 @@ class ShardableFloat8Weight(ShardableWeight):
                 "sharded by rows can be gathered as float8 codes: let fully_shard place it by Shard(0), or turn "
                 "enable_fsdp_float8_all_gather off (of experts: leave them out of fqns)"
             )
-        if not self.state.serves(self):
+        if self.state.codes is None or not self.state.serves(self):
             axis = ShardAxis(mesh.get_group(), mesh.get_local_rank(), mesh.size())
-            refresh([self], [outer_size], axis, ahead=False)
-        codes = self.state.codes
-        assert codes is not None
+            _make_codes(self, outer_size, axis)
+        codes = self.state.give_out()
         dtype = mp_policy.param_dtype or self.dtype
         is_even = outer_size[0] % mesh.size() == 0 and cut_dim(self.shape, outer_size) == 0
         if is_even and outer_size[-1] % dtype.itemsize == 0:
@@ -93,38 +101,56 @@ def refresh(
         weights: the shards.
         shapes: of each one's weight, `[N, K]` or `[E, N, K]`.
         axis: over which they are sharded; every rank of it must call this with its shards of the same weights.
-        ahead: the codes serve every gather until a write is seen, also where nothing is cached.
+        ahead: what is found serves every gather until a write is seen, also where nothing is cached. That is codes, or
+            statistics and scales alone where codes are not kept.
     """
-    # A gather comes at any time after the optimizer's step, and somebody may have written to the weights by then.
-    shards = [
-        Shard.of(
-            weight.tensor,
-            weight.state.recipe,
-            shape,
-            axis,
-            weight.state.axis,
-            weight.state.amax_of(weight) if ahead else None,
-        )
-        for weight, shape in zip(weights, shapes, strict=True)
-    ]
+    shards = [_shard_of(weight, shape, axis, ahead=ahead) for weight, shape in zip(weights, shapes, strict=True)]
     cast = cast_shards(shards, axis.group if axis.ranks > 1 else None)
     unchanged = [weight.state.is_fresh(weight) for weight in weights]
-    for shard, weight, codes in zip(shards, weights, cast, strict=True):
-        length = shard.tensor.shape[0] if shard.dim else chunk_length(shard.shape[0], axis.ranks)
-        weight.state.record(weight, codes.codes, length, ahead=ahead)
+    for shard, weight, made in zip(shards, weights, cast, strict=True):
+        if made.codes is not None:
+            weight.state.hold(made.codes, _padded_length(shard, axis))
+        weight.state.statistics = None if weight.state.keeps_codes else made.statistics
+        weight.state.recorded(weight, ahead=ahead)
     _refresh_scales([weight.state for weight in weights], cast, unchanged)
 
 
+@torch.inference_mode(False)
+def _make_codes(weight: ShardableFloat8Weight, shape: Sequence[int], axis: ShardAxis) -> None:
+    """Give the state of a weight of this shape the codes for a gather. All ranks decide alike whether that needs them
+    all: what the state knows of the weight came from all of them, and each sees the same writes."""
+    state = weight.state
+    if not state.serves(weight):
+        refresh([weight], [shape], axis, ahead=False)
+        return
+    assert state.statistics is not None
+    shard = _shard_of(weight, shape, axis)
+    state.hold(cast_shard(shard, state.statistics), _padded_length(shard, axis))
+
+
+def _shard_of(weight: ShardableFloat8Weight, shape: Sequence[int], axis: ShardAxis, *, ahead: bool = False) -> Shard:
+    state = weight.state
+    # A gather comes at any time after the optimizer's step, and somebody may have written to the weights by then.
+    amax = state.amax_of(weight) if ahead else None
+    casts = state.keeps_codes or not ahead
+    return Shard.of(weight.tensor, state.recipe, shape, axis, state.axis, amax, casts=casts)
+
+
+def _padded_length(shard: Shard, axis: ShardAxis) -> int:
+    """How many rows, or experts, FSDP sends of a shard."""
+    return shard.tensor.shape[0] if shard.dim else chunk_length(shard.shape[0], axis.ranks)
+
+
 @torch.no_grad()
-def _refresh_scales(states: Sequence[Float8WeightState], cast: Sequence[Codes], unchanged: Sequence[bool]) -> None:
+def _refresh_scales(states: Sequence[Float8WeightState], cast: Sequence[CastShard], unchanged: Sequence[bool]) -> None:
     """Write new scales into the tensors that hold the old ones; where the weight is the same, unnoticed by autograd."""
     old, new, kept = [], [], []
-    for state, codes, same in zip(states, cast, unchanged, strict=True):
-        if state.scale is None or state.scale.device != codes.scale.device:
-            state.scale = codes.scale.clone()
+    for state, made, same in zip(states, cast, unchanged, strict=True):
+        if state.scale is None or state.scale.device != made.scale.device:
+            state.scale = made.scale.clone()
             continue
         old.append(state.scale)
-        new.append(codes.scale)
+        new.append(made.scale)
         if same:
             kept.append(state.scale)
     if old:

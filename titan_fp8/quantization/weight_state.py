@@ -97,12 +97,12 @@ class WeightState:
         return self._made_from is not None and self._made_from.is_of(weight)
 
     def serves(self, weight: "ShardableWeight") -> bool:
-        """Whether a gather can send the codes that there are."""
+        """Whether a gather need ask no other rank: what was found out serves it."""
         return (self.caches or self._ahead) and self.is_fresh(weight)
 
     def recorded(self, weight: "ShardableWeight", *, ahead: bool) -> None:
-        """The codes that there are were made from the weight as it is now. ahead: they serve every gather until a write
-        is seen."""
+        """What was found out, codes as a rule, is of the weight as it is now. ahead: it serves every gather until a
+        write is seen."""
         self._made_from = _State.of(weight)
         self._amax = None  # told for one cast
         self._ahead = ahead
@@ -134,22 +134,29 @@ class Float8WeightState(WeightState):
     Args:
         recipe: how the weight is cast.
         caches: see `WeightState`.
+        keeps_codes: codes are kept while they serve. Otherwise the weight's statistics are, from which each gather
+            makes them.
         axis: see below.
 
     Attributes:
         codes: bytes `[chunk, K]`, this rank's rows, padded with zeros to what FSDP sends; of experts in the shape of
-            the shard.
+            the shard. None between gatherings, unless they are kept.
+        statistics: of the whole weight (`shard_cast.py`), unless codes are kept.
         scale: of the whole weight; one tensor for good, refreshed in place, so that a backward pass whose forward pass
             used older codes is an error of autograd.
         axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
             rank's part.
     """
 
-    def __init__(self, recipe: Float8Recipe, *, caches: bool, axis: Axis | None = None) -> None:
+    def __init__(
+        self, recipe: Float8Recipe, *, caches: bool, keeps_codes: bool = True, axis: Axis | None = None
+    ) -> None:
         super().__init__(caches=caches)
         self.recipe = recipe
+        self.keeps_codes = keeps_codes
         self.axis = axis
         self.codes: Tensor | None = None
+        self.statistics: Tensor | None = None
         self.scale: Tensor | None = None
 
     @property
@@ -167,9 +174,8 @@ class Float8WeightState(WeightState):
         """See `WeightState`."""
         return self.recipe.granularity is Granularity.TENSOR
 
-    def record(self, weight: "ShardableWeight", codes: Tensor, padded_rows: int, *, ahead: bool) -> None:
-        """The weight as it is now has these codes, which are padded to so many rows (of experts: so many experts).
-        ahead: they serve every gather until a write is seen."""
+    def hold(self, codes: Tensor, padded_rows: int) -> None:
+        """These are the codes, which are padded to so many rows (of experts: so many experts)."""
         rows = codes.shape[0]
         data = codes.view(torch.uint8)
         if rows != padded_rows:
@@ -179,20 +185,31 @@ class Float8WeightState(WeightState):
             padded[:rows].copy_(data)
             data = padded
         self.codes = data
-        self.recorded(weight, ahead=ahead)
+
+    def give_out(self) -> Tensor:
+        """The codes, for a gather; unless they are kept, it alone has them from now on."""
+        codes = self.codes
+        assert codes is not None
+        if not self.keeps_codes:
+            self.codes = None
+        return codes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Float8WeightState":
-        copied = memo.setdefault(id(self), Float8WeightState(self.recipe, caches=self.caches, axis=self.axis))
-        copied.parts = self.parts
-        return copied
+        return memo.setdefault(id(self), _restored(*self._settings))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A third element would be the attributes, among them tensors: a copy begins without codes.
-        return _restored, (self.recipe, self.caches, self.axis, self.parts)
+        return _restored, self._settings
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.recipe, self.caches, self.keeps_codes, self.axis, self.parts
 
 
-def _restored(recipe: Float8Recipe, caches: bool, axis: Axis | None, parts: tuple[Axis, ...]) -> Float8WeightState:
-    state = Float8WeightState(recipe, caches=caches, axis=axis)
+def _restored(
+    recipe: Float8Recipe, caches: bool, keeps_codes: bool, axis: Axis | None, parts: tuple[Axis, ...]
+) -> Float8WeightState:
+    state = Float8WeightState(recipe, caches=caches, keeps_codes=keeps_codes, axis=axis)
     state.parts = parts
     return state
 

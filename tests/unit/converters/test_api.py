@@ -142,6 +142,8 @@ def test_all_arguments_reach_the_layers() -> None:
             "has no effect with blockwise",
         ),
         ({"fast_accum_in_backward": True}, "fast_accum_in_backward: has no effect with emulate = true"),
+        ({"keep_fp8_weight_shards": False}, "keep_fp8_weight_shards: false has no effect without enable_fsdp"),
+        ({"keep_fp8_weight_shards": 0}, "keep_fp8_weight_shards = 0: expected True or False"),
         ({"emulate": "maybe"}, 'expected true, false or "auto"'),
         ({"grad_weight_dtype": torch.float16}, "grad_weight_dtype"),
     ],

@@ -50,11 +50,21 @@ def test_weights_that_fsdp_gathers_in_high_precision_are_cast_again_in_backward(
         assert holds_codes(model) == {False}
 
 
-def test_weights_are_made_for_the_float8_all_gather_and_keep_their_codes_between_steps() -> None:
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (True, "cast shard by shard, gathered as float8 codes"),
+        (False, "cast shard by shard for each gather, gathered as float8 codes"),
+    ],
+)
+def test_weights_are_made_for_the_float8_all_gather_and_keep_their_codes_between_steps_if_asked(
+    keep: bool, words: str
+) -> None:
     model = Model()
     plain = [linear.weight.detach().clone() for linear in (model.layers[0].w1, model.output)]
-    report = converter(placement=TWO_SHARDS, **GATHER).convert(model)
-    assert report.weights == "cast shard by shard, gathered as float8 codes"
+    report = converter(placement=TWO_SHARDS, keep_fp8_weight_shards=keep, **GATHER).convert(model)
+    assert report.weights == words
+    assert {linear.fsdp_weight_state.keeps_codes for linear in linears(model)} == {keep}
     assert holds_codes(model) == {True}
     assert all(linear.fsdp_weight_state.caches for linear in linears(model))
     assert {linear.config.recompute_weight_in_backward for linear in linears(model)} == {False}

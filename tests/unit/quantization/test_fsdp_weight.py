@@ -19,7 +19,7 @@ from titan_fp8.quantization.function import Float8Config
 from titan_fp8.quantization.gathered_weight import GatheredFloat8Weight
 from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
-from titan_fp8.quantization.shard_cast import Shard, ShardAxis, cast_shards, chunk_length
+from titan_fp8.quantization.shard_cast import CastShard, Shard, ShardAxis, cast_shard, cast_shards, chunk_length
 from titan_fp8.quantization.sharded_weight import ShardableFloat8Weight, refresh
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.quantization.weights import mark_stale
@@ -30,12 +30,14 @@ N, K = 256, 128
 NAN, INF = float("nan"), float("inf")
 
 
-def make(recipe: str = "tensorwise", *, cache: bool = True, bias: bool = False, device: str = "cpu") -> Float8Linear:
+def make(
+    recipe: str = "tensorwise", *, cache: bool = True, keep_codes: bool = True, bias: bool = False, device: str = "cpu"
+) -> Float8Linear:
     torch.manual_seed(0)
     linear = Float8Linear.from_linear(
         nn.Linear(K, N, bias=bias, device=device), Float8Config(RECIPES[recipe], emulate=True)
     )
-    wrap_weights_for_fsdp([linear], cache=cache)
+    wrap_weights_for_fsdp([linear], cache=cache, keep_codes=keep_codes)
     return linear
 
 
@@ -77,8 +79,8 @@ class FakeGroup:
         if self.total is not None:
             buffer.copy_(self.total)
 
-    def cast(self, weights: list[Tensor], recipe: str, ranks: int) -> list[list[Codes]]:
-        """For each rank, the codes and scale of its shard of each weight."""
+    def cast(self, weights: list[Tensor], recipe: str, ranks: int, later: bool) -> list[list[Codes]]:
+        """For each rank, the codes and scale of its shard of each weight. later: codes are made from the statistics."""
         shards = []
         for rank in range(ranks):
             axis = ShardAxis(None, rank, ranks)
@@ -86,28 +88,37 @@ class FakeGroup:
             for weight in weights:
                 first = min(rank * chunk_length(len(weight), ranks), len(weight))
                 part = weight[first : first + chunk_length(len(weight), ranks)]
-                parts.append(Shard.of(part, RECIPES[recipe], weight.shape, axis))
+                parts.append(Shard.of(part, RECIPES[recipe], weight.shape, axis, casts=not later))
             shards.append(parts)
         self.calls, self.total = [], None
         for parts in shards:
             cast_shards(parts, self)  # pyright: ignore[reportArgumentType]
         self.total = torch.stack(self.calls).amax(0)
-        return [cast_shards(parts, self) for parts in shards]  # pyright: ignore[reportArgumentType]
+        cast = [cast_shards(parts, self) for parts in shards]  # pyright: ignore[reportArgumentType]
+        return [[_codes_of(*each) for each in zip(*pair, strict=True)] for pair in zip(shards, cast, strict=True)]
+
+
+def _codes_of(shard: Shard, made: CastShard) -> Codes:
+    assert (made.codes is None) is not shard.casts
+    return Codes(cast_shard(shard, made.statistics) if made.codes is None else made.codes, made.scale)
 
 
 # ---- the bits
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 14])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_cast_shards_are_the_rows_of_the_cast_weight(recipe: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cast_shards_are_the_rows_of_the_cast_weight(
+    recipe: str, ranks: int, later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(ranks)
     # Uneven for 3 and 5 ranks, tiles of 128 rows cut anywhere; rank 13 of 14 has no row of the last two.
     shapes = [(384, 256), (128, 128)] if recipe == "blockwise" else [(48, 64), (272, 32), (16, 128)]
     weights = [torch.randn(shape) * 10 ** torch.empty(shape[0], 1).uniform_(-3, 3) for shape in shapes]
     weights += [weights[0].bfloat16(), torch.zeros(shapes[1])]
     group = FakeGroup(monkeypatch)
-    by_rank = group.cast(weights, recipe, ranks)
+    by_rank = group.cast(weights, recipe, ranks, later)
     assert len(group.calls) == 2 * ranks, "one all-reduce for all weights"
     for number, weight in enumerate(weights):
         wanted = cast_weight(weight, RECIPES[recipe])
@@ -118,14 +129,15 @@ def test_cast_shards_are_the_rows_of_the_cast_weight(recipe: str, ranks: int, mo
             assert parts[number].scale.stride() == wanted.scale.stride()
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_not_finite_in_one_shard_shows_in_the_scale_on_every_rank(
-    recipe: str, value: float, monkeypatch: pytest.MonkeyPatch
+    recipe: str, value: float, later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(N, K)
     weight[200, 5] = value
-    by_rank = FakeGroup(monkeypatch).cast([weight], recipe, 3)
+    by_rank = FakeGroup(monkeypatch).cast([weight], recipe, 3, later)
     wanted = cast_weight(weight, RECIPES[recipe])
     assert wanted.scale.isnan().any()
     for (part,) in by_rank:
@@ -232,13 +244,15 @@ def test_linears_of_two_recipes_that_share_a_weight_are_refused() -> None:
     assert linears[0].fsdp_weight_state is None
 
 
+@pytest.mark.parametrize("keep_codes", [True, False])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_of_a_module_has_codes_of_its_own(how: str) -> None:
-    linear = make()
+def test_a_copy_of_a_module_has_codes_of_its_own(how: str, keep_codes: bool) -> None:
+    linear = make(keep_codes=keep_codes)
     cast(weight_of(linear))
     copied = copy.deepcopy(linear) if how == "deepcopy" else _pickled(linear)
     assert weight_of(copied).state is copied.fsdp_weight_state
     assert weight_of(copied).state is not weight_of(linear).state
+    assert weight_of(copied).state.keeps_codes is keep_codes
     with torch.no_grad():
         copied.weight.mul_(3)
     assert_current(weight_of(copied))
