@@ -208,7 +208,7 @@ def compare_kept_codes(inputs: list[Tensor], cast: Cast, device: str) -> str:
     """The backward of SwiGLU for codes of gate and up: to the bit what it is for the tensors that they stand for, which
     codes with a power of two for a scale leave exact."""
     grad, *others = inputs
-    coded = [reference.float8.cast_rows(to_cpu(x), E4M3) for x in others]
+    coded = [reference.float8.cast_rows(x.cpu(), E4M3) for x in others]
     values = [on(device, (codes.float() * scale).to(grad.dtype)) for codes, scale in coded]
     codes, scales = ([on(device, pair[number]) for pair in coded] for number in range(2))
     results = swiglu.swiglu_backward(grad, *codes, cast, E4M3, tuple(scales))
