@@ -92,6 +92,7 @@ class Trainer:
         first_step, last_step = self.state.step + 1, training.steps
         tokens_logged = self.state.tokens_seen
         self._set_training(True)
+        self.optimizers.create_state()
         for converter in self.converters:
             converter.pre_training(self.parts)
         with (

@@ -90,7 +90,9 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
         if row.recipe != "rowwise" and not row.grouped:
             only_ours.add(f"{FLOAT8}.recipe_name" if row.recipe else "model.converters")
         assert ours.keys() - theirs.keys() - off - OWN_CHOICES == only_ours, (job, row)
-        chunk = "1024" if job.name == "two-gpus-accumulating" and row.recipe == "tensorwise" and row.compiled else "4096"
+        chunk = (
+            "1024" if job.name == "two-gpus-accumulating" and row.recipe == "tensorwise" and row.compiled else "4096"
+        )
         assert ours["training.loss_chunk_tokens"] == chunk
         is_dense = not job.experts
         assert ours["activation_checkpoint.mode"] == ("none" if row.recipe and is_dense else "full")

@@ -161,6 +161,16 @@ class OptimizersContainer:
         for optimizer in self:
             optimizer.zero_grad(set_to_none)
 
+    def create_state(self) -> None:
+        """Create the state that does not exist before the first step, exactly as that step would.
+
+        Before the first forward pass its memory is in one piece. Created by the first step, it goes into the gaps that
+        activations have left, and later ones, which no longer fit there, take more memory than they fill.
+        """
+        for optimizer in self:
+            for group in optimizer.param_groups:
+                create_missing_state(optimizer, group, group["params"])
+
     def state_dict(self) -> dict[str, Tensor]:
         """The moments and step counts, keyed `state.<parameter>.<exp_avg | exp_avg_sq | step>`.
 
@@ -168,12 +178,10 @@ class OptimizersContainer:
         exactly as that step would. The order and the keys do not depend on how many optimizers there are.
         """
         state: dict[str, Tensor] = {}
+        # `get_optimizer_state_dict` would otherwise run a step with zero gradients, which counts: a checkpoint made
+        # before the first step would then start the bias correction at the second.
+        self.create_state()
         for part, optimizers in self._parts_with_optimizers():
-            for optimizer in optimizers:
-                # `get_optimizer_state_dict` would otherwise run a step with zero gradients, which counts: a checkpoint
-                # made before the first step would then start the bias correction at the second.
-                for group in optimizer.param_groups:
-                    create_missing_state(optimizer, group, group["params"])
             flat = get_optimizer_state_dict(part, optimizers, options=_FLAT)
             state |= {key: value for key, value in flat.items() if key.startswith("state.")}  # pyright: ignore
         return state

@@ -140,21 +140,24 @@ def test_what_the_optimizer_told_outlives_the_call_after_its_step() -> None:
     assert weight.state.amax_of(weight) is not None
 
 
-def test_converters_are_called_before_the_first_step() -> None:
+def test_the_optimizers_state_and_then_the_converters_come_before_the_first_step() -> None:
     class Called(Exception):
         pass
 
     def call(parts: list[nn.Module]) -> None:
-        raise Called(parts)
+        raise Called(parts, states)
+
+    states: list[str] = []
 
     trainer = SimpleNamespace(
         job=SimpleNamespace(training=SimpleNamespace(steps=1)),
         state=SimpleNamespace(step=0, tokens_seen=0),
         converters=[SimpleNamespace(pre_training=call)],
+        optimizers=SimpleNamespace(create_state=lambda: states.append("made")),
         parts=["the parts"],
         _set_training=lambda _: None,
     )
-    with pytest.raises(Called, match="the parts"):
+    with pytest.raises(Called, match=r"the parts.*made"):
         Trainer.train(trainer)  # pyright: ignore[reportArgumentType]
 
 

@@ -206,7 +206,7 @@ def test_state_before_the_first_step_counts_no_step_and_changes_nothing() -> Non
 def test_state_made_ahead_of_a_step_is_what_the_step_would_make(implementation: str) -> None:
     model, other = _model(), _model()
     optimizers, others = _build(model, implementation=implementation), _build(other, implementation=implementation)
-    optimizers.state_dict()
+    optimizers.create_state()
     _backward(other, 0)
     others.step()
     for ahead, made in zip(optimizers, others, strict=True):
