@@ -1,6 +1,7 @@
 """Running cases in Triton's interpreter. Triton decides at import whether it interprets, so they run in a process of
 their own: `results_of` starts it, and the module of the cases calls `main`."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton.language as tl
+import triton.runtime.interpreter
 
 from titan_fp8.kernels.launch import INTERPRETED
 
@@ -32,10 +35,29 @@ def cases_of(names: dict[str, Any]) -> dict[str, Callable[[], str]]:
     return {name.removeprefix("case_"): value for name, value in names.items() if name.startswith("case_")}
 
 
+def replace_the_language_once() -> None:
+    """Triton's interpreter replaces all functions of its language at a launch, and at each call of a device function
+    from a kernel again, a third of its time: there they are replaced already."""
+    replace: Callable[[Any], Any] = triton.runtime.interpreter._patch_lang
+
+    @functools.cache
+    def languages_of(function: Any) -> tuple[Any, ...]:
+        return tuple(each for each in function.__globals__.values() if each is tl or each is tl.core)
+
+    def replace_once(function: Any) -> Any:
+        languages = languages_of(function)
+        if not languages or any(tl.core.is_builtin(language.load) for language in languages):
+            return replace(function)
+        return None  # nothing to restore: only a launch does, and to it the language is always new
+
+    triton.runtime.interpreter._patch_lang = replace_once
+
+
 def main(cases: dict[str, Callable[[], str]], shrink_blocks: Callable[[], None]) -> None:
     """Run all cases after `shrink_blocks` and write what is wrong to the file that the command line names."""
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
+    replace_the_language_once()
     shrink_blocks()
     results = {}
     for name, case in cases.items():

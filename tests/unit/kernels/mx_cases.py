@@ -23,6 +23,8 @@ ENDS = {
     "five groups": [32, 64, 96, 128, 256],
     "as much padding as there can be, and rows behind": [32, 64],
 }
+ENDS_OF_EVERY_KIND = ("uneven, and rows behind", "to the end", "as much padding as there can be, and rows behind")
+"""With an empty group, without rows behind, and with padding in each."""
 ROWS = 256
 LAYOUTS = (True, False), (False, True), (True, True)
 """By rows, by columns, both."""
@@ -50,10 +52,11 @@ def named(texts: dict[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in texts.items() if text)
 
 
-def compare(x: Tensor, mode: str = "rceil", single: bool = False, dequantize: bool = True) -> str:
-    """Casts of x `[T, K]`; with `single` those that write one layout too, with `dequantize` what they stand for."""
+def compare(x: Tensor, mode: str = "rceil", single: bool = False, dequantize: bool = True, swizzle: bool = True) -> str:
+    """Casts of x `[T, K]`; with `single` those that write one layout too, with `dequantize` what they stand for, and
+    with `swizzle` scales in that order beside plain ones."""
     texts, of, layouts = {}, kernel.dense(x), LAYOUTS if single else LAYOUTS[-1:]
-    for swizzled in (False, True):
+    for swizzled in (False, True) if swizzle else (False,):
         expected = mx.cast_both(x, mode, swizzled=swizzled)
         for rows, columns in layouts:
             results = kernel.cast(x, of, None, mode, rows=rows, columns=columns, swizzled=swizzled)
@@ -102,11 +105,12 @@ def compare_experts(weight: Tensor, mode: str = "rceil") -> str:
 
 
 def case_modes() -> str:
-    return named({mode: compare(values(70, 96), mode) + compare(values(70, 96).bfloat16(), mode) for mode in mx.MODES})
+    inputs = values(33, 64), values(33, 64).bfloat16()
+    return named({f"{mode} {x.dtype}": compare(x, mode) for mode in mx.MODES for x in inputs})
 
 
 def case_bfloat16_of_more_than_a_tile_of_scales() -> str:
-    return compare(values(150, 160).bfloat16(), single=True)
+    return compare(values(150, 160).bfloat16(), single=True, dequantize=False)
 
 
 def case_float16() -> str:
@@ -130,7 +134,7 @@ def case_several_squares_of_a_warp_and_tiles_that_fit() -> str:
         x[shape[0] - 1, 3], x[5, 70] = torch.nan, -torch.inf
         texts |= {f"{shape} {x.dtype}": compare(x) for x in (x, x.bfloat16())}
     x = values(ROWS, 128).bfloat16()
-    texts |= {name: compare_groups(x, ends) for name, ends in ENDS.items()}
+    texts |= {name: compare_groups(x, ENDS[name]) for name in ENDS_OF_EVERY_KIND}
     texts |= {f"experts of {n}": compare_experts(values(2, n, 128)) for n in (128, 160)}
     for name, tile in before.items():
         setattr(kernel, name, tile)
@@ -153,12 +157,13 @@ def case_every_scale_there_is() -> str:
     rows = amax[: len(amax) // 32 * 32].view(-1, 32)
     blocks = amax.view(torch.float32).unsqueeze(1) * 2.0 ** -torch.arange(32)
     blocks[:, 1::2] *= -1  # each lower exponent, in codes
-    texts = {mode: compare(torch.cat([rows.view(torch.float32), blocks])[::7], mode) for mode in ("rceil", "ceil")}
+    x = torch.cat([rows.view(torch.float32), blocks])[::7]
+    texts = {mode: compare(x, mode, swizzle=False) for mode in ("rceil", "ceil")}
     # In bf16, with mantissas of which the last bit decides.
     amax = (exponents.unsqueeze(1) + torch.tensor([0, 1, 0x60, 0x61, 0x77, 0x78, 0x7F]).int() * 0x10000).flatten()
     blocks = (amax.view(torch.float32).unsqueeze(1) * 2.0 ** -torch.arange(32))[::5].bfloat16()
     # Triton's interpreter makes other numbers of subnormal ones in bf16, but not of words.
-    texts |= {f"{mode}, bf16": compare(blocks, mode, dequantize=False) for mode in mx.MODES}
+    texts |= {f"{mode}, bf16": compare(blocks, mode, dequantize=False, swizzle=False) for mode in mx.MODES}
     return named(texts)
 
 
@@ -172,7 +177,7 @@ def case_nan_and_inf() -> str:
 
 
 def case_zeros_and_extreme_magnitudes() -> str:
-    x = values(70, 64)
+    x = values(70, 96)
     x[0], x[1], x[:, 9] = 0.0, x[1] * 1e-38, 0.0
     x[2] = torch.finfo(torch.float32).max
     x[3:40] *= 1e-44
@@ -180,7 +185,7 @@ def case_zeros_and_extreme_magnitudes() -> str:
 
 
 def case_groups() -> str:
-    return named({name: compare_groups(values(ROWS, 64), ends) for name, ends in ENDS.items()})
+    return named({name: compare_groups(values(ROWS, 64), ENDS[name]) for name in ENDS_OF_EVERY_KIND})
 
 
 def case_groups_of_bfloat16() -> str:
