@@ -1,4 +1,4 @@
-"""Every kind of parallelism and their products, through the trainer: ten steps equal one process, by loss and gradient.
+"""Every kind of parallelism and their products, through the trainer: six steps equal one process, by loss and gradient.
 
 A step has four sequences, each a microbatch of its own, so that dynamic scales belong to the same values on every
 mesh: one process accumulates over four, two data-parallel ranks over two each, a pipeline cuts its batch into them.
@@ -70,6 +70,15 @@ CODES = [
     Mesh("rep2 fsdp2", ((f"{FLOAT8}.enable_fsdp_float8_all_gather", "true"),)),
 ]
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise")
+BY_HAND = {
+    "tp2": ("tensorwise", "rowwise"),
+    "pp2": ("rowwise", "rowwise_with_gw_hp"),
+    "fsdp2 tp2": ("rowwise", "rowwise_with_gw_hp"),
+    "pp2 tp2": ("tensorwise", "blockwise"),
+    "rep2 fsdp2": ("tensorwise", "blockwise"),
+}
+"""Recipes that a mesh is run with by hand alone. Of each mesh two are left, and of each recipe FSDP, a pipeline and
+tensor parallelism."""
 WIDE = [
     Mesh("pp2 fsdp2 tp2"),
     Mesh("rep2 fsdp2 tp2"),
@@ -113,8 +122,19 @@ def test_validation(axes: str, sequences: int, tmp_path: Path) -> None:
     assert expected.losses == alone(None).losses, "training goes on as if nothing had been validated"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("mesh", CODES, ids=lambda mesh: mesh.axes.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("mesh", "recipe"),
+    [
+        pytest.param(
+            mesh,
+            recipe,
+            id=f"{mesh.axes.replace(' ', '_')}-{recipe}",
+            marks=[pytest.mark.slow] if recipe in BY_HAND[mesh.axes] else [],
+        )
+        for mesh in CODES
+        for recipe in RECIPES
+    ],
+)
 def test_float8(mesh: Mesh, recipe: str, tmp_path: Path) -> None:
     mesh = Mesh(mesh.axes, (*converted(recipe).items(), *mesh.options))
     assert_same(run_on(mesh, tmp_path), alone(recipe), *FLOAT8_CODES)
@@ -138,7 +158,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
     [
         Mesh("tp2"),
         Mesh("pp2", ZERO_BUBBLE),
-        Mesh("fsdp2 tp2", (("compile.enable", "true"),)),
+        Mesh("fsdp2 tp2", (("compile.enable", "true"), ("compile.backend", "aot_eager"))),
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
         Mesh("cp2 tp2"),
@@ -151,20 +171,21 @@ def test_mxfp8(mesh: Mesh, tmp_path: Path) -> None:
     assert_same(run_on(mesh, tmp_path), alone("mxfp8_cublas_rceil"), *tolerances)
 
 
-OF_SPREAD_SEQUENCES = ("rowwise", "blockwise")
-"""Recipes whose scales are local to a rank's tokens, of rows and of blocks; the others are run by hand."""
+def of_recipes(*kept: str) -> pytest.MarkDecorator:
+    """A parameter `recipe`: those that are not kept are run by hand."""
+    by_hand = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES if recipe not in kept]
+    return pytest.mark.parametrize("recipe", [*kept, *by_hand])
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [recipe if recipe in OF_SPREAD_SEQUENCES else pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES],
-)
+# Those whose scales are local to a rank's tokens, of rows and of blocks.
+@of_recipes("rowwise", "blockwise")
 def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
     mesh = Mesh("cp2 tp2", tuple(converted(recipe).items()))
     assert_same(run_on(mesh, tmp_path), alone(recipe), *LOCAL_SCALES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# One scale of all ranks' parts of the table, and scales of blocks that no part cuts.
+@of_recipes("tensorwise", "blockwise")
 def test_a_float8_head_that_computes_the_loss_some_tokens_at_a_time(recipe: str, tmp_path: Path) -> None:
     """Bit for bit: each rank has one microbatch, two addends have one sum, and nothing is clipped."""
     options = converted(recipe) | {

@@ -43,9 +43,10 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("flags", "recipe"),
+    ("processes", "flags", "recipe"),
     [
         (
+            "2",
             [
                 "--model.converters=quantize.linear.float8",
                 "--quantize.linear.float8.enable_fsdp_float8_all_gather",
@@ -56,6 +57,7 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
             "tensorwise",
         ),
         (
+            "1",
             [
                 "--model.converters=quantize.linear.float8",
                 *("--quantize.linear.float8.recipe_name", "rowwise"),
@@ -65,6 +67,7 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
             "rowwise",
         ),
         (
+            "1",
             [
                 "--model.converters=float8",
                 "--float8.recipe_name=tensorwise",
@@ -75,14 +78,14 @@ def test_a_run_resumes_on_another_world_size(run_shell, run_here) -> None:
     ],
     ids=["all-gather", "compiled", "older names"],
 )
-def test_the_seed_documents_flags_run(run_shell, flags: list[str], recipe: str) -> None:
+def test_the_seed_documents_flags_run(run_shell, processes: str, flags: list[str], recipe: str) -> None:
     """The commands of the float8 documents, with a CONFIG_FILE that stands elsewhere in torchtitan's tree."""
     result = run_shell(
         *flags,
         *("--quantize.linear.float8.emulate", "--model.overrides.n_layers", "1"),
         *("--training.steps", "2", "--training.global_batch_size", "2", "--training.local_batch_size", "1"),
         CONFIG_FILE="./torchtitan/models/llama3/train_configs/llama3_8b.toml",
-        NGPU="2",
+        NGPU=processes,
         timeout_s=240,
     )
     assert result.code == 0, result.output
