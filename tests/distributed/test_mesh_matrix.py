@@ -158,7 +158,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
     [
         Mesh("tp2"),
         Mesh("pp2", ZERO_BUBBLE),
-        Mesh("fsdp2 tp2", (("compile.enable", "true"), ("compile.backend", "aot_eager"))),
+        Mesh("fsdp2 tp2", (("compile.enable", "true"),)),
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
         Mesh("cp2 tp2"),
