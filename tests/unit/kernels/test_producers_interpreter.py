@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from tests.unit.kernels.interpreter import results_of
 
+pytestmark = pytest.mark.timeout(420)  # the first test waits for all cases
 CASES = [
     "norm", "add_and_norm", "norm_of_other_dtypes_and_odd_sizes", "norm_of_strided_rows", "norm_with_nan_and_inf",
     "norm_of_zeros", "norm_of_rows_too_long_for_a_program", "norm_backward", "norm_backward_of_other_dtypes",
@@ -18,7 +19,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results_of("producers_cases", tmp_path_factory.mktemp("interpreter"))
+    return results_of("producers_cases", tmp_path_factory.mktemp("interpreter"), timeout_s=400)
 
 
 @pytest.mark.parametrize("case", CASES)
