@@ -11,7 +11,7 @@ Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same 
 same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
 for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
 
-Rows `*-fast`, `*-lean` and `tensorwise-head` train with the options that `bench_peers.py` measures speed with, which
+Rows `*-fast`, `*-lean` and `*-head` train with the options that `bench_peers.py` measures speed with, which
 change where gradients and the loss are rounded; the others with the defaults.
 
 With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
@@ -46,10 +46,10 @@ MX_ROWS = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 """Emulated where the device has no products of blocks."""
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
-LEAN = ("tensorwise-lean", "rowwise-lean")
-"""As `*-fast`, and what w1 and w3 give is kept as codes."""
+LEAN = ("tensorwise-lean", "rowwise-lean", f"{HEAD}-lean")
+"""As `*-fast` and `tensorwise-head`, and what w1 and w3 give is kept as codes."""
 FAST = {"tensorwise-fast": "tensorwise", "rowwise-fast": "rowwise", HEAD: "tensorwise"}
-FAST |= {row: row.removesuffix("-lean") for row in LEAN}
+FAST |= {row: row.partition("-")[0] for row in LEAN}
 """Rows that train as those of `bench_peers.py` do, and their recipes: the loss is computed a part of the tokens at a
 time and, on one GPU, gradients leave their products in fp32 and weights are kept by rows alone."""
 CHUNKS = 4
@@ -180,7 +180,7 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
     if args.size == MOE:
         options |= {"model.name": "qwen3_moe", "model.flavor": "debugmodel", "parallelism.expert_parallel_degree": gpus}
     recipe = {**EXPERTS, **FAST}.get(row, None if row in SEEDS else row)
-    filtered = "" if row == HEAD else "output"
+    filtered = "" if row.startswith(HEAD) else "output"
     options["model.converters"] = ",".join([FLOAT8] * bool(recipe) + [GROUPED] * (row in EXPERTS))
     if row in MX_ROWS:
         options |= {"model.converters": MX, f"{MX}.recipe_name": recipe, f"{MX}.filter_fqns": filtered}
