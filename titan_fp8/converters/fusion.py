@@ -76,7 +76,9 @@ def can_gate_any(model: nn.Module, recipes: Mapping[str, Float8Recipe], *, tenso
             continue
         for name in _FEED_FORWARDS:
             feed_forward = _part(block, name)
-            if type(feed_forward) is not FeedForward or feed_forward.w1.bias is not None:
+            if type(feed_forward) is not FeedForward:
+                continue
+            if feed_forward.w1.bias is not None or feed_forward.w3.bias is not None:
                 continue
             prefix = f"{fqn}.{name}" if fqn else name
             first, *others = (recipes.get(f"{prefix}.{linear}") for linear in ("w1", "w2", "w3"))

@@ -146,7 +146,8 @@ class _GatedFeedForward(torch.autograd.Function):
             outputs = value_of(None, (*shape[:-1], gate.shape[1]), like=gate), *codes
             ctx.mark_non_differentiable(*codes)
         needs_grads = [linears.needs_grad_input] * 2 + [plan.needs_grad_hidden] * plan.has_w2
-        kept = _Kept.of(gate, up, in_float8=linears.config.keeps_gate_up_in_float8)
+        needs_any = linears.needs_grad_input or any(weight.needs_grad for weight in linears.weights)
+        kept = _Kept.of(gate, up, in_float8=linears.config.keeps_gate_up_in_float8 and needs_any)
         ctx.save_for_backward(*kept, *operands.for_backward(linears, needs_grads))
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # nobody wants a zero gradient of codes

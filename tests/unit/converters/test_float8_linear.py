@@ -107,6 +107,11 @@ def test_feed_forwards_keep_codes_where_asked_and_only_where_they_can() -> None:
         (problem,) = violations(Decoder(dims), keep_gate_up_in_float8=True, **cannot)
         assert "keep_gate_up_in_float8 = true is for feed-forwards whose w1, w2 and w3 are converted" in problem
     violations(Model(), keep_gate_up_in_float8=True)
+    for linear in ("w1", "w3"):
+        model = Decoder(dims)
+        for block in model.layers.values():
+            getattr(block.feed_forward, linear).bias = nn.Parameter(torch.zeros(block.feed_forward.w1.out_features))
+        violations(model, keep_gate_up_in_float8=True)
     two_ranks = Placement(ranks=2, tensor=2)
     converter(placement=two_ranks, recipe_name="rowwise", keep_gate_up_in_float8=True).convert(Decoder(dims))
     with pytest.raises(ConversionError, match="under tensor parallelism not tensorwise"):

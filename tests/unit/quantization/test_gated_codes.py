@@ -14,6 +14,7 @@ from titan_fp8.kernels import float8
 from titan_fp8.kernels.float8 import E4M3
 from titan_fp8.kernels.producers import reference
 from titan_fp8.models.decoder import Decoder
+from titan_fp8.quantization import gated
 from titan_fp8.quantization.gated import gated_feed_forward
 from titan_fp8.quantization.linear import Float8Linear
 
@@ -107,6 +108,18 @@ def test_what_is_not_finite_reaches_the_gradients(recipe: str, bad: float) -> No
     for weight in weights(*made):
         assert weight.grad is not None
         assert not weight.grad.isfinite().all()
+
+
+@FULLY_FLOAT8
+def test_without_gradients_nothing_is_cast_to_be_kept(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x, cast = linears(recipe, keeps=True), leaf(torch.bfloat16, 18, K), []
+    cast_rows = gated.ops.cast_rows
+    monkeypatch.setattr(gated.ops, "cast_rows", lambda t, *rest: cast.append(t.shape) or cast_rows(t, *rest))
+    with torch.no_grad():
+        gated_feed_forward(x, *made)
+    assert (18, H) not in cast
+    gated_feed_forward(x, *made)
+    assert cast.count((18, H)) == 2
 
 
 def decoder(recipe: str, **dims) -> Decoder:
