@@ -24,7 +24,7 @@ def linears(recipe: str, *, keeps: bool, **config) -> tuple[Float8Linear, Float8
     for linear in made:
         linear.config = replace(linear.config, keeps_gate_up_in_float8=keeps)
     with torch.no_grad():
-        made[1].weight.copy_(made[1].weight.flip(0))
+        made[1].weight.copy_(5 * made[1].weight.flip(0))  # the scales of gate and up differ
     return made
 
 
