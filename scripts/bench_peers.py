@@ -12,7 +12,7 @@
 | two-gpus-accumulating | 2, FSDP2 | 32 | 16, one a GPU and microbatch |
 | experts | 2, FSDP2, EP | 4 of 48 of Llama 4 Scout | 8, four a GPU |
 | experts-batch-1 | 2, FSDP2, EP | 4 of 48 of Llama 4 Scout | 2, one a GPU |
-| small-experts | 1 | 10 of 48 of Qwen3-30B-A3B | 2 |
+| small-experts | 1 | 12 of 48 of Qwen3-30B-A3B | 2 |
 
 Ours computes the loss some tokens at a time and, in float8, recomputes nothing (`peer/jobs.py`); the table shows what
 memory each side takes. On two GPUs weights are gathered as codes with scales computed ahead: ours in every recipe, the

@@ -93,7 +93,7 @@ JOBS = {
         Job("two-gpus-accumulating", gpus=2, layers=32, local_batch=1, global_batch=16),
         Job("experts", gpus=2, layers=4, local_batch=4, global_batch=8, **SCOUT),
         Job("experts-batch-1", gpus=2, layers=4, local_batch=1, global_batch=2, **SCOUT),
-        Job("small-experts", gpus=1, layers=10, local_batch=2, global_batch=2, peer_family="qwen3", **_QWEN3),
+        Job("small-experts", gpus=1, layers=12, local_batch=2, global_batch=2, peer_family="qwen3", **_QWEN3),
     )
 }
 
