@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import Case, assert_same, train_on_ranks
+from titan_fp8.parallel import fsdp_exchange
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
-from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.runtime.config import CommSection
 from titan_fp8.runtime.peer_memory import check_peer_memory
 
@@ -40,14 +41,18 @@ def _two_gpus() -> None:
         pytest.skip("needs 2 GPUs")
 
 
-def _exchange(rank: int, world_size: int, folder: str) -> list[str]:
-    """What differs from NCCL in many rounds of changing sizes."""
+def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str]:
+    """What differs from NCCL in many rounds of changing sizes; gathers and reductions `in_one` buffer of a size, and
+    gradients read in parts, or not."""
     init_distributed(CommSection(), local_device("cuda"), folder)
     wrong = []
     try:
         group, device = dist.group.WORLD, torch.device("cuda", rank)
         check_peer_memory(group, device, "test")
-        gather, reduce = PeerAllGather(group), PeerReduceScatter(group, torch.float32)
+        places = Places(group, turns=1) if in_one else Places(group)
+        gather = PeerAllGather(places)
+        reduce = PeerReduceScatter(places if in_one else Places(group), torch.float32)
+        fsdp_exchange.READ_AT_ONCE = 1 << 19 if in_one else fsdp_exchange.READ_AT_ONCE
         torch.manual_seed(rank)
         for round_ in range(40):
             n = (1 << 20, 1 << 12, 3 << 18)[round_ % 3]
@@ -67,13 +72,15 @@ def _exchange(rank: int, world_size: int, folder: str) -> list[str]:
             expected = torch.empty(n, device=device)
             dist.reduce_scatter_tensor(expected, gradients.float())
             wrong += [] if torch.equal(sums, expected) else [f"reduce {round_}"]
+            del buffer
     finally:
         destroy()
     return wrong
 
 
-def test_gathers_and_sums_are_those_of_nccl_bit_for_bit(tmp_path) -> None:
-    for wrong in run_distributed(_exchange, 2, str(tmp_path), init=False, timeout_s=200.0):
+@pytest.mark.parametrize("in_one", [False, True])
+def test_gathers_and_sums_are_those_of_nccl_bit_for_bit(in_one: bool, tmp_path) -> None:
+    for wrong in run_distributed(_exchange, 2, in_one, str(tmp_path), init=False, timeout_s=200.0):
         assert wrong == []
 
 

@@ -59,7 +59,7 @@ from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
-from titan_fp8.parallel.fsdp_exchange import TURNS, PeerAllGather, PeerReduceScatter
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
 from titan_fp8.quantization.linear import Float8Linear
@@ -119,9 +119,11 @@ def apply_fsdp(
         is_freed = _reshards(parallelism, mesh.degrees.pipeline > 1, is_last=True)
         blocks = [unit for unit in units if _is_block(unit)]
         output = [unit for unit in units if _is_output(unit, model)]
-        _exchange_by_peers(blocks, mesh, reduce_dtype, TURNS, TURNS)
-        # If it is freed after its forward pass, it is gathered twice in a row; its gradients come once a backward pass.
-        _exchange_by_peers(output, mesh, reduce_dtype, TURNS if is_freed else 1, 1)
+        group = mesh.shards.get_group()
+        _exchange_by_peers(blocks, reduce_dtype, Places(group), Places(group))
+        # If it is freed after its forward pass, it is gathered twice in a row. Else gathers and reductions take turns.
+        once = Places(group, turns=1)
+        _exchange_by_peers(output, reduce_dtype, Places(group) if is_freed else once, once)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -241,12 +243,10 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
 
 
 def _exchange_by_peers(
-    units: list[list[nn.Module]], mesh: ParallelMesh, reduce_dtype: torch.dtype, gathers: int, reductions: int
+    units: list[list[nn.Module]], reduce_dtype: torch.dtype, gathers: Places, reductions: Places
 ) -> None:
-    """Have these units, one after the other, exchanged through peer memory: so many buffers of a size for gathers, and
-    so many for reductions."""
-    group = mesh.shards.get_group()
-    gather, reduce = PeerAllGather(group, gathers), PeerReduceScatter(group, reduce_dtype, reductions)
+    """Have these units, one after the other, exchanged through peer memory, in these buffers."""
+    gather, reduce = PeerAllGather(gathers), PeerReduceScatter(reductions, reduce_dtype)
     for unit, *_ in units:
         assert isinstance(unit, FSDPModule)
         unit.set_custom_all_gather(gather)

@@ -13,7 +13,8 @@ in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the 
 
 Two buffers of a size take turns, so that a unit's exchange can begin while the one before is still read. FSDP itself
 waits, before it gathers or reduces a unit, for what it has still to do with the unit before the last; a buffer that is
-in use all the same is an error. A unit whose exchanges do not follow one another needs one. n elements of a shard.
+in use all the same is an error. A unit whose exchanges do not follow one another needs one, and if its gathers and its
+reductions are of one size, one for both. n elements of a shard.
 """
 
 import weakref
@@ -29,6 +30,8 @@ from titan_fp8.runtime.peer_memory import PeerBuffer
 
 TURNS = 2
 """So many buffers of a size take turns."""
+READ_AT_ONCE = 384 << 20
+"""Bytes of other ranks' gradients that a rank reads before it adds them up."""
 
 
 class _Place:
@@ -37,41 +40,57 @@ class _Place:
     def __init__(self, buffer: PeerBuffer) -> None:
         self.buffer = buffer
         self.given_out: weakref.ref[Tensor] | None = None
+        self.gathers = False
         self.was_read: torch.Event | None = None
+        """By the sums of this rank's own part; None: the stream that writes now has waited for it."""
 
     @property
     def is_free(self) -> bool:
         """Whether nobody holds what was given out of it last."""
         return self.given_out is None or self.given_out() is None
 
-    def give_out(self, dtype: torch.dtype) -> Tensor:
-        """All of it, to be written on the current stream."""
+    def give_out(self, dtype: torch.dtype, device: torch.device, *, gathers: bool) -> Tensor:
+        """All of it, to be written on the current stream: for a gather, or for a reduction."""
+        if self.was_read is not None:
+            torch.cuda.current_stream(device).wait_event(self.was_read)
+            self.was_read = None
         tensor = self.buffer.begin().view(dtype)
         self.given_out = weakref.ref(tensor)
+        self.gathers = gathers
         return tensor
 
 
-class _Places:
+class Places:
     """`turns` peer buffers of each size, made when they are first needed, by all ranks of the group."""
 
-    def __init__(self, group: dist.ProcessGroup, turns: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, turns: int = TURNS) -> None:
         self.group = group
         self.turns = turns
         self._places: dict[int, list[_Place]] = {}
 
-    def next(self, size: int, device: torch.device) -> _Place:
-        """The one whose turn it is."""
+    def next(self, size: int, device: torch.device, *, gathered_was_read: bool = False) -> _Place:
+        """The one whose turn it is.
+
+        Args:
+            size: bytes.
+            device: of this rank.
+            gathered_was_read: what was gathered there is read no more, even if FSDP still holds it.
+
+        Raises:
+            RuntimeError: it is in use.
+        """
         places = self._places.setdefault(size, [])
         if len(places) < self.turns:
             places.append(_Place(PeerBuffer(self.group, size, device)))
             return places[-1]
         places.append(places.pop(0))
-        if not places[-1].is_free:
+        place = places[-1]
+        if not (place.is_free or (gathered_was_read and place.gathers)):
             raise RuntimeError(
                 f"more is exchanged at a time than buffers in peer memory hold ({self.turns} of a size); set "
                 "parallelism.fsdp_exchange to collectives"
             )
-        return places[-1]
+        return place
 
 
 class PeerAllGather(AllGather):
@@ -81,19 +100,18 @@ class PeerAllGather(AllGather):
     stream on which it computes, and lets go of it when the streams of its gathers have been told to wait for that.
 
     Args:
-        group: the ranks that hold shards.
-        turns: buffers of a size; 1 if one gather is over before the next begins.
+        places: of the ranks that hold shards; one of a size will do if a gather is over before the next begins.
     """
 
-    def __init__(self, group: dist.ProcessGroup, turns: int = TURNS) -> None:
-        self._places = _Places(group, turns)
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._in_use: dict[int, PeerBuffer] = {}
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where to gather; on the stream that will write this rank's shard into it."""
         (numel,) = size
         place = self._places.next(int(numel) * dtype.itemsize, device)
-        output = place.give_out(dtype)
+        output = place.give_out(dtype, device, gathers=True)
         self._in_use[output.data_ptr()] = place.buffer
         return output
 
@@ -117,14 +135,14 @@ class PeerReduceScatter(ReduceScatter):
     One object serves all units of one group, whose reductions follow one another.
 
     Args:
-        group: the ranks that hold shards.
+        places: as for `PeerAllGather`. They may be those of the gathers of the same units: gradients are written on the
+            stream that has read what was gathered.
         sum_dtype: dtype of the sums.
-        turns: as for `PeerAllGather`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sum_dtype: torch.dtype, turns: int = TURNS) -> None:
-        self._places = _Places(group, turns)
-        self._ranks = group.size()
+    def __init__(self, places: Places, sum_dtype: torch.dtype) -> None:
+        self._places = places
+        self._ranks = places.group.size()
         self._sum_dtype = sum_dtype
         self._place: _Place | None = None
         self._of_gradients: torch.cuda.Stream | None = None
@@ -139,10 +157,8 @@ class PeerReduceScatter(ReduceScatter):
             return self._new_sums(numel, device)
         self._output_numel = numel // self._ranks
         self._of_gradients = torch.cuda.current_stream(device)
-        self._place = self._places.next(numel * dtype.itemsize, device)
-        if self._place.was_read is not None:  # by the sum of this rank's own part
-            self._of_gradients.wait_event(self._place.was_read)
-        return self._place.give_out(dtype)
+        self._place = self._places.next(numel * dtype.itemsize, device, gathered_was_read=True)
+        return self._place.give_out(dtype, device, gathers=False)
 
     def _new_sums(self, numel: int, device: torch.device) -> Tensor:
         """Memory for the sums, which live until the optimizer's step.
@@ -173,10 +189,18 @@ class PeerReduceScatter(ReduceScatter):
         buffer = place.buffer
         buffer.publish()
         numel, rank = output_tensor.numel(), buffer.rank
-        others = torch.empty(self._ranks - 1, numel, dtype=input_tensor.dtype, device=input_tensor.device)
+        mine = input_tensor[rank * numel : (rank + 1) * numel]
+        at_once = max(1, READ_AT_ONCE // ((self._ranks - 1) * mine.element_size()))
+        for start in range(0, numel, at_once):
+            self._sum_part(buffer, mine, slice(start, min(start + at_once, numel)), output_tensor)
+        buffer.end()
+        place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
+
+    def _sum_part(self, buffer: PeerBuffer, mine: Tensor, part: slice, sums: Tensor) -> None:
+        """A part of `sums [n]` becomes that of the ranks' gradients, of which `mine [n]` is this rank's."""
+        numel, rank, size = mine.numel(), buffer.rank, mine.element_size()
+        others = mine.new_empty(self._ranks - 1, part.stop - part.start)
         for peer in buffer.peers:
             into = others[peer - (peer > rank)].view(torch.uint8)
-            buffer.read(peer, rank * into.numel(), into)
-        buffer.end()
-        sum_parts(input_tensor[rank * numel : (rank + 1) * numel], others, rank, output_tensor)
-        place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
+            buffer.read(peer, (rank * numel + part.start) * size, into)
+        sum_parts(mine[part], others, rank, sums[part])

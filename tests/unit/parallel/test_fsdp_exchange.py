@@ -13,7 +13,7 @@ from torch import Tensor
 from titan_fp8.parallel import fsdp, fsdp_exchange
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.fsdp import _exchanges_by_peers
-from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.peer_memory import has_peer_access
 
@@ -90,7 +90,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
 def test_every_rank_gathers_all_shards_in_order(ranks, count: int, dtype: torch.dtype) -> None:
     groups = ranks(count)
-    gathers = [PeerAllGather(group) for group in groups]
+    gathers = [PeerAllGather(Places(group)) for group in groups]
     for round_ in range(5):
         shards = (torch.arange(count * 4).view(count, 4) + 50 * round_).to(dtype)
         outputs = [gather.allocate((count * 4,), dtype=dtype, device=CPU) for gather in gathers]
@@ -109,7 +109,7 @@ def test_every_rank_gathers_all_shards_in_order(ranks, count: int, dtype: torch.
 
 def test_a_buffer_that_is_still_in_use_is_not_given_out_again(ranks) -> None:
     (group,) = ranks(1)
-    gather = PeerAllGather(group)
+    gather = PeerAllGather(Places(group))
 
     def allocate(size: int = 4) -> Tensor:
         return gather.allocate((size,), dtype=torch.uint8, device=CPU)
@@ -125,11 +125,15 @@ def test_a_buffer_that_is_still_in_use_is_not_given_out_again(ranks) -> None:
         allocate()
 
 
+@pytest.mark.parametrize("at_once", [1 << 20, 40, 1])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("sum_dtype", [torch.float32, torch.bfloat16])
-def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(ranks, count: int, sum_dtype: torch.dtype) -> None:
+def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
+    ranks, monkeypatch: pytest.MonkeyPatch, count: int, sum_dtype: torch.dtype, at_once: int
+) -> None:
+    monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", at_once)
     groups = ranks(count)
-    reduces = [PeerReduceScatter(group, sum_dtype) for group in groups]
+    reduces = [PeerReduceScatter(Places(group), sum_dtype) for group in groups]
     for size in (6, 6, 10, 6):  # units of two sizes have buffers of their own
         gradients = torch.randn(count, count * size).bfloat16()
         inputs, outputs = [], []
@@ -147,9 +151,52 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(ranks, count: int,
         assert torch.equal(torch.cat(outputs), exact.to(sum_dtype))
 
 
+def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:
+    monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 3 * 4 * 2)  # 4 numbers in bf16 of each of 3 ranks
+    lengths = []
+    monkeypatch.setattr(fsdp_exchange, "sum_parts", lambda own, others, *_: lengths.append(tuple(others.shape)))
+    group = ranks(4)[1]
+    group.memory |= {(0, rank): torch.zeros(4 * 10 * 2, dtype=torch.uint8) for rank in range(4)}
+    reduce = PeerReduceScatter(Places(group), torch.float32)
+    gradients = reduce.allocate((4 * 10,), dtype=torch.bfloat16, device=CPU)
+    sums = reduce.allocate((10,), dtype=torch.bfloat16, device=CPU)
+    reduce(sums, gradients, group, dist.ReduceOp.SUM)
+    assert lengths == [(3, 4), (3, 4), (3, 2)]
+
+
+def test_gathers_and_reductions_of_a_unit_take_turns_in_one_buffer(ranks) -> None:
+    groups = ranks(2)
+    places = [Places(group, turns=1) for group in groups]
+    gathers = [PeerAllGather(each) for each in places]
+    reduces = [PeerReduceScatter(each, torch.float32) for each in places]
+    for round_ in range(3):
+        weights = [gather.allocate((8,), dtype=torch.bfloat16, device=CPU) for gather in gathers]
+        for rank in range(2):
+            weights[rank][4 * rank : 4 * rank + 4] = rank + round_
+        for rank in range(2):
+            gathers[rank](weights[rank], weights[rank][4 * rank : 4 * rank + 4], groups[rank])
+        expected = torch.tensor([0.0, 1.0]).repeat_interleave(4) + round_
+        assert all(torch.equal(each.float(), expected) for each in weights)
+        with pytest.raises(RuntimeError, match=r"\(1 of a size\)"):
+            gathers[0].allocate((8,), dtype=torch.bfloat16, device=CPU)
+        # FSDP holds what was gathered until it gathers again.
+        gradients = [reduce.allocate((8,), dtype=torch.bfloat16, device=CPU) for reduce in reduces]
+        with pytest.raises(RuntimeError, match=r"\(1 of a size\)"):
+            gathers[0].allocate((8,), dtype=torch.bfloat16, device=CPU)
+        del weights
+        sums = [reduce.allocate((4,), dtype=torch.bfloat16, device=CPU) for reduce in reduces]
+        for rank in range(2):
+            gradients[rank].copy_(torch.arange(8) + rank)
+        for rank in range(2):
+            reduces[rank](sums[rank], gradients[rank], groups[rank], dist.ReduceOp.SUM)
+        assert torch.equal(torch.cat(sums), 2.0 * torch.arange(8) + 1)
+        del gradients
+    assert [group.made for group in groups] == [1, 1]
+
+
 def test_other_reductions_than_sums_are_refused(ranks) -> None:
     (group,) = ranks(1)
-    reduce = PeerReduceScatter(group, torch.float32)
+    reduce = PeerReduceScatter(Places(group), torch.float32)
     buffer = reduce.allocate((4,), dtype=torch.float32, device=CPU)
     with pytest.raises(AssertionError):
         reduce(reduce.allocate((4,), dtype=torch.float32, device=CPU), buffer, group, dist.ReduceOp.AVG)
