@@ -6,7 +6,8 @@
 
 Kernels are sorted by the operator that launched them, where the trace knows it, and otherwise by their names. Their
 times add up to more than the step where streams overlap. `exposed communication` is the time in which nothing but
-communication runs, exchanges of tokens included, `launch gaps` that in which nothing runs at all.
+communication runs, exchanges of tokens included, `launch gaps` that in which nothing runs at all. Kernels of the step
+before, which still run when the profiler starts if the CPU is ahead of the device, do not count.
 """
 
 import argparse
@@ -50,6 +51,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("copies", r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_"),
 )
 OTHER = "other"
+STEP = "ProfilerStep#"
 ROWS = (*(name for name, _ in CATEGORIES), OTHER)
 _PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in CATEGORIES)
 
@@ -100,7 +102,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:
-    """What ran on the device, sorted by start."""
+    """What ran on the device for the steps that the trace is of, sorted by start."""
+    begin = min(
+        (e["ts"] for e in events if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(STEP)),
+        default=float("-inf"),
+    )
     operators = {e["args"].get("External id"): e["name"] for e in events if e.get("cat") == "cpu_op"}
     launched = {e["args"].get("correlation"): e["ts"] for e in events if e.get("cat") in LAUNCHES}
     updates = _merged(
@@ -110,7 +116,7 @@ def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     )
     found = []
     for event in events:
-        if event.get("cat") in DEVICE_EVENTS:
+        if event.get("cat") in DEVICE_EVENTS and event["ts"] >= begin:
             arguments = event["args"]
             operator = operators.get(arguments.get("External id"), "")
             in_update = _contains(updates, launched.get(arguments.get("correlation")))
@@ -137,7 +143,7 @@ def summarize(events: Sequence[dict[str, Any]], longest: int = 0) -> Summary:
     kernels = kernels_of(events)
     if not kernels:
         raise SystemExit("the trace has no kernels; was it taken on a GPU?")
-    steps = max(1, sum(e.get("cat") == "user_annotation" and e["name"].startswith("ProfilerStep#") for e in events))
+    steps = max(1, sum(e.get("cat") == "user_annotation" and e["name"].startswith(STEP) for e in events))
     per_step = 1e3 * steps
     sums: Counter[str] = Counter()
     times: Counter[str] = Counter()

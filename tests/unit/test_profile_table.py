@@ -96,6 +96,23 @@ def test_what_the_optimizer_launches_is_the_optimizers(script) -> None:
     assert categories == ["other", "optimizer", "other", "communication"]
 
 
+def test_kernels_of_the_step_before_do_not_count(script) -> None:
+    events = [
+        _event("user_annotation", "ProfilerStep#19", 0, 1000),
+        _event("gpu_user_annotation", "Optimizer.step#AdamW.step", 2000, 500),
+        _event("gpu_user_annotation", "ProfilerStep#19", 2000, 4000),
+        _event("gpu_user_annotation", "ProfilerStep#19", 2500, 1000),  # on another stream
+        _kernel("nvjet_sm90_q", 0, 1500),
+        _kernel("nvjet_sm90_q", 2000, 1000),
+        _kernel("ncclDevKernel_AllGather", 2500, 1000),
+        _kernel("nvjet_sm90_q", 5000, 1000),
+    ]
+    summary = script.summarize(events)
+    assert (summary.by_category["FP8 GEMM"], summary.communication, summary.span) == (2.0, 1.0, 4.0)
+    without = script.summarize([event for event in events if event["cat"] != "gpu_user_annotation"])
+    assert (without.by_category["FP8 GEMM"], without.span) == (3.5, 6.0)
+
+
 def test_files_become_columns(script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, packed = tmp_path / "a.json", tmp_path / "b.json.gz"
     trace = {"traceEvents": [_kernel("nvjet_sm90_tst", 0, 1500), {"ph": "M", "name": "process_name"}]}
