@@ -49,6 +49,19 @@ def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegree
         )
 
 
+def budget_reaches_experts(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
+    """The compiler has in one piece what it shall keep a share of."""
+    if job.activation_checkpoint.mode == "memory_budget" and dims.n_experts is not None:
+        for axis, ranks in (("expert", degrees.expert), ("tensor", degrees.tensor)):
+            if ranks > 1:
+                yield Problem(
+                    "activation_checkpoint.mode",
+                    f'"memory_budget" is for what the compiler compiles whole, and experts stay outside of that with '
+                    f'parallelism.{axis}_parallel_degree = {ranks}; set it to "full", or to "selective" with '
+                    'activation_checkpoint.selective_ac_option = "op"',
+                )
+
+
 def _nothing_is_exchanged(job: "JobConfig") -> Iterator[Problem]:
     """What is about the exchange of tokens needs one."""
     parallelism, without = job.parallelism, "parallelism.expert_parallel_degree = 1 exchanges no tokens"

@@ -18,6 +18,7 @@ from titan_fp8.converters.config import CONVERTERS
 from titan_fp8.data.dataset_spec import DatasetSpec, training_spec, validation_spec
 from titan_fp8.family_rules import (
     batches_are_parted,
+    budget_reaches_experts,
     experts_are_dealt_out,
     experts_divide,
     experts_exist,
@@ -383,6 +384,7 @@ def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
         yield from experts_are_dealt_out(job, dims, degrees)
         yield from experts_divide(job, dims, degrees)
         yield from batches_are_parted(job, dims, degrees)
+        yield from budget_reaches_experts(job, dims, degrees)
 
 
 RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (

@@ -131,7 +131,7 @@ class Trainer:
         tokens = sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
         self.optimizers.zero_grad()
         if self.expert_load is not None:
-            self.expert_load.begin_step(label_tokens, tokens)
+            self.expert_load.begin_step(tokens)
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))

@@ -78,7 +78,6 @@ class Watched:
         self.aux += tokens * (f * routing.probabilities.detach().double().mean(0)).sum().item()
 
 
-LABEL_TOKENS = 40.0
 TOKENS = 2 * 10 * (1 + 2)  # two microbatches of sequences of ten, of which the first rank has one and the second two
 SKIPPED = 2  # the number of a step that is skipped
 
@@ -96,7 +95,7 @@ def _train(rank: int, world_size: int, steps: int) -> list[Step]:
     for step in range(steps):
         for each in watched:
             each.clear()
-        load.begin_step(torch.tensor(LABEL_TOKENS), TOKENS)
+        load.begin_step(TOKENS)
         scales = [layer.aux_loss_scale.item() for layer in layers]
         for _ in range(2):
             batch = torch.randint(31, (1 + rank, 11), generator=generator)
@@ -172,7 +171,7 @@ def test_metrics_are_those_of_all_ranks_and_layers_and_of_the_last_step_alone(tr
 
 def test_the_auxiliary_loss_is_the_mean_over_layers_and_tokens_times_its_weight(trained: list[list[Step]]) -> None:
     scales = [scale for steps in trained for step in steps for scale in step.scales]
-    assert scales == pytest.approx([AUX_WEIGHT / 2 / LABEL_TOKENS] * len(scales))
+    assert scales == pytest.approx([AUX_WEIGHT / 2 / TOKENS] * len(scales))
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _count(rank: int, world_size: int, case: Counted) -> list[Step]:
     layers = layers_of(part)
     done = []
     for counts_of_ranks in case.counts:
-        load.begin_step(torch.tensor(1.0), case.tokens)
+        load.begin_step(case.tokens)
         for layer, counts in zip(layers, counts_of_ranks[rank], strict=True):
             layer.tokens_per_expert += torch.tensor(counts)
             layer.aux_loss_sum += sum(counts) / TOP_K * 1.5
@@ -261,13 +260,29 @@ def test_stages_of_a_pipeline_count_for_themselves_and_tell_of_all_layers(name: 
                 )
 
 
+def _one_expert(rank: int, world_size: int) -> dict[str, float]:
+    model = build(1, n_experts=1, top_k=1, first_dense_layers=0)
+    load = expert_load([model], model.dims, mesh_of(MeshDegrees(data_parallel_shard=world_size), "cpu"))
+    assert load is not None
+    load.begin_step(8)
+    for layer in layers_of(model):
+        layer.tokens_per_expert += 4
+    load.end_step()
+    return load.metrics()
+
+
+def test_the_load_of_one_expert_is_balanced() -> None:
+    for metrics in run_distributed(_one_expert, 2):
+        assert (metrics["moe/entropy"], metrics["moe/max_load"], metrics["moe/dropped_tokens"]) == (1.0, 1.0, 0)
+
+
 def _unbalanced(rank: int, world_size: int) -> tuple[dict[str, float], bool, bool]:
     """Of a model without biases, in which every token went to one pair of experts; and of one without experts."""
     model = build(2, balance_rate=0.0, first_dense_layers=0)
     mesh = mesh_of(MeshDegrees(data_parallel_shard=world_size), "cpu")
     load = expert_load([model], model.dims, mesh)
     assert load is not None
-    load.begin_step(torch.tensor(1.0), 12)
+    load.begin_step(12)
     for layer in layers_of(model):
         layer.tokens_per_expert += torch.tensor([6.0, 0.0, 6.0, 0.0])
     load.end_step()

@@ -193,6 +193,18 @@ def test_biases_draw_loads_together(tmp_path: Path) -> None:
     assert balanced < 0.6 * left_alone
 
 
+@pytest.mark.parametrize("family", ["llama4", "deepseek_v3"])
+def test_balancing_may_end_in_a_resumed_run(family: str, tmp_path: Path) -> None:
+    """The biases are kept then; so may the auxiliary loss begin."""
+    half = train(tmp_path, family, 1, ONE_RANK | CHECKPOINTS | {"training.steps": "3"})
+    weights = {"model.overrides.balance_rate": "0", "model.overrides.aux_loss_weight": "0.5"}
+    resumed = train(tmp_path, family, 1, ONE_RANK | CHECKPOINTS | weights)
+    assert resumed.of("step")[-1] > 3
+    assert half.biases
+    assert any(bias.any() for bias in half.biases.values())
+    assert all(torch.equal(bias, resumed.biases[name]) for name, bias in half.biases.items())
+
+
 CHECKPOINTS = {
     "checkpoint.enable": "true",
     "checkpoint.interval": "3",

@@ -156,6 +156,15 @@ def test_whether_pairs_of_passes_overlap_may_be_said_where_there_are_none(name: 
     assert getattr(job.parallelism, OVERLAP) == (value == "true")
 
 
+@pytest.mark.parametrize("degree", ["expert_parallel_degree", "tensor_parallel_degree"])
+def test_a_memory_budget_is_refused_where_experts_are_not_compiled_with_the_rest(degree: str) -> None:
+    arguments = ["--model.name=qwen3_moe", "--model.flavor=debugmodel", "--compile.enable"]
+    arguments += ["--activation_checkpoint.mode=memory_budget"]
+    load_job_config(arguments, {"WORLD_SIZE": "2"})
+    with pytest.raises(ConfigErrors, match=f'"memory_budget" is for.*{degree} = 2; set it to "full"'):
+        load_job_config([*arguments, f"--{PARALLELISM}{degree}=2"], {"WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_impossible_mesh_is_refused_with_a_remedy(name: str) -> None:
     ranks, options, words = CASES[name]

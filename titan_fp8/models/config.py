@@ -149,9 +149,12 @@ class ModelOverrides(Section):
     expert_group_score: Literal["max", "top2"] | None = None
     """A group's score: that of its best expert (`max`), or of its two best together (`top2`)."""
 
+    router_bias: bool | None = None
+    """Each expert has a bias in the choice, which is trained by `balance_rate` and kept where that is 0."""
+
     balance_rate: float | None = key(None, ge=0)
-    """After each step an expert that got too few tokens gains so much in the choice of experts, and one that
-    got too many loses it (arXiv 2408.15664); 0: off."""
+    """After each step the bias of an expert that got too few tokens gains so much, and that of one that got too many
+    loses it (arXiv 2408.15664); above 0 there are biases in any case."""
 
     aux_loss_weight: float | None = key(None, ge=0)
     """Weight of the auxiliary loss that draws the routers to balanced loads; 0: off."""

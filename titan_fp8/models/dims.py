@@ -6,7 +6,7 @@ have is off by default: grouped-query attention with rotary positions in every l
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from titan_fp8.runtime.errors import UserError
@@ -152,9 +152,11 @@ class ModelDims:
     """Groups that a token's experts are in."""
     expert_group_score: GroupScore = "top2"
     """A group's score: that of its best expert (`max`), or of its two best together (`top2`)."""
+    router_bias: bool = False
+    """Each expert has a bias in the choice, which is trained by `balance_rate` and kept where that is 0."""
     balance_rate: float = 0.0
-    """After each step an expert that got too few tokens gains so much in the choice of experts, and one that got too
-    many loses it (arXiv 2408.15664); 0: off."""
+    """After each step the bias of an expert that got too few tokens gains so much, and that of one that got too many
+    loses it (arXiv 2408.15664); above 0 there are biases in any case."""
     aux_loss_weight: float = 0.0
     """Weight of the auxiliary loss that draws the routers to balanced loads; 0: off."""
 
@@ -201,6 +203,11 @@ class ModelDims:
         return -(-hidden // self.multiple_of) * self.multiple_of
 
     @property
+    def has_router_bias(self) -> bool:
+        """Whether experts have biases in the choice."""
+        return self.router_bias or self.balance_rate > 0
+
+    @property
     def expert_hidden_dim(self) -> int:
         """Hidden width of an expert."""
         return self.ffn_hidden_dim if self.moe_ffn_dim is None else self.moe_ffn_dim
@@ -242,11 +249,12 @@ class ModelDims:
 
     def recorded(self) -> dict[str, Any]:
         """The dimensions by name, for a checkpoint to be compared by; of what a model may lack, only what this one
-        has."""
+        has, and nothing that only training knows."""
+        model = replace(self, router_bias=self.has_router_bias, balance_rate=0.0, aux_loss_weight=0.0)
         return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name in _OF_EVERY_MODEL or getattr(self, field.name) != field.default
+            field.name: getattr(model, field.name)
+            for field in fields(model)
+            if field.name in _OF_EVERY_MODEL or getattr(model, field.name) != field.default
         }
 
     def has_experts(self, layer: int) -> bool:
@@ -345,6 +353,11 @@ def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
         )
     if dims.expert_groups > 1 and dims.expert_group_score == "top2" and in_group < 2:
         yield 'model.overrides.expert_group_score = "top2": groups have one expert each; set it to "max"'
+    if dims.router_norm and dims.top_k == 1:
+        yield (
+            "model.overrides.router_norm = true: with top_k 1 every score would be divided by itself, and the router "
+            "would not learn; set it to false or raise top_k"
+        )
     if not any(dims.has_experts(layer) for layer in range(dims.n_layers)):
         yield (
             f"model.overrides: none of the {dims.n_layers} layers has experts, with first_dense_layers "

@@ -9,7 +9,7 @@ _LATENT = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _EXPERTS = (
     *("top_k", "moe_ffn_dim", "n_shared_experts", "first_dense_layers", "moe_interval", "router_score", "router_norm"),
     *("router_scale", "score_before_experts", "expert_groups", "expert_groups_per_token", "expert_group_score"),
-    *("balance_rate", "aux_loss_weight"),
+    *("router_bias", "balance_rate", "aux_loss_weight"),
 )
 _OF_WIDTH = ("multiple_of", "ffn_dim_multiplier")
 
@@ -25,6 +25,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[ModelDims], bool], str], ...] = (
         ("expert_groups_per_token", "expert_group_score"),
         lambda dims: dims.expert_groups > 1,
         "where all experts are one group; set expert_groups too",
+    ),
+    (
+        ("router_bias",),
+        lambda dims: dims.router_bias or dims.balance_rate == 0,
+        "while balance_rate is above 0; set that to 0 too",
     ),
     (
         ("temperature_floor",),

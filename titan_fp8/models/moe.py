@@ -211,7 +211,7 @@ class MoE(nn.Module):
     Attributes:
         dispatcher: brings tokens to experts.
         token_axis: ranks that route other tokens of the same microbatch; None: this one routes all.
-        expert_bias: fp32 `[E]`, part of the state dict; None without balancing by biases.
+        expert_bias: fp32 `[E]`, part of the state dict; None where the choice knows no biases.
         tokens_per_expert: fp32 `[E]`, choices since it was last set to zero, of microbatches whose backward is done.
         aux_loss_sum: fp32 `[1]`, the auxiliary loss times tokens since it was last set to zero.
         aux_loss_scale: fp32 `[1]`, by what the auxiliary loss of a microbatch counts for each token.
@@ -236,7 +236,7 @@ class MoE(nn.Module):
         self.token_axis: Axis | None = None
         # In fp32 whatever dtype parameters are trained in (`_apply`).
         per_expert, number = torch.zeros(dims.n_experts, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
-        self.register_buffer("expert_bias", per_expert.clone() if dims.balance_rate else None)
+        self.register_buffer("expert_bias", per_expert.clone() if dims.has_router_bias else None)
         self.register_buffer("tokens_per_expert", per_expert, persistent=False)
         self.register_buffer("aux_loss_sum", number, persistent=False)
         self.register_buffer("aux_loss_scale", number.clone(), persistent=False)

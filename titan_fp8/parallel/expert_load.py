@@ -51,15 +51,15 @@ class ExpertLoad:
         self._last_counts, self._last_aux = self._counts.clone(), self._aux_sums.clone()
         self._tokens = self._last_tokens = 0
 
-    def begin_step(self, label_tokens: Tensor, tokens: int) -> None:
+    def begin_step(self, tokens: int) -> None:
         """Call before a step's first microbatch.
 
         Args:
-            label_tokens: fp32 `[]`, by which the losses of the step are divided.
-            tokens: of all microbatches and ranks, padding included: each layer chooses experts for every one.
+            tokens: of all microbatches and ranks, padding included: each layer chooses experts for every one, and the
+                auxiliary loss is a mean over them, whether or not they have labels.
         """
         self._tokens = tokens
-        self._aux_scale.copy_((self._aux_weight / label_tokens).view(1))
+        self._aux_scale.fill_(self._aux_weight / tokens)
 
     @torch.no_grad()
     def end_step(self, skip: Tensor | None = None) -> None:
@@ -98,7 +98,8 @@ class ExpertLoad:
         totals = self._last_counts.sum(1, keepdim=True).clamp(min=1)
         shares = self._last_counts / totals
         max_loads = shares.amax(1) * shares.shape[1]
-        entropy = -torch.xlogy(shares, shares).sum(1) / math.log(max(shares.shape[1], 2))
+        n_experts = shares.shape[1]
+        entropy = -torch.xlogy(shares, shares).sum(1) / math.log(n_experts) if n_experts > 1 else shares.sum(1)
         aux = self._last_aux * self._top_k / totals.squeeze(1)
         # In fp64: each count is exact in fp32, their sum may not be.
         dropped = self._last_tokens * self._top_k - self._last_counts.double().sum(1)

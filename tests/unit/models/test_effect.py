@@ -55,11 +55,12 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "expert_groups": (2,),
     "expert_groups_per_token": (2, 1),
     "expert_group_score": ("max",),
+    "router_bias": (True,),
     "balance_rate": (0.1,),
     "aux_loss_weight": (0.1,),
     "tied_embeddings": (True,),
 }
-ONLY_IN_TRAINING = {"balance_rate", "aux_loss_weight"}
+ONLY_IN_TRAINING = {"router_bias", "balance_rate", "aux_loss_weight"}
 TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -102,6 +103,14 @@ def test_what_changes_nothing_is_said_to(family: str, name: str) -> None:
         plain_shapes, plain = outcome(family, tuple(base.items()))
         changes = shapes != plain_shapes or not torch.equal(logits, plain)
         assert said != changes, f"{name} = {value}"
+
+
+def test_biases_that_are_trained_cannot_be_left_out() -> None:
+    flavor = FLAVORS["llama4"]["debugmodel"]
+    for rate, said in ((1e-3, True), (0.0, False)):
+        dims = resolve_dims("llama4", "debugmodel", {"router_bias": False, "balance_rate": rate})
+        assert dims.has_router_bias == said
+        assert ("router_bias" in dict(without_effect(flavor, dims, {"router_bias": False}))) == said
 
 
 def test_what_a_flavor_has_anyway_may_be_given() -> None:

@@ -127,6 +127,7 @@ def test_every_dimension_has_an_override_key() -> None:
         ("deepseek_v3", "671B", {"n_experts": 8}, r"top_k 8 is more than the 4 experts of 4 groups"),
         ("deepseek_v3", "671B", {"n_experts": 8, "top_k": 2}, r'expert_group_score = "top2": groups have one expert'),
         ("llama4", "17bx16e", {"balance_rate": -1.0}, r"balance_rate = -1.0: must be at least 0"),
+        ("mixtral", "8x7B", {"top_k": 1}, r"router_norm = true: with top_k 1 every score"),
     ],
 )
 def test_impossible_dimensions_are_refused_by_name(name: str, flavor: str, overrides: dict, message: str) -> None:
@@ -138,6 +139,17 @@ def test_all_broken_rules_are_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
         resolve_dims("llama3", "8B", {"n_heads": 24, "n_kv_heads": 7})
     assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("family", ["llama4", "mixtral"])
+def test_how_loads_are_balanced_is_no_part_of_the_model(family: str) -> None:
+    """But whether experts have biases is: they are among the tensors of a checkpoint."""
+    flavor = resolve_dims(family, "debugmodel")
+    other = resolve_dims(family, "debugmodel", {"balance_rate": 0.5, "aux_loss_weight": 0.5})
+    assert {"balance_rate", "aux_loss_weight"}.isdisjoint(other.recorded())
+    assert other.recorded() == flavor.recorded() | {"router_bias": True}
+    if family == "llama4":
+        assert resolve_dims(family, "debugmodel", {"balance_rate": 0.0}).recorded() == flavor.recorded()
 
 
 def test_flavors_are_read_without_torch() -> None:

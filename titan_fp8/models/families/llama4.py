@@ -25,6 +25,7 @@ FLAVORS: dict[str, ModelDims] = {
         n_shared_experts=1,
         router_score="sigmoid",
         score_before_experts=True,
+        router_bias=True,
         balance_rate=1e-3,
     ),
     "17bx16e": ModelDims(
@@ -49,6 +50,7 @@ FLAVORS: dict[str, ModelDims] = {
         n_shared_experts=1,
         router_score="sigmoid",
         score_before_experts=True,
+        router_bias=True,
         balance_rate=1e-3,
     ),
     "17bx128e": ModelDims(
@@ -70,6 +72,7 @@ FLAVORS: dict[str, ModelDims] = {
         moe_interval=2,
         router_score="sigmoid",
         score_before_experts=True,
+        router_bias=True,
         balance_rate=1e-3,
     ),
 }
