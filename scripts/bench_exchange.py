@@ -7,6 +7,7 @@ up in fp32, and in fp32 by NCCL, without the copy into the buffer on either side
 each is measured alone, and what it does to a float8 product of [8192, 4096] x [14336, 4096] that runs beside it.
 """
 
+import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter
+from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.runtime.peer_memory import check_peer_memory
 
 PARAMETERS = 218_103_808
@@ -42,8 +43,14 @@ def per_call(call: Callable[[], Any], calls: int = PRODUCTS, beside: Callable[[]
     return start.elapsed_time(end) / calls
 
 
+def exchanges_of(group: dist.ProcessGroup) -> tuple[PeerAllGather, PeerReduceScatter]:
+    """What FSDP gives its blocks."""
+    return PeerAllGather(Places(group)), PeerReduceScatter(Places(group), torch.float32)
+
+
 def main() -> None:
     """Compare, measure, print on rank 0."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when CUDA starts
     torch.cuda.set_device(device)
@@ -52,7 +59,7 @@ def main() -> None:
     assert group is not None
     check_peer_memory(group, device, "bench_exchange.py")
     ranks, rank = group.size(), group.rank()
-    gather, reduce = PeerAllGather(group), PeerReduceScatter(group, torch.float32)
+    gather, reduce = exchanges_of(group)
     shard = PARAMETERS // 2 // ranks  # as bf16, two codes an element
     torch.manual_seed(rank)
     codes = torch.randn(shard, device=device).bfloat16()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from titan_fp8.kernels.cross_entropy import cross_entropy_, reference
+from titan_fp8.kernels.cross_entropy.chunks import narrow_
 from titan_fp8.models.chunked_loss import chunk_loss
 from titan_fp8.models.linear import Linear
 from titan_fp8.models.loss import cross_entropy_sum
@@ -55,3 +56,15 @@ def test_the_loss_of_some_tokens_at_a_time_is_that_of_all_in_less_memory(dtype: 
         assert (actual - expected).norm() <= tolerance * expected.norm()
         assert ((actual * expected).sum() / expected.square().sum()).item() == pytest.approx(1, abs=1e-3)
     assert peak < 0.7 * wanted_peak
+
+
+@pytest.mark.parametrize("numel", [12_345_679, 1 << 28])
+def test_a_gradient_is_rounded_in_its_own_memory(numel: int) -> None:
+    wide = torch.randn(numel, device="cuda")
+    expected = wide.bfloat16()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    narrow = narrow_(wide, torch.bfloat16)
+    assert torch.cuda.max_memory_allocated() - before < 2 * numel / 32
+    assert torch.equal(narrow, expected)
+    assert narrow.data_ptr() == wide.data_ptr()

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import Case, assert_same, train_on_ranks
+from titan_fp8.kernels.partial_sums import sum_parts
 from titan_fp8.parallel import fsdp_exchange
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
@@ -41,40 +42,68 @@ def _two_gpus() -> None:
         pytest.skip("needs 2 GPUs")
 
 
+def _late_sum(*args) -> None:
+    """Adds up when others would long have written to what is read, if nobody waited."""
+    torch.cuda._sleep(3_000_000)
+    sum_parts(*args)
+
+
 def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str]:
-    """What differs from NCCL in many rounds of changing sizes; gathers and reductions `in_one` buffer of a size, and
-    gradients read in parts, or not."""
+    """What differs from NCCL in many rounds of changing sizes, on FSDP's streams and with its waits; gathers and
+    reductions `in_one` buffer of a size and gradients read in parts, or not."""
     init_distributed(CommSection(), local_device("cuda"), folder)
-    wrong = []
+    fsdp_exchange.sum_parts = _late_sum
+    fsdp_exchange.READ_AT_ONCE = 1 << 19 if in_one else fsdp_exchange.READ_AT_ONCE
     try:
         group, device = dist.group.WORLD, torch.device("cuda", rank)
         check_peer_memory(group, device, "test")
         places = Places(group, turns=1) if in_one else Places(group)
         gather = PeerAllGather(places)
         reduce = PeerReduceScatter(places if in_one else Places(group), torch.float32)
-        fsdp_exchange.READ_AT_ONCE = 1 << 19 if in_one else fsdp_exchange.READ_AT_ONCE
+        compute = torch.cuda.current_stream(device)
+        copy_in, gathers, sums_stream = (torch.cuda.Stream(device) for _ in range(3))
         torch.manual_seed(rank)
+        results, reduced = [], None
         for round_ in range(40):
             n = (1 << 20, 1 << 12, 3 << 18)[round_ % 3]
-            shard = torch.randn(n, device=device).bfloat16()
-            output = gather.allocate((2 * n,), dtype=torch.bfloat16, device=device)
-            output[rank * n : (rank + 1) * n] = shard
-            gather(output, output[rank * n : (rank + 1) * n], group)
-            expected = torch.empty_like(output)
-            dist.all_gather_into_tensor(expected, shard)
-            wrong += [] if torch.equal(output, expected) else [f"gather {round_}"]
+            shard, gradients = (torch.randn(size, device=device).bfloat16() for size in (n, 2 * n))
+            copy_in.wait_stream(compute)
+            with torch.cuda.stream(copy_in):
+                output = gather.allocate((2 * n,), dtype=torch.bfloat16, device=device)
+                output[rank * n : (rank + 1) * n] = shard
+            gathers.wait_stream(copy_in)
+            with torch.cuda.stream(gathers):
+                gather(output, output[rank * n : (rank + 1) * n], group)
+            compute.wait_stream(gathers)
+            gathered = output.clone()
             del output
-            gradients = torch.randn(2 * n, device=device).bfloat16()
+            if reduced is not None:
+                compute.wait_event(reduced)
             buffer = reduce.allocate((2 * n,), dtype=torch.bfloat16, device=device)
             buffer.copy_(gradients)
-            sums = reduce.allocate((n,), dtype=torch.bfloat16, device=device)
-            reduce(sums, buffer, group, dist.ReduceOp.SUM)
-            expected = torch.empty(n, device=device)
-            dist.reduce_scatter_tensor(expected, gradients.float())
-            wrong += [] if torch.equal(sums, expected) else [f"reduce {round_}"]
+            sums_stream.wait_stream(compute)
+            with torch.cuda.stream(sums_stream):
+                sums = reduce.allocate((n,), dtype=torch.bfloat16, device=device)
+                reduce(sums, buffer, group, dist.ReduceOp.SUM)
+                reduced = sums_stream.record_event()
             del buffer
+            results.append((shard, gathered, gradients, sums))
+        torch.cuda.synchronize(device)
+        return _differences(results)
     finally:
         destroy()
+
+
+def _differences(results: list[tuple[torch.Tensor, ...]]) -> list[str]:
+    """The rounds in which NCCL gives something else."""
+    wrong = []
+    for round_, (shard, gathered, gradients, sums) in enumerate(results):
+        expected = torch.empty_like(gathered)
+        dist.all_gather_into_tensor(expected, shard)
+        wrong += [] if torch.equal(gathered, expected) else [f"gather {round_}"]
+        expected = torch.empty_like(sums)
+        dist.reduce_scatter_tensor(expected, gradients.float())
+        wrong += [] if torch.equal(sums, expected) else [f"reduce {round_}"]
     return wrong
 
 

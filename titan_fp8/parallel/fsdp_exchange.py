@@ -32,6 +32,8 @@ TURNS = 2
 """So many buffers of a size take turns."""
 READ_AT_ONCE = 384 << 20
 """Bytes of other ranks' gradients that a rank reads before it adds them up."""
+ALIGNED = 128
+"""Numbers that a part of gradients is a multiple of: what is read and added begins at whole vectors."""
 
 
 class _Place:
@@ -40,7 +42,6 @@ class _Place:
     def __init__(self, buffer: PeerBuffer) -> None:
         self.buffer = buffer
         self.given_out: weakref.ref[Tensor] | None = None
-        self.gathers = False
         self.was_read: torch.Event | None = None
         """By the sums of this rank's own part; None: the stream that writes now has waited for it."""
 
@@ -49,14 +50,13 @@ class _Place:
         """Whether nobody holds what was given out of it last."""
         return self.given_out is None or self.given_out() is None
 
-    def give_out(self, dtype: torch.dtype, device: torch.device, *, gathers: bool) -> Tensor:
-        """All of it, to be written on the current stream: for a gather, or for a reduction."""
+    def give_out(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """All of it, to be written on the current stream."""
         if self.was_read is not None:
             torch.cuda.current_stream(device).wait_event(self.was_read)
             self.was_read = None
         tensor = self.buffer.begin().view(dtype)
         self.given_out = weakref.ref(tensor)
-        self.gathers = gathers
         return tensor
 
 
@@ -68,13 +68,8 @@ class Places:
         self.turns = turns
         self._places: dict[int, list[_Place]] = {}
 
-    def next(self, size: int, device: torch.device, *, gathered_was_read: bool = False) -> _Place:
+    def next(self, size: int, device: torch.device) -> _Place:
         """The one whose turn it is.
-
-        Args:
-            size: bytes.
-            device: of this rank.
-            gathered_was_read: what was gathered there is read no more, even if FSDP still holds it.
 
         Raises:
             RuntimeError: it is in use.
@@ -84,13 +79,12 @@ class Places:
             places.append(_Place(PeerBuffer(self.group, size, device)))
             return places[-1]
         places.append(places.pop(0))
-        place = places[-1]
-        if not (place.is_free or (gathered_was_read and place.gathers)):
+        if not places[-1].is_free:
             raise RuntimeError(
                 f"more is exchanged at a time than buffers in peer memory hold ({self.turns} of a size); set "
                 "parallelism.fsdp_exchange to collectives"
             )
-        return place
+        return places[-1]
 
 
 class PeerAllGather(AllGather):
@@ -111,7 +105,7 @@ class PeerAllGather(AllGather):
         """Where to gather; on the stream that will write this rank's shard into it."""
         (numel,) = size
         place = self._places.next(int(numel) * dtype.itemsize, device)
-        output = place.give_out(dtype, device, gathers=True)
+        output = place.give_out(dtype, device)
         self._in_use[output.data_ptr()] = place.buffer
         return output
 
@@ -135,8 +129,8 @@ class PeerReduceScatter(ReduceScatter):
     One object serves all units of one group, whose reductions follow one another.
 
     Args:
-        places: as for `PeerAllGather`. They may be those of the gathers of the same units: gradients are written on the
-            stream that has read what was gathered.
+        places: as for `PeerAllGather`. They may be those of the gathers of a unit that is gathered once a forward pass:
+            FSDP lets go of what was gathered last at the end of it, and its gradients come later.
         sum_dtype: dtype of the sums.
     """
 
@@ -157,8 +151,8 @@ class PeerReduceScatter(ReduceScatter):
             return self._new_sums(numel, device)
         self._output_numel = numel // self._ranks
         self._of_gradients = torch.cuda.current_stream(device)
-        self._place = self._places.next(numel * dtype.itemsize, device, gathered_was_read=True)
-        return self._place.give_out(dtype, device, gathers=False)
+        self._place = self._places.next(numel * dtype.itemsize, device)
+        return self._place.give_out(dtype, device)
 
     def _new_sums(self, numel: int, device: torch.device) -> Tensor:
         """Memory for the sums, which live until the optimizer's step.
@@ -190,7 +184,8 @@ class PeerReduceScatter(ReduceScatter):
         buffer.publish()
         numel, rank = output_tensor.numel(), buffer.rank
         mine = input_tensor[rank * numel : (rank + 1) * numel]
-        at_once = max(1, READ_AT_ONCE // ((self._ranks - 1) * mine.element_size()))
+        at_once = READ_AT_ONCE // ((self._ranks - 1) * mine.element_size())
+        at_once = max(ALIGNED, at_once // ALIGNED * ALIGNED)
         for start in range(0, numel, at_once):
             self._sum_part(buffer, mine, slice(start, min(start + at_once, numel)), output_tensor)
         buffer.end()

@@ -125,7 +125,7 @@ def test_a_buffer_that_is_still_in_use_is_not_given_out_again(ranks) -> None:
         allocate()
 
 
-@pytest.mark.parametrize("at_once", [1 << 20, 40, 1])
+@pytest.mark.parametrize("at_once", [1 << 20, 3000, 1])
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("sum_dtype", [torch.float32, torch.bfloat16])
 def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
@@ -134,7 +134,7 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
     monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", at_once)
     groups = ranks(count)
     reduces = [PeerReduceScatter(Places(group), sum_dtype) for group in groups]
-    for size in (6, 6, 10, 6):  # units of two sizes have buffers of their own
+    for size in (6, 6, 1000, 6):  # units of two sizes have buffers of their own
         gradients = torch.randn(count, count * size).bfloat16()
         inputs, outputs = [], []
         for reduce in reduces:
@@ -152,16 +152,16 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
 
 
 def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:
-    monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 3 * 4 * 2)  # 4 numbers in bf16 of each of 3 ranks
+    monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 3 * 300 * 2)  # 300 numbers in bf16 of each of 3 ranks
     lengths = []
     monkeypatch.setattr(fsdp_exchange, "sum_parts", lambda own, others, *_: lengths.append(tuple(others.shape)))
     group = ranks(4)[1]
-    group.memory |= {(0, rank): torch.zeros(4 * 10 * 2, dtype=torch.uint8) for rank in range(4)}
+    group.memory |= {(0, rank): torch.zeros(4 * 600 * 2, dtype=torch.uint8) for rank in range(4)}
     reduce = PeerReduceScatter(Places(group), torch.float32)
-    gradients = reduce.allocate((4 * 10,), dtype=torch.bfloat16, device=CPU)
-    sums = reduce.allocate((10,), dtype=torch.bfloat16, device=CPU)
+    gradients = reduce.allocate((4 * 600,), dtype=torch.bfloat16, device=CPU)
+    sums = reduce.allocate((600,), dtype=torch.bfloat16, device=CPU)
     reduce(sums, gradients, group, dist.ReduceOp.SUM)
-    assert lengths == [(3, 4), (3, 4), (3, 2)]
+    assert lengths == [(3, 256), (3, 256), (3, 88)], "and parts begin at multiples of 128"
 
 
 def test_gathers_and_reductions_of_a_unit_take_turns_in_one_buffer(ranks) -> None:
@@ -179,11 +179,10 @@ def test_gathers_and_reductions_of_a_unit_take_turns_in_one_buffer(ranks) -> Non
         assert all(torch.equal(each.float(), expected) for each in weights)
         with pytest.raises(RuntimeError, match=r"\(1 of a size\)"):
             gathers[0].allocate((8,), dtype=torch.bfloat16, device=CPU)
-        # FSDP holds what was gathered until it gathers again.
+        del weights
         gradients = [reduce.allocate((8,), dtype=torch.bfloat16, device=CPU) for reduce in reduces]
         with pytest.raises(RuntimeError, match=r"\(1 of a size\)"):
             gathers[0].allocate((8,), dtype=torch.bfloat16, device=CPU)
-        del weights
         sums = [reduce.allocate((4,), dtype=torch.bfloat16, device=CPU) for reduce in reduces]
         for rank in range(2):
             gradients[rank].copy_(torch.arange(8) + rank)

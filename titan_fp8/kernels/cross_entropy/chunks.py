@@ -31,7 +31,8 @@ def add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Te
 def narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """`wide`, fp32 of any shape, rounded to a dtype of 16 bits in the first half of its own memory; wide is lost.
 
-    The result is a view of that memory, so no second tensor of this size exists. A part that is as long as all before
+    The result is a view of that memory, so no second tensor of this size exists, and all of it is held as long as the
+    result is. A part that is as long as all before
     it goes where those lay, which have moved by then; the first of the parts goes by way of a copy.
 
     Raises:
@@ -95,7 +96,8 @@ class LossWithGradients(torch.autograd.Function):
             # an error of autograd. This is twice as fast as mul_.
             torch._foreach_mul_([grad_weight], grad)  # pyright: ignore[reportPrivateImportUsage]
             if torch.promote_types(ctx.dtype, ctx.weight_dtype) != ctx.dtype:
-                for rows in grad_weight.chunk(1 << _HALVINGS):
+                for rows in grad_weight.chunk(8):
                     rows.copy_(rows.to(ctx.dtype))
-            grad_weight = grad_weight if ctx.weight_dtype == torch.float32 else narrow_(grad_weight, ctx.weight_dtype)
+            narrows = ctx.weight_dtype.itemsize == 2
+            grad_weight = narrow_(grad_weight, ctx.weight_dtype) if narrows else grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
