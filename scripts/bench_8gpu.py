@@ -9,9 +9,9 @@
 |---|---|---|
 | headline | all 32 layers, FSDP2, 8192 tokens a GPU, selective recomputation of operators | both |
 | scaling | 16 of 32 layers on all GPUs, then on a half, a quarter and so on, these side by side | ours |
-| experts | 4 of 48 layers of Llama 4 Scout, experts dealt out to all GPUs, 4 x 8192 tokens a GPU | both |
-| large | Llama 3 70B with as many layers as fit, FSDP2 times tensor parallelism of 2, 8192 tokens for two GPUs | both |
 | short | all 32 layers, 4096 tokens a GPU, with no, every second block's and full recomputation | ours |
+| experts | 4 of 48 layers of Llama 4 Scout, experts dealt out to all GPUs, 4 x 8192 tokens a GPU (80 GiB: 1 x) | both |
+| large | Llama 3 70B with as many layers as fit, FSDP2 times tensor parallelism of 2, 8192 tokens for two GPUs | both |
 
 There may be any number of GPUs that 2 divides. Each row is one training of 10 steps, counted from the
 sixth to the tenth; a row whose communication is looked at trains for five more and traces the last one. Rows run in the
@@ -19,22 +19,26 @@ order of the table, within a part the most important ones first; options of both
 and so is what is recomputed in each.
 
 No run begins that would end after `--limit` seconds, as far as those before it tell, and one that still runs then is
-ended. What was left out is named, and the command exits with 3: the same command with `--resume` goes on.
+ended. What was left out is named, and the command exits with 3: the same command with `--resume` goes on; what failed
+before comes last then. `bench_8gpu_tables.py OUT/results.jsonl` prints the tables again, without a GPU.
+
+NVLink multicast is off on both sides.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import profile_table
 from bench_8gpu_tables import tables
 from bench_common import append_records
 from bench_peers import check_devices, earlier_results, execute, inspect_peer, parser_of, revision, settings_of, settle
-from bench_runs import shares, side_by_side, visible_gpus
+from bench_runs import TIMED_OUT, shares, side_by_side, visible_gpus
 from peer.jobs import LOG_FREQ, OURS, ROWS, SCOUT, THEIRS, Job, Row, Run
 from peer.text import write_peer_text
 
@@ -56,8 +60,9 @@ HEADLINE = (
 SHORT = (Row("bf16-eager"), ROWS["tensorwise-eager"], Row("tensorwise-compiled", "tensorwise", True))
 CHECKPOINTING = ("none", "every-2", "full")
 """Of the short sequences, in the order of the tables."""
-GIB_OF_STATE = 0.72
-"""Part of a device's memory that weights, gradients and moments of the large model may take."""
+GIB_BESIDE_STATE = 38
+"""Memory of a device that weights, gradients and moments of the large model leave to what does not grow with the number
+of its layers: logits, gathered layers and the gradients of one, the tensors of a layer; to codes of shards; to NCCL."""
 STATE_BYTES = 16
 """Of a parameter: weight, gradient and two moments in fp32."""
 LAYER_PARAMETERS, TABLE_PARAMETERS = 855_654_400, 2 * 128_256 * 8192
@@ -65,9 +70,13 @@ LAYER_PARAMETERS, TABLE_PARAMETERS = 855_654_400, 2 * 128_256 * 8192
 COUNTED = 2 * LOG_FREQ
 """Steps of a run that is not traced; the first half is its warm-up."""
 ROOMY_GIB = 120
-"""Memory of a GPU that 16 layers of Llama 3 8B fit."""
-USUAL_S = 75.0
-"""What a run is expected to take before one like it has run."""
+"""Memory of a GPU that 16 layers of Llama 3 8B fit, and the activations of four sequences of Scout."""
+USUAL_S = 60.0
+"""What a run is expected to take before any of its side has run."""
+WITHOUT_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""In the environment of both sides: a program that uses NVLink multicast claims a resource of the whole host."""
+BEGAN = "BENCH_BEGAN"
+"""Names, in the environment, when the command began that calls this script, in seconds since the epoch."""
 LEFT_OUT = 3
 """Exit code where not all rows have run."""
 Wave: TypeAlias = list[Run]
@@ -81,10 +90,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, default=570, help="seconds after which no run is under way any more (default: 570)")
     add("--large-layers", type=int, help="of 80 (default: as many as fit)")
     add("--ours-only", action="store_true", help="without the peer")
+    add("--row-timeout", type=float, default=180, help="seconds after which a run is ended (default: 180)")
     add("--resume", action="store_true", help="leave out runs that results.jsonl has with the same options")
     args = parser.parse_args(argv)
     settle(args, parts=PARTS)
-    args.begin = time.monotonic()
+    now = time.time()
+    args.begin = time.monotonic() - max(0.0, now - float(os.environ.get(BEGAN, now)))
     # What the runs of bench_peers.py are told besides.
     args.warm_up, args.lr, args.ac, args.vocab_size, args.peer_options = LOG_FREQ, 3e-4, "op", 128256, []
     args.same_start = False
@@ -113,10 +124,21 @@ def scaling(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
         yield runs[1:]
 
 
+def short(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
+    """Llama 3 8B at 4096 tokens, eager and compiled."""
+    for ac in CHECKPOINTING:
+        job = Job(
+            f"short-{ac}", gpus=gpus, layers=32, local_batch=1, global_batch=gpus, seq_len=4096, ac=ac, same_ac=True
+        )
+        for row in SHORT:
+            yield [Run(job, row, OURS, 1)]
+
+
 def experts(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
     """Llama 4 Scout with its 16 experts dealt out to as many of the GPUs as divide them."""
     sizes = {**SCOUT, "experts": math.gcd(16, gpus)}
-    job = Job("experts", gpus=gpus, layers=4, local_batch=4, global_batch=4 * gpus, **sizes)
+    batch = 4 if args.gib >= ROOMY_GIB else 1
+    job = Job("experts", gpus=gpus, layers=4, local_batch=batch, global_batch=batch * gpus, **sizes)
     for row in (ROWS["grouped-rowwise-compiled"], ROWS["bf16-compiled"]):
         for side in row.sides:
             yield [Run(job, row, side, 1, traced=True)]
@@ -141,17 +163,7 @@ def large(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
             yield [Run(job, row, side, 1)]
 
 
-def short(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
-    """Llama 3 8B at 4096 tokens, eager and compiled."""
-    for ac in CHECKPOINTING:
-        job = Job(
-            f"short-{ac}", gpus=gpus, layers=32, local_batch=1, global_batch=gpus, seq_len=4096, ac=ac, same_ac=True
-        )
-        for row in SHORT:
-            yield [Run(job, row, OURS, 1)]
-
-
-PARTS = {part.__name__: part for part in (headline, scaling, experts, large, short)}
+PARTS = {part.__name__: part for part in (headline, scaling, short, experts, large)}
 
 
 def fitting_layers(gpus: int, gib: float) -> int:
@@ -160,7 +172,7 @@ def fitting_layers(gpus: int, gib: float) -> int:
     Raises:
         SystemExit: not one does.
     """
-    parameters = GIB_OF_STATE * gib * 2**30 * gpus / STATE_BYTES
+    parameters = (gib - GIB_BESIDE_STATE) * 2**30 * gpus / STATE_BYTES
     layers = min(80, int((parameters - TABLE_PARAMETERS) / LAYER_PARAMETERS))
     if layers < 1:
         raise SystemExit(f"no layer of Llama 3 70B fits {gpus} GPUs of {gib:.0f} GiB; leave `large` out of --parts")
@@ -172,7 +184,7 @@ class Clock:
 
     def __init__(self, begin: float, limit_s: float) -> None:
         self._end = begin + limit_s
-        self._longest: dict[str, float] = {}
+        self._longest: dict[tuple[Any, ...], float] = {}
 
     @property
     def left_s(self) -> float:
@@ -180,12 +192,22 @@ class Clock:
         return self._end - time.monotonic()
 
     def has_time_for(self, wave: Wave) -> bool:
-        """Whether runs would end before the limit, if they take what the longest of their part took."""
-        return self.left_s >= max(self._longest.get(part_of(run), USUAL_S) for run in wave)
+        """Whether runs would end before the limit, if they take what the longest of those most like them took."""
+        return self.left_s >= max(map(self._expected_s, wave))
 
     def took(self, run: Run, seconds: float) -> None:
-        """A run has ended."""
-        self._longest[part_of(run)] = max(seconds, self._longest.get(part_of(run), 0.0))
+        """A run has ended, now or in an earlier call."""
+        for kind in _kinds(run):
+            self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
+
+    def _expected_s(self, run: Run) -> float:
+        return next((self._longest[kind] for kind in _kinds(run) if kind in self._longest), USUAL_S)
+
+
+def _kinds(run: Run) -> list[tuple[Any, ...]]:
+    """What a run is one of, the narrowest first."""
+    compiled = run.row.compiled
+    return [(part_of(run), run.side, compiled), (run.side, compiled), (run.side,)]
 
 
 def part_of(run: Run) -> str:
@@ -194,49 +216,78 @@ def part_of(run: Run) -> str:
 
 
 def run_all(waves: Sequence[Wave], args: argparse.Namespace, found: Mapping[str, Any]) -> tuple[list[dict], list[Run]]:
-    """The records of all that has run, now or before, and the runs that were left out."""
-    earlier = earlier_results(args)
+    """The records of all that has run, now or before, and the runs that were left out, both in the order of `waves`."""
     clock = Clock(args.begin, args.limit)
-    records: list[dict[str, Any]] = []
-    left_out: list[Run] = []
-    for wave in waves:
-        waiting = []
-        for run in wave:
-            record = earlier.get((run.job.name, run.row.name, run.side, run.repeat))
-            if record and settings_of(run, arguments_of(run, args), found).items() <= record.items():
-                records.append(record)
-            else:
-                waiting.append(run)
+    planned = {run.name: run for wave in waves for run in wave}
+    records = finished_before(planned.values(), args, found)
+    for name, record in records.items():
+        clock.took(planned[name], record["wall_s"])
+    failed = failed_before(args)
+    texts: set[str] = set()
+    for wave in sorted(waves, key=lambda wave: any(run.name in failed for run in wave)):
+        waiting = [run for run in wave if run.name not in records]
         if waiting and clock.has_time_for(waiting):
-            records += run_wave(waiting, args, found, clock)
-        else:
-            left_out += waiting
-    return records, left_out
+            for job in {run.job.name: run.job for run in waiting if run.side == THEIRS}.values():
+                if job.name not in texts:
+                    write_text(job, args)
+                    texts.add(job.name)
+            records |= run_wave(waiting, args, found, clock)
+    return (
+        [records[name] for name in planned if name in records],
+        [run for name, run in planned.items() if name not in records],
+    )
 
 
-def run_wave(wave: Wave, args: argparse.Namespace, found: Mapping[str, Any], clock: Clock) -> list[dict[str, Any]]:
-    """Train side by side, each on GPUs of its own, and record each."""
-    for run in wave:
-        write_text(run, args)
+def finished_before(
+    runs: Iterable[Run], args: argparse.Namespace, found: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Run -> its record of an earlier call, of those that ended well with the same options."""
+    earlier = earlier_results(args)
+    finished = {}
+    for run in runs:
+        record = earlier.get((run.job.name, run.row.name, run.side, run.repeat))
+        if record and settings_of(run, arguments_of(run, args), found).items() <= record.items():
+            finished[run.name] = record
+    return finished
 
-    def train(item: tuple[Run, Mapping[str, str]], _: Mapping[str, str]) -> dict[str, Any]:
+
+def failed_before(args: argparse.Namespace) -> set[str]:
+    """Names of the runs that failed in the earlier calls that this one resumes."""
+    file = args.out / "results.jsonl"
+    if not args.resume or not file.exists():
+        return set()
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return {f"{r['job']}/{r['row']}/{r['side']}-{r['repeat']}" for r in records if "error" in r}
+
+
+def run_wave(wave: Wave, args: argparse.Namespace, found: Mapping[str, Any], clock: Clock) -> dict[str, dict[str, Any]]:
+    """Train side by side, each on GPUs of its own: run -> its record; none of a run that the limit ended."""
+
+    def train(item: tuple[Run, Mapping[str, str]], _: Mapping[str, str]) -> dict[str, Any] | None:
         run, share = item
         given = arguments_of(run, args)
-        given.row_timeout = clock.left_s
-        record = execute(run, given, found, {**os.environ, **share})
+        begin, left_s = time.monotonic(), clock.left_s
+        given.row_timeout = min(args.row_timeout, left_s)
+        record = execute(run, given, found, {**os.environ, **WITHOUT_MULTICAST, **share})
+        if record.get("exit_code") == TIMED_OUT and left_s < args.row_timeout:
+            print(f"{run.name}: ended at the limit", flush=True)
+            return None
+        record |= {"gpus": run.job.gpus, "layers": run.job.layers, "local_batch": run.job.local_batch}
         if run.traced and "error" not in record:
             try:
                 record |= look_at_trace(run, given)
-            except (OSError, ValueError, SystemExit) as error:  # the speed was measured all the same
+            except (OSError, ValueError, LookupError, SystemExit) as error:  # the speed was measured all the same
                 print(f"{run.name}: its trace cannot be read: {error}", flush=True)
         append_records(args.out, [record])
-        clock.took(run, record["wall_s"])
+        if "error" not in record:
+            clock.took(run, time.monotonic() - begin)
         result = record["error"] if "error" in record else f"{record['tps']:,.0f} tok/s/GPU"
         print(f"{run.name}: {result} [{record['wall_s']} s]", flush=True)
         return record
 
     parts = shares([run.job.gpus for run in wave], visible_gpus())
-    return side_by_side(train, list(zip(wave, parts, strict=True)), [{}] * len(wave))
+    found_of = side_by_side(train, list(zip(wave, parts, strict=True)), [{}] * len(wave))
+    return {run.name: record for run, record in zip(wave, found_of, strict=True) if record is not None}
 
 
 def arguments_of(run: Run, args: argparse.Namespace) -> argparse.Namespace:
@@ -244,12 +295,10 @@ def arguments_of(run: Run, args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), "steps": COUNTED + LOG_FREQ * run.traced})
 
 
-def write_text(run: Run, args: argparse.Namespace) -> None:
-    """What the peer reads in a job, once."""
-    job, folder = run.job, args.out / run.job.name
-    if run.side == THEIRS and not (folder / "text").exists():
-        tokens = (COUNTED + LOG_FREQ) * job.global_batch * (job.seq_len + 1)
-        write_peer_text(args.data, args.tokenizer, folder, ranks=job.gpus, tokens=tokens)
+def write_text(job: Job, args: argparse.Namespace) -> None:
+    """What the peer reads in a job."""
+    tokens = (COUNTED + LOG_FREQ) * job.global_batch * (job.seq_len + 1)
+    write_peer_text(args.data, args.tokenizer, args.out / job.name, ranks=job.gpus // job.tensor, tokens=tokens)
 
 
 def look_at_trace(run: Run, args: argparse.Namespace) -> dict[str, float]:

@@ -5,4 +5,4 @@
 #   scripts/bench_8gpu.sh --data TOKENS --tokenizer DIR --out RUNS [OPTIONS of bench_8gpu.py]
 #
 # --wheels, --site and --install-only are those of scripts/bench_peers.sh, which installs the peer.
-BENCH_SCRIPT=bench_8gpu exec "$(dirname "$0")/bench_peers.sh" "$@"
+BENCH_SCRIPT=bench_8gpu BENCH_BEGAN=$(date +%s) exec "$(dirname "$0")/bench_peers.sh" "$@"

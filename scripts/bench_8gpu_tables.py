@@ -1,7 +1,14 @@
-"""The tables of `bench_8gpu.py`, from the records of its runs."""
+#!/usr/bin/env python3
+"""The tables of `bench_8gpu.py`, from the records of its runs.
 
+python scripts/bench_8gpu_tables.py RUNS/results.jsonl      of what one or several calls have run
+"""
+
+import argparse
 import itertools
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench_common import markdown_table
@@ -15,18 +22,47 @@ Record = dict[str, Any]
 
 def tables(records: Sequence[Record]) -> str:
     """All tables, each under its heading, of what has run; Markdown."""
+    scaling = [r for r in records if r["job"].startswith("scaling-")]
+    headline, experts, large = (of_job(records, job) for job in ("headline", "experts", "large"))
+    short: dict[str, list[Record]] = {}
+    for record in records:
+        part, _, ac = record["job"].partition("-")
+        if part == "short":
+            short.setdefault(ac, []).append(record)
     texts = [
-        ("Llama 3 8B, 8192 tokens a GPU", headline_table(of_job(records, "headline"))),
-        ("Llama 3 8B on fewer GPUs", scaling_table([r for r in records if r["job"].startswith("scaling-")])),
-        ("Llama 4 Scout, 4 layers, 4 x 8192 tokens a GPU", sides_table(of_job(records, "experts"))),
-        ("Llama 3 70B, 8192 tokens for two GPUs", sides_table(of_job(records, "large"))),
+        (f"Llama 3 8B, {size_of(headline)}, 8192 tokens a GPU", headline_table(headline)),
+        (f"Llama 3 8B, {size_of(scaling, with_gpus=False)}, 8192 tokens a GPU", scaling_table(scaling)),
         *(
-            (f"4096 tokens a GPU, recomputation: {job.partition('-')[2]}", memory_table(of_job(records, job)))
-            for job in dict.fromkeys(r["job"] for r in records if r["job"].startswith("short-"))
+            (f"Llama 3 8B, {size_of(of_ac)}, 4096 tokens a GPU, recomputation: {ac}", memory_table(of_ac))
+            for ac, of_ac in short.items()
         ),
+        (f"Llama 4 Scout, {size_of(experts)}, {batch_of(experts)} x 8192 tokens a GPU", sides_table(experts)),
+        (f"Llama 3 70B, {size_of(large)}, 8192 tokens for two GPUs", sides_table(large)),
         ("Communication of a step, ms", communication_table(records)),
     ]
     return "\n\n".join(f"{heading}\n\n{text}" for heading, text in texts if text)
+
+
+def latest(lines: Sequence[str]) -> list[Record]:
+    """Of the lines of results.jsonl, the last record of each run that ended well, or else the last one that did not."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for record in map(json.loads, lines):
+        run = tuple(record[key] for key in ("job", "row", "side", "repeat"))
+        if "error" not in record or "error" in found.get(run, {"error": ""}):
+            found[run] = record
+    return list(found.values())
+
+
+def size_of(records: Sequence[Record], *, with_gpus: bool = True) -> str:
+    """`32 layers on 8 GPUs`."""
+    record = records[0] if records else {}
+    gpus = f" on {record.get('gpus', '?')} GPUs" if with_gpus else ""
+    return f"{record.get('layers', '?')} layers{gpus}"
+
+
+def batch_of(records: Sequence[Record]) -> str:
+    """Sequences a GPU."""
+    return str((records[0] if records else {}).get("local_batch", "?"))
 
 
 def of_job(records: Sequence[Record], job: str) -> list[Record]:
@@ -41,9 +77,9 @@ def find(records: Sequence[Record], row: str, side: str = OURS, job: str | None 
 
 
 def rows_of(records: Sequence[Record]) -> list[str]:
-    """Names of rows in the order in which they ran, the baseline first."""
+    """Names of rows in the order in which they ran, the baseline first and then what else is in bf16."""
     names = list(dict.fromkeys(r["row"] for r in records))
-    return sorted(names, key=lambda name: name != BASELINE)
+    return sorted(names, key=lambda name: (name != BASELINE, not name.startswith("bf16")))
 
 
 def headline_table(records: Sequence[Record]) -> str:
@@ -88,7 +124,8 @@ def scaling_table(records: Sequence[Record]) -> str:
     for job in jobs:
         cells = [job.partition("-")[2]]
         for row in rows:
-            record, fewest = find(records, row, job=job), find(records, row, job=jobs[0])
+            record = find(records, row, job=job)
+            fewest = next((r for j in jobs if (r := find(records, row, job=j)).get("tps")), {})
             share = record["tps"] / fewest["tps"] if record.get("tps") and fewest.get("tps") else None
             cells += [speed(record), "" if share is None else f"{share:.1%}", number(record, "exposed_ms")]
         lines.append(cells)
@@ -128,3 +165,13 @@ def change(record: Record, baseline: Record, key: str = "tps") -> str:
 def _if_known(text: Callable[[], str], record: Record, key: str, other: Record | None = None) -> str:
     known = record.get(key) is not None and (other is None or other.get(key))
     return text() if known else ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.jsonl of the folder that runs are in")
+    print(tables(latest(parser.parse_args(argv).results.read_text().splitlines())))
+
+
+if __name__ == "__main__":
+    main()

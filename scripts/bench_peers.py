@@ -155,8 +155,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def peer_environment(site: Path, out: Path, gpus: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """An environment with the peer's packages before all others; the caches of its data are in `out`."""
     environment = dict(environment)
-    # What ./run_train.sh sets for ours.
+    # What ./run_train.sh sets for ours; the allocator's segments grow in the peer's own run_train.sh too.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    segments = environment.get("PYTORCH_CUDA_ALLOC_CONF") or "expandable_segments:True"
+    environment["PYTORCH_ALLOC_CONF"] = environment.get("PYTORCH_ALLOC_CONF") or segments
     path = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
     return environment | {
         "PYTHONPATH": os.pathsep.join(path),

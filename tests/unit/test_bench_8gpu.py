@@ -1,6 +1,7 @@
 """bench_8gpu.py: what it trains on any even number of GPUs, what it leaves out for want of time, and its tables."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,9 @@ def test_the_parts_of_eight_gpus_are_what_is_promised(bench, parse):
         assert named == expected, (row, side)
     assert [run.job.gpus for run in runs if run.job.name.startswith("scaling")] == [8, 4, 2, 1] * 2
     large = next(run.job for run in runs if run.job.name == "large")
-    assert (large.tensor, large.global_batch, large.layers) == (2, 4, 60)
+    assert (large.tensor, large.global_batch, large.layers) == (2, 4, 61)
     experts = next(run.job for run in runs if run.job.name == "experts")
-    assert (experts.experts, experts.layers) == (8, 4)
+    assert (experts.experts, experts.layers, experts.local_batch, experts.global_batch) == (8, 4, 4, 32)
     assert {run.job.seq_len for run in runs if run.job.name.startswith("short")} == {4096}
 
 
@@ -90,9 +91,27 @@ def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench, pars
     for gpus, gib in ((2, 140.0), (4, 79.0), (8, 79.0), (8, 140.0)):
         layers = bench.fitting_layers(gpus, gib)
         parameters = layers * bench.LAYER_PARAMETERS + bench.TABLE_PARAMETERS
-        assert 16 * parameters / gpus <= 0.72 * gib * 2**30 < 16 * (parameters + bench.LAYER_PARAMETERS) / gpus
+        state = (gib - 38) * 2**30
+        assert 16 * parameters / gpus <= state < 16 * (parameters + bench.LAYER_PARAMETERS) / gpus
+    assert bench.fitting_layers(8, 400.0) == 80
     with pytest.raises(SystemExit, match="no layer of Llama 3 70B fits 2 GPUs of 20 GiB"):
         bench.fitting_layers(2, 20.0)
+
+
+def test_gpus_of_80_gib_get_smaller_jobs(bench, parse):
+    args = parse(gib=79.2)
+    jobs = {run.job.name: run.job for wave in waves(bench, args, 4) for run in wave}
+    assert (jobs["experts"].local_batch, jobs["experts"].global_batch) == (1, 4)
+    assert jobs["scaling-1"].layers == 8
+    assert jobs["large"].layers == 10
+
+
+def test_time_counts_from_the_command_that_installs_the_peer(bench, parse, monkeypatch):
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 50.0)
+    monkeypatch.setattr(bench.time, "time", lambda: 1000.0)
+    assert parse().begin == 50.0
+    monkeypatch.setenv("BENCH_BEGAN", "960")
+    assert parse().begin == 10.0
 
 
 @pytest.fixture
@@ -109,11 +128,16 @@ def executed(bench, monkeypatch) -> list[str]:
         return record | bench.settings_of(run, args, found) | {"tps": 1000.0, "memory_gib": 9.0}
 
     monkeypatch.setattr(bench, "execute", execute)
-    monkeypatch.setattr(bench, "write_peer_text", lambda *args, **more: None)
+    monkeypatch.setattr(bench, "write_peer_text", lambda *args, **more: names.append(f"text for {more['ranks']}"))
     monkeypatch.setattr(bench, "look_at_trace", lambda run, args: {"step_ms": 9.0, "exposed_ms": 1.0, "hidden_ms": 2.0})
     monkeypatch.setattr(bench, "visible_gpus", lambda: ["4", "5"])
     monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
     return names
+
+
+def trained(executed: list[str]) -> list[str]:
+    """What has run, without the texts that were written."""
+    return [name for name in executed if not name.startswith("text")]
 
 
 def test_what_does_not_fit_the_time_is_left_out_and_resuming_goes_on_with_it(bench, parse, executed):
@@ -121,15 +145,88 @@ def test_what_does_not_fit_the_time_is_left_out_and_resuming_goes_on_with_it(ben
     plan = waves(bench, args, 2)
     expected = [run.name for wave in plan for run in wave]
     records, left_out = bench.run_all(plan, args, FOUND)
-    assert executed == expected[:4]
+    assert trained(executed) == expected[:4]
     assert [run.name for run in left_out] == expected[4:]
     assert len(records) == 4
+    short = parse("--limit", "90", "--parts", "headline", "--resume")  # the runs before took 100 s
+    short.begin = bench.time.monotonic()
+    assert len(bench.run_all(plan, short, FOUND)[0]) == 4
     again = parse("--limit", "5000", "--parts", "headline", "--resume")
     again.begin = bench.time.monotonic()
     records, left_out = bench.run_all(plan, again, FOUND)
-    assert executed == expected
-    assert len(records) == len(expected)
+    assert trained(executed) == expected
+    assert [f"{r['job']}/{r['row']}/{r['side']}-{r['repeat']}" for r in records] == expected
     assert not left_out
+
+
+def test_what_a_run_takes_is_told_by_those_most_like_it(bench, parse, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    runs = {(run.job.name, run.row.name, run.side): run for wave in waves(bench, parse(), 4) for run in wave}
+    ours = runs["headline", "tensorwise-compiled", "ours"]
+    peer = runs["headline", "tensorwise-compiled", "peer"]
+    eager = runs["headline", "tensorwise-eager", "ours"]
+    large = runs["large", "bf16-compiled", "ours"]
+    clock = bench.Clock(0.0, 100.0)
+
+    def longest(run) -> float:
+        return next(seconds for seconds in range(100, -1, -1) if not _fits(clock, run, now, seconds)) + 1
+
+    assert longest(ours) == bench.USUAL_S
+    clock.took(ours, 30.0)
+    clock.took(peer, 50.0)
+    assert (longest(ours), longest(peer), longest(eager), longest(large)) == (30, 50, 30, 30)
+    clock.took(eager, 20.0)
+    clock.took(large, 70.0)
+    assert (longest(ours), longest(eager), longest(large)) == (30, 20, 70)
+
+
+def _fits(clock, run, now: list[float], left_s: float) -> bool:
+    now[0] = 100.0 - left_s
+    return clock.has_time_for([run])
+
+
+def test_the_text_of_a_job_is_written_once_and_for_its_data_parallel_ranks(bench, parse, executed):
+    args = parse("--parts", "headline,large", "--limit", "99999")
+    bench.run_all(waves(bench, args, 4), args, FOUND)
+    assert [name for name in executed if name.startswith("text")] == ["text for 4", "text for 2"]
+
+
+def test_a_run_that_hangs_fails_and_one_that_the_limit_ends_is_left_out(bench, parse, executed, monkeypatch):
+    simulated, limits = bench.execute, []
+
+    def execute(run, args, found, base):
+        limits.append(args.row_timeout)
+        assert base["NCCL_NVLS_ENABLE"] == "0"
+        return simulated(run, args, found, base) | {"exit_code": 124, "error": "ended"}
+
+    monkeypatch.setattr(bench, "execute", execute)
+    args = parse("--parts", "headline", "--limit", "270")
+    plan = waves(bench, args, 2)
+    expected = [run.name for wave in plan for run in wave]
+    records, left_out = bench.run_all(plan, args, FOUND)
+    assert limits == [180, 170, 70]
+    assert [record["row"] for record in records] == ["tensorwise-compiled"]
+    assert [run.name for run in left_out] == expected[1:]
+
+
+def test_what_failed_before_comes_last_in_the_next_call(bench, parse, executed, monkeypatch):
+    simulated = bench.execute
+
+    def execute(run, args, found, base):
+        record = simulated(run, args, found, base)
+        return record | {"error": "CUDA out of memory"} if run.name == expected[1] else record
+
+    monkeypatch.setattr(bench, "execute", execute)
+    args = parse("--limit", "450", "--parts", "headline")
+    plan = waves(bench, args, 2)
+    expected = [run.name for wave in plan for run in wave]
+    bench.run_all(plan, args, FOUND)
+    assert trained(executed) == expected[:4]
+    again = parse("--limit", "5000", "--parts", "headline", "--resume")
+    again.begin = bench.time.monotonic()
+    bench.run_all(plan, again, FOUND)
+    assert trained(executed) == [*expected, expected[1]]
 
 
 def test_runs_side_by_side_see_gpus_of_their_own(bench, parse, executed, monkeypatch):
@@ -155,6 +252,56 @@ def record_of(job: str, row: str, side: str, tps: float, gib: float, **more) -> 
 
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_tables_say_of_what_size_a_job_was_and_are_made_again_from_the_records_file(bench, tmp_path, capsys):
+    make = importlib.import_module("bench_8gpu_tables")
+    size = {"gpus": 4, "layers": 29, "local_batch": 2}
+    failed = {
+        "job": "large",
+        "row": "bf16-compiled",
+        "side": "ours",
+        "repeat": 1,
+        "error": "CUDA out of memory",
+        **size,
+    }
+    records = [
+        record_of("large", "tensorwise-compiled", "ours", 9000.0, 50.0, **size),
+        failed,
+        record_of("large", "bf16-compiled", "ours", 7000.0, 50.0, **size),
+        failed,
+        record_of("experts", "bf16-compiled", "peer", 7000.0, 50.0, **size | {"layers": 4}),
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    make.main([str(file)])
+    text = capsys.readouterr().out
+    assert "Llama 3 70B, 29 layers on 4 GPUs, 8192 tokens for two GPUs\n" in text
+    assert "Llama 4 Scout, 4 layers on 4 GPUs, 2 x 8192 tokens a GPU\n" in text
+    assert "| bf16-compiled | 7,000 [one run] |" in text
+    assert "out of memory" not in text
+    assert "out of memory" in make.tables(make.latest([json.dumps(failed)]))
+
+
+def test_rows_in_bf16_come_first(bench):
+    make = importlib.import_module("bench_8gpu_tables")
+    names = ("tensorwise-compiled", "bf16-compiled", "rowwise-compiled", "bf16-eager")
+    records = [record_of("headline", name, "ours", 1.0, 1.0) for name in names]
+    assert make.rows_of(records) == ["bf16-eager", "bf16-compiled", "tensorwise-compiled", "rowwise-compiled"]
+
+
+def test_scaling_starts_with_the_fewest_gpus_that_trained(bench):
+    make = importlib.import_module("bench_8gpu_tables")
+    records = [
+        record_of("scaling-4", "bf16-compiled", "ours", 800.0, 50.0),
+        record_of("scaling-2", "bf16-compiled", "ours", 1000.0, 50.0),
+        {"job": "scaling-1", "row": "bf16-compiled", "side": "ours", "repeat": 1, "error": "no memory"},
+    ]
+    assert cells(make.scaling_table(records)) == [
+        ["1", "failed: no memory", "", ""],
+        ["2", "1,000", "100.0%", ""],
+        ["4", "800", "80.0%", ""],
+    ]
 
 
 def test_tables_compare_each_side_with_its_own_baseline_and_say_why_a_run_failed(bench):

@@ -609,3 +609,14 @@ def test_lanes_run_the_same_runs_on_gpus_of_their_own(load, parse, executed, mon
     assert [(r["row"], r["side"], r["repeat"]) for r in records] == expected
     assert sorted(executed) == sorted(f"two-gpus/{row}/{side}-{n}" for row, side, n in expected)
     assert set(seen) <= {"0,1", "2,3"}
+
+
+def test_the_peers_allocator_grows_its_segments_as_its_own_launcher_has_it_and_ours(load):
+    def setting(**given: str) -> str:
+        return load("bench_peers").peer_environment(Path("site"), Path("out"), 1, given)["PYTORCH_ALLOC_CONF"]
+
+    grows = "expandable_segments:True"
+    assert f"-{grows}}}}}" in (SCRIPTS.parent / "run_train.sh").read_text()
+    assert setting() == setting(PYTORCH_ALLOC_CONF="") == grows
+    assert setting(PYTORCH_CUDA_ALLOC_CONF="a:b") == "a:b"
+    assert setting(PYTORCH_CUDA_ALLOC_CONF="a:b", PYTORCH_ALLOC_CONF="c:d") == "c:d"
