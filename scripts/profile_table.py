@@ -53,6 +53,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
 OTHER = "other"
 STEP = "ProfilerStep#"
 ROWS = (*(name for name, _ in CATEGORIES), OTHER)
+_MADE_BY_COMPILER = re.compile(r"triton_(poi|red|per)_fused")
 _PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in CATEGORIES)
 
 Interval = tuple[float, float]
@@ -128,6 +129,8 @@ def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:
 def category_of(operator: str, kernel: str, *, in_update: bool = False) -> str:
     """The category of a kernel that `operator` launched ("" if unknown), in the optimizer's step or not."""
     label = f"{operator} | {kernel}".lower()
+    if _MADE_BY_COMPILER.search(label):
+        label = label.replace("scaled_mm", "")  # whose operands it casts; the product is a kernel of its own
     for name, pattern in _PATTERNS:
         if pattern.search(label):
             return OPTIMIZER if in_update and name not in TRAVELS else name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from titan_fp8.job_config import load_job_config
 from titan_fp8.models.arithmetic import count_active_parameters
@@ -449,3 +450,13 @@ def test_the_benchmark_of_wide_products_runs_on_a_cpu(load, capsys):
     assert "Error" not in out
     assert out.count("| w1, w3 |") == 8
     assert "new tensors, strided" in out
+
+
+def test_the_exchange_is_measured_with_what_fsdp_has(load):
+    class Group:
+        def size(self):
+            return 2
+
+    gather, reduce = load("bench_exchange").exchanges_of(Group())
+    assert isinstance(gather, AllGather)
+    assert isinstance(reduce, ReduceScatter)

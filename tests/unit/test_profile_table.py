@@ -32,6 +32,8 @@ def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
         ("titan_fp8::cast_tensor", "_cast_tiles_kernel", "casts"),
         ("titan_fp8::rms_norm_cast", "_norm_kernel", "norm and activation"),
         ("", "triton_red_fused_abs_amax_view_0", "casts"),
+        ("", "triton_poi_fused__scaled_mm__to_copy_clamp_mul_2", "casts"),
+        ("triton_poi_fused__scaled_mm_silu_2", "triton_poi_fused__scaled_mm_silu_2", "norm and activation"),
         ("", "triton_per_fused__fused_rms_norm__amax_0", "norm and activation"),
         ("record_param_comms", "ncclDevKernel_AllGather_RING_LL", "communication"),
         ("titan_fp8::gather_products", "Memcpy PtoP (Device -> Device)", "communication"),
