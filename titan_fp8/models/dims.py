@@ -353,11 +353,6 @@ def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
         )
     if dims.expert_groups > 1 and dims.expert_group_score == "top2" and in_group < 2:
         yield 'model.overrides.expert_group_score = "top2": groups have one expert each; set it to "max"'
-    if dims.router_norm and dims.top_k == 1:
-        yield (
-            "model.overrides.router_norm = true: with top_k 1 every score would be divided by itself, and the router "
-            "would not learn; set it to false or raise top_k"
-        )
     if not any(dims.has_experts(layer) for layer in range(dims.n_layers)):
         yield (
             f"model.overrides: none of the {dims.n_layers} layers has experts, with first_dense_layers "

@@ -127,7 +127,6 @@ def test_every_dimension_has_an_override_key() -> None:
         ("deepseek_v3", "671B", {"n_experts": 8}, r"top_k 8 is more than the 4 experts of 4 groups"),
         ("deepseek_v3", "671B", {"n_experts": 8, "top_k": 2}, r'expert_group_score = "top2": groups have one expert'),
         ("llama4", "17bx16e", {"balance_rate": -1.0}, r"balance_rate = -1.0: must be at least 0"),
-        ("mixtral", "8x7B", {"top_k": 1}, r"router_norm = true: with top_k 1 every score"),
     ],
 )
 def test_impossible_dimensions_are_refused_by_name(name: str, flavor: str, overrides: dict, message: str) -> None:
