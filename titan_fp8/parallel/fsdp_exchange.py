@@ -187,15 +187,19 @@ class PeerReduceScatter(ReduceScatter):
         at_once = READ_AT_ONCE // ((self._ranks - 1) * mine.element_size())
         at_once = max(ALIGNED, at_once // ALIGNED * ALIGNED)
         for start in range(0, numel, at_once):
-            self._sum_part(buffer, mine, slice(start, min(start + at_once, numel)), output_tensor)
-        buffer.end()
+            part = slice(start, min(start + at_once, numel))
+            others = _read_part(buffer, mine, part)
+            if part.stop == numel:
+                buffer.end()
+            sum_parts(mine[part], others, rank, output_tensor[part])
         place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
 
-    def _sum_part(self, buffer: PeerBuffer, mine: Tensor, part: slice, sums: Tensor) -> None:
-        """A part of `sums [n]` becomes that of the ranks' gradients, of which `mine [n]` is this rank's."""
-        numel, rank, size = mine.numel(), buffer.rank, mine.element_size()
-        others = mine.new_empty(self._ranks - 1, part.stop - part.start)
-        for peer in buffer.peers:
-            into = others[peer - (peer > rank)].view(torch.uint8)
-            buffer.read(peer, (rank * numel + part.start) * size, into)
-        sum_parts(mine[part], others, rank, sums[part])
+
+def _read_part(buffer: PeerBuffer, mine: Tensor, part: slice) -> Tensor:
+    """A part of the other ranks' gradients `[ranks - 1, length]`, of which `mine [n]` is this rank's."""
+    numel, rank, size = mine.numel(), buffer.rank, mine.element_size()
+    others = mine.new_empty(len(buffer.peers), part.stop - part.start)
+    for peer in buffer.peers:
+        into = others[peer - (peer > rank)].view(torch.uint8)
+        buffer.read(peer, (rank * numel + part.start) * size, into)
+    return others
