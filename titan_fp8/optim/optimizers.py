@@ -164,8 +164,7 @@ class OptimizersContainer:
     def create_state(self) -> None:
         """Create the state that does not exist before the first step, exactly as that step would.
 
-        Before the first forward pass its memory is in one piece. Created by the first step, it goes into the gaps that
-        activations have left, and later ones, which no longer fit there, take more memory than they fill.
+        A run that has no memory for it ends before the first forward pass then, not after it.
         """
         for optimizer in self:
             for group in optimizer.param_groups:

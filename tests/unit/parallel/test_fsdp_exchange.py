@@ -162,6 +162,8 @@ def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks
     sums = reduce.allocate((600,), dtype=torch.bfloat16, device=CPU)
     reduce(sums, gradients, group, dist.ReduceOp.SUM)
     assert lengths == [(3, 256), (3, 256), (3, 88)], "and parts begin at multiples of 128"
+    done = [entry[3] for entry in group.log if entry[0] == 1]
+    assert done == ["begin", "publish", *["read"] * 9, "end"], "others may write again after the last part alone"
 
 
 def test_gathers_and_reductions_of_a_unit_take_turns_in_one_buffer(ranks) -> None:

@@ -28,12 +28,16 @@ def add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Te
     return total.addmm_(grad_logits.t().float(), hidden.float())
 
 
+_HALVINGS = 6
+"""The first part that `narrow_` rounds is one of two to the power of this."""
+
+
 def narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """`wide`, fp32 of any shape, rounded to a dtype of 16 bits in the first half of its own memory; wide is lost.
 
     The result is a view of that memory, so no second tensor of this size exists, and all of it is held as long as the
-    result is. A part that is as long as all before
-    it goes where those lay, which have moved by then; the first of the parts goes by way of a copy.
+    result is. A part that is as long as all before it goes where those lay, which have moved by then; the first of the
+    parts goes by way of a copy.
 
     Raises:
         RuntimeError: wide is not contiguous.
@@ -49,10 +53,6 @@ def narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
         result[part] = source[part]
         stop = part.stop
     return result.view(wide.shape)
-
-
-_HALVINGS = 6
-"""The first part is one of two to the power of this."""
 
 
 class LossWithGradients(torch.autograd.Function):
