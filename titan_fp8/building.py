@@ -218,6 +218,7 @@ def _build_part(
         cpu_offload=training.enable_cpu_offload,
         dump_folder=folder,
         batch_tokens=training.local_batch_size * training.seq_len // mesh.degrees.context,
+        microbatches=max(1, training.global_batch_size // (training.local_batch_size * mesh.data_ranks)),
     )
     materialize(part, device, cpu_offload=training.enable_cpu_offload)
     initialize(part, seed, device=device)

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import runpy
@@ -46,6 +47,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _hide_other_cutlass() -> None:
+    """torchao takes every CUTLASS that is installed for the one that it was written with, and ends where one of another
+    version, which flash-attn-4 brings, lacks a module. It needs none on this GPU, and looks whether there is one."""
+    spec = importlib.util.find_spec("cutlass")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    if not any(list(Path(folder).glob("base_dsl/_mlir_helpers*")) for folder in folders):
+        sys.modules["cutlass"] = None  # what says that it cannot be imported
+
+
 def train(args: argparse.Namespace) -> None:
     """Run the trainer as `torchrun -m torchtitan.train` would, with the flavor `FLAVOR` beside its own."""
     # torchtitan.config reads the command line when it is imported.
@@ -60,6 +70,7 @@ def train(args: argparse.Namespace) -> None:
         spec = importlib.import_module("peer.same_start").same_start(module.get_train_spec(), args)
         importlib.import_module("torchtitan.protocols.train_spec").register_train_spec(family, spec)
     if family != "llama3":
+        _hide_other_cutlass()
         conversion = importlib.import_module("torchao.prototype.moe_training.conversion_utils")
         config = importlib.import_module("torchao.prototype.moe_training.config")
         conversion.MoETrainingConfig = config.Float8TrainingOpConfig

@@ -180,6 +180,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         reduce_dtype=case.reduce_dtype,
         cpu_offload=case.cpu_offload,
         batch_tokens=case.batch_tokens,
+        microbatches=case.microbatches,
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device(case.device_type), cpu_offload=case.cpu_offload)

@@ -29,6 +29,7 @@ CASES = {
     "codes_of_rows": replace(PLAIN, float8_recipe="rowwise", float8_all_gather=True, microbatches=2),
     "kept": replace(PLAIN, reshard="never", microbatches=2),
     "freed": replace(PLAIN, reshard="always"),
+    "microbatches": replace(PLAIN, microbatches=4),
     "sums_in_bf16": replace(PLAIN, reduce_dtype=torch.bfloat16),
     "fp32": replace(PLAIN, compute_dtype=torch.float32),
     "fp32_microbatches": replace(PLAIN, compute_dtype=torch.float32, microbatches=2),

@@ -1,5 +1,6 @@
 """The comparison with torchtitan: both sides train the same, in turns; logs, tables, resuming, text, installation."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -620,3 +621,14 @@ def test_the_peers_allocator_grows_its_segments_as_its_own_launcher_has_it_and_o
     assert setting() == setting(PYTORCH_ALLOC_CONF="") == grows
     assert setting(PYTORCH_CUDA_ALLOC_CONF="a:b") == "a:b"
     assert setting(PYTORCH_CUDA_ALLOC_CONF="a:b", PYTORCH_ALLOC_CONF="c:d") == "c:d"
+
+
+@pytest.mark.parametrize(("module", "is_hidden"), [("_mlir_helpers", False), ("other", True)])
+def test_the_peer_sees_no_cutlass_that_torchao_cannot_use(load, tmp_path, monkeypatch, module: str, is_hidden: bool):
+    monkeypatch.setitem(sys.modules, "cutlass", None)  # what is there ends with this test
+    del sys.modules["cutlass"]
+    (tmp_path / "cutlass" / "base_dsl" / module).mkdir(parents=True)
+    (tmp_path / "cutlass" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    load("peer.launch")._hide_other_cutlass()
+    assert (importlib.util.find_spec("cutlass") is None) == is_hidden

@@ -49,6 +49,7 @@ def parallelize(
     cpu_offload: bool = False,
     dump_folder: Path | None = None,
     batch_tokens: int | None = None,
+    microbatches: int = 1,
 ) -> Decoder:
     """Apply the inner order to `model`, in place, and return it. A model on the meta device stays there.
 
@@ -64,6 +65,7 @@ def parallelize(
         dump_folder: the run's folder, for pictures that were asked for.
         batch_tokens: tokens of a local batch on this rank, as many on every rank, by which to choose what FSDP moves
             for the embedding (`sharded_embedding.py`); None: not known.
+        microbatches: whose gradients are added up in an optimizer step.
 
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
@@ -99,6 +101,7 @@ def parallelize(
             reduce_dtype=reduce_dtype,
             cpu_offload=cpu_offload,
             batch_tokens=batch_tokens,
+            microbatches=microbatches,
         )
     return model
 

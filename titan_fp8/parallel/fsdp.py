@@ -60,6 +60,7 @@ from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
+from titan_fp8.parallel.gradient_sums import GradientSums, create_before_forward
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
 from titan_fp8.quantization.linear import Float8Linear
@@ -78,6 +79,7 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     cpu_offload: bool,
     batch_tokens: int | None = None,
+    microbatches: int = 1,
 ) -> None:
     """Shard the parameters of `model` over `mesh`, in place; they become DTensors under the same names.
 
@@ -89,6 +91,7 @@ def apply_fsdp(
         reduce_dtype: dtype in which gradients are summed over ranks.
         cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
         batch_tokens: tokens of a local batch on this rank, as many on every rank; None: not known, or not the same.
+        microbatches: whose gradients are added up in a step.
 
     Raises:
         UserError: `cpu_offload` on a CPU, or an exchange that the GPUs cannot do.
@@ -117,13 +120,9 @@ def apply_fsdp(
         )
     if by_peers:
         is_freed = _reshards(parallelism, mesh.degrees.pipeline > 1, is_last=True)
-        blocks = [unit for unit in units if _is_block(unit)]
-        output = [unit for unit in units if _is_output(unit, model)]
-        group = mesh.shards.get_group()
-        _exchange_by_peers(blocks, reduce_dtype, Places(group), Places(group))
-        # If it is freed after its forward pass, it is gathered twice in a row. Else gathers and reductions take turns.
-        once = Places(group, turns=1)
-        _exchange_by_peers(output, reduce_dtype, Places(group) if is_freed else once, once)
+        # The stages of a pipeline add up their gradients before they are reduced.
+        keeps = microbatches > 1 and not cpu_offload and mesh.degrees.pipeline == 1
+        _exchange_units(model, units, mesh, is_freed, reduce_dtype, keeps)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -242,15 +241,38 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
     return False
 
 
-def _exchange_by_peers(
-    units: list[list[nn.Module]], reduce_dtype: torch.dtype, gathers: Places, reductions: Places
+def _exchange_units(
+    model: Decoder,
+    units: list[list[nn.Module]],
+    mesh: ParallelMesh,
+    is_freed: bool,
+    reduce_dtype: torch.dtype,
+    keeps: bool,
 ) -> None:
-    """Have these units, one after the other, exchanged through peer memory, in these buffers."""
-    gather, reduce = PeerAllGather(gathers), PeerReduceScatter(reductions, reduce_dtype)
-    for unit, *_ in units:
-        assert isinstance(unit, FSDPModule)
-        unit.set_custom_all_gather(gather)
-        unit.set_custom_reduce_scatter(reduce)
+    """Have blocks and the output layer exchanged through peer memory.
+
+    Args:
+        is_freed: whether the output layer is freed after its forward pass.
+        keeps: whether the sums of gradients over microbatches lie in memory of their own.
+    """
+    group = mesh.shards.get_group()
+    kept: list[GradientSums] = []
+
+    def exchange(chosen: list[list[nn.Module]], gathers: Places, reductions: Places) -> None:
+        gather = PeerAllGather(gathers)
+        for unit in chosen:
+            sums = GradientSums(part for module in unit for part in _own_modules(module)) if keeps else None
+            kept.extend([] if sums is None else [sums])
+            first = unit[0]
+            assert isinstance(first, FSDPModule)
+            first.set_custom_all_gather(gather)
+            first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))
+
+    exchange([unit for unit in units if _is_block(unit)], Places(group), Places(group))
+    # If it is freed after its forward pass, it is gathered twice in a row. Else gathers and reductions take turns.
+    once = Places(group, turns=1)
+    exchange([unit for unit in units if _is_output(unit, model)], Places(group) if is_freed else once, once)
+    create_before_forward(model, kept)
 
 
 def _is_block(unit: list[nn.Module]) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from titan_fp8.kernels.partial_sums import sum_parts
+from titan_fp8.parallel.gradient_sums import GradientSums
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
 TURNS = 2
@@ -126,18 +127,22 @@ class PeerAllGather(AllGather):
 class PeerReduceScatter(ReduceScatter):
     """Sums `[ranks * n]` over ranks and leaves each its `[n]`, read from peer buffers.
 
-    One object serves all units of one group, whose reductions follow one another.
+    Without `kept` one object serves all units of one group, whose reductions follow one another.
 
     Args:
-        places: as for `PeerAllGather`. They may be those of the gathers of a unit that is gathered once a forward pass:
-            FSDP lets go of what was gathered last at the end of it, and its gradients come later.
+        places: as for `PeerAllGather`, and the same for all units whose reductions follow one another. They may be
+            those of the gathers of a unit that is gathered once a forward pass: FSDP lets go of what was gathered last
+            at the end of it, and its gradients come later.
         sum_dtype: dtype of the sums.
+        kept: where the sums of a unit's microbatches lie; None: FSDP adds them up.
     """
 
-    def __init__(self, places: Places, sum_dtype: torch.dtype) -> None:
+    def __init__(self, places: Places, sum_dtype: torch.dtype, kept: GradientSums | None = None) -> None:
         self._places = places
         self._ranks = places.group.size()
         self._sum_dtype = sum_dtype
+        self._kept = kept
+        self._adds = False
         self._place: _Place | None = None
         self._of_gradients: torch.cuda.Stream | None = None
         self._output_numel: int | None = None
@@ -148,7 +153,9 @@ class PeerReduceScatter(ReduceScatter):
         if self._output_numel is not None:
             assert numel == self._output_numel
             self._output_numel = None
-            return self._new_sums(numel, device)
+            kept = None if self._kept is None else self._kept.take(numel, self._sum_dtype)
+            sums, self._adds = kept or (self._new_sums(numel, device), False)
+            return sums
         self._output_numel = numel // self._ranks
         self._of_gradients = torch.cuda.current_stream(device)
         self._place = self._places.next(numel * dtype.itemsize, device)
@@ -175,7 +182,8 @@ class PeerReduceScatter(ReduceScatter):
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """`output_tensor [n]` becomes the sum of the ranks' parts of `input_tensor [ranks * n]`."""
+        """`output_tensor [n]` becomes the sum of the ranks' parts of `input_tensor [ranks * n]`, or of that and of what
+        was in it."""
         assert not async_op
         assert op == dist.ReduceOp.SUM
         place = self._place
@@ -191,7 +199,7 @@ class PeerReduceScatter(ReduceScatter):
             others = _read_part(buffer, mine, part)
             if part.stop == numel:
                 buffer.end()
-            sum_parts(mine[part], others, rank, output_tensor[part])
+            sum_parts(mine[part], others, rank, output_tensor[part], adds=self._adds)
         place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
 
 

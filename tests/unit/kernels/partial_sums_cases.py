@@ -19,15 +19,18 @@ def shrink_blocks() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def compare(ranks: int, rank: int, numel: int, dtype: torch.dtype, out_dtype: torch.dtype) -> str:
+def compare(
+    ranks: int, rank: int, numel: int, dtype: torch.dtype, out_dtype: torch.dtype, *, adds: bool = False
+) -> str:
     """One sum: "" or what differs."""
     generator = torch.Generator().manual_seed(97 * ranks + numel)
     parts = (torch.randn(ranks, numel, generator=generator) * 10 ** torch.randn(ranks, numel)).to(dtype)
     others = torch.cat([parts[:rank], parts[rank + 1 :]])
-    results = [torch.empty(numel, dtype=out_dtype) for _ in range(2)]
+    before = torch.randn(numel, generator=generator).to(out_dtype)
+    results = [before.clone() if adds else torch.empty(numel, dtype=out_dtype) for _ in range(2)]
     for sum_parts, out in zip((kernel.sum_parts, reference.sum_parts), results, strict=True):
-        sum_parts(parts[rank], others, rank, out)
-    return "" if torch.equal(*results) else f"{ranks} ranks, {rank}, {numel} values, {dtype}, {out_dtype}"
+        sum_parts(parts[rank], others, rank, out, adds=adds)
+    return "" if torch.equal(*results) else f"{ranks} ranks, {rank}, {numel} values, {dtype}, {out_dtype}, {adds=}"
 
 
 def case_every_rank_of_up_to_five() -> str:
@@ -39,6 +42,11 @@ def case_every_rank_of_up_to_five() -> str:
 def case_sizes_and_dtypes() -> str:
     sizes, dtypes = (1, 64, 65, 256), (torch.float32, torch.float16)
     return "; ".join(compare(3, 1, *each) for each in itertools.product(sizes, dtypes, dtypes))
+
+
+def case_added_to_what_is_there() -> str:
+    sizes, dtypes = (1, 64, 150), (torch.float32, torch.float16)
+    return "; ".join(compare(3, 1, *each, adds=True) for each in itertools.product(sizes, dtypes, dtypes))
 
 
 def case_nan_and_infinity() -> str:

@@ -114,7 +114,7 @@ OTHERS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     "sums of gradients": (
         partial_sums._sum_parts_kernel,
         ["*bf16", "*bf16", "*fp32", "i32+"],
-        {"RANK": 1, "RANKS": 4, "BLOCK": partial_sums.BLOCK, "num_warps": partial_sums.WARPS},
+        {"RANK": 1, "RANKS": 4, "ADDS": True, "BLOCK": partial_sums.BLOCK, "num_warps": partial_sums.WARPS},
     ),
 }
 

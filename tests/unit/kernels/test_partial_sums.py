@@ -7,7 +7,7 @@ import torch
 
 from titan_fp8.kernels.partial_sums import sum_parts
 
-CASES = ["every_rank_of_up_to_five", "nan_and_infinity", "sizes_and_dtypes"]
+CASES = ["added_to_what_is_there", "every_rank_of_up_to_five", "nan_and_infinity", "sizes_and_dtypes"]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,15 @@ def test_no_case_is_left_out(results: dict[str, str]) -> None:
     assert set(results) == set(CASES)
 
 
-def test_the_kernel_moves_16_bytes_at_a_time() -> None:
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_kernel_moves_16_bytes_at_a_time(adds: bool) -> None:
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
     from tests.unit.kernels.test_float8_compiles import compile_ptx
     from titan_fp8.kernels.partial_sums import kernel
 
-    constants = {"RANK": 1, "RANKS": 2, "BLOCK": kernel.BLOCK}
+    constants = {"RANK": 1, "RANKS": 2, "ADDS": adds, "BLOCK": kernel.BLOCK}
     ptx = compile_ptx(kernel._sum_parts_kernel, ["*bf16", "*bf16", "*fp32", "i32+"], 90, kernel.WARPS, **constants)
     assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)) == 2 * len(re.findall(r"ld\.global", ptx)) // 2 > 0
     assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
@@ -46,6 +47,15 @@ def test_every_rank_gets_the_sum_in_fp32() -> None:
         out = torch.empty(1)
         sum_parts(parts[rank], torch.cat([parts[:rank], parts[rank + 1 :]]), rank, out)
         assert out.item() == 2.0**-8  # in bf16 each small part would be lost beside the one
+
+
+def test_a_sum_is_added_before_it_is_rounded() -> None:
+    own, others = torch.full((1,), 2.0**-9, dtype=torch.bfloat16), torch.full((1, 1), 2.0**-9, dtype=torch.bfloat16)
+    out = torch.ones(1, dtype=torch.bfloat16)
+    sum_parts(own, others, 0, out, adds=True)
+    assert out.item() == 1  # 1 + 2^-8 lies between two numbers, and the even one is 1
+    sum_parts(own, 3 * others, 0, out, adds=True)
+    assert out.item() == 1 + 2.0**-7
 
 
 def test_the_order_is_that_of_the_ranks_on_every_rank() -> None:

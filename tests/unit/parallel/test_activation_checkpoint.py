@@ -75,7 +75,9 @@ def _section(**keys: object) -> ActivationCheckpointSection:
 RECOMPUTED = {
     "none": (_section(mode="none"), 0, 0),
     "full": (_section(mode="full"), LAYERS * LINEARS, LAYERS),
-    "every second block": (_section(selective_ac_option="2"), 1 * LINEARS, 1),
+    "every second block": (_section(selective_ac_option="2"), 2 * LINEARS, 2),
+    "of three blocks the first": (_section(selective_ac_option="3"), 1 * LINEARS, 1),
+    "of more than there are the first": (_section(selective_ac_option="4"), 1 * LINEARS, 1),
     "every block": (_section(selective_ac_option="1"), LAYERS * LINEARS, LAYERS),
     "op": (_section(selective_ac_option="op"), LAYERS * 3, 0),
     # wk's shape is wv's too: of the other five linears every second one is kept
@@ -98,6 +100,14 @@ def test_gemms_and_attention_are_recomputed_as_the_mode_says(
     assert backward.of(GEMMS) == 2 * (LAYERS * LINEARS + 1) + gemms
     assert forward.of(ATTENTION) == LAYERS
     assert backward.of(ATTENTION) == attentions
+
+
+def test_where_not_all_blocks_are_recomputed_the_last_is_not(tiny_decoder: Build) -> None:
+    """Its memory is needed for the loss and freed right after: recomputing it would lower no peak."""
+    model = tiny_decoder(4)
+    before = {name: block.forward for name, block in model.layers.items()}
+    apply_activation_checkpointing(model, _section(selective_ac_option="2"), compile_config=EAGER)
+    assert [name for name, block in model.layers.items() if block.forward != before[name]] == ["0", "2"]
 
 
 @RECIPES
@@ -207,7 +217,7 @@ def test_blocks_for_the_compiler_name_what_to_recompute(option: str, tiny_decode
     model = tiny_decoder(2)
     section = _section(mode="selective", selective_ac_option=option)
     apply_activation_checkpointing(model, section, compile_config=CompileSection(enable=True))
-    options = inspect.getclosurevars(model.layers["1"].forward).nonlocals["options"]
+    options = inspect.getclosurevars(model.layers["0"].forward).nonlocals["options"]
     first_pass, _ = options["context_fn"]()
     for op in (torch.ops.aten.mm.default, *GEMM_OPS):
         assert first_pass.policy_fn(None, op) == CheckpointPolicy.PREFER_RECOMPUTE

@@ -154,7 +154,7 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
 def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:
     monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 3 * 300 * 2)  # 300 numbers in bf16 of each of 3 ranks
     lengths = []
-    monkeypatch.setattr(fsdp_exchange, "sum_parts", lambda own, others, *_: lengths.append(tuple(others.shape)))
+    monkeypatch.setattr(fsdp_exchange, "sum_parts", lambda own, others, *_, **__: lengths.append(tuple(others.shape)))
     group = ranks(4)[1]
     group.memory |= {(0, rank): torch.zeros(4 * 600 * 2, dtype=torch.uint8) for rank in range(4)}
     reduce = PeerReduceScatter(Places(group), torch.float32)

@@ -23,7 +23,7 @@ def _kernel() -> ModuleType:
     return importlib.import_module("titan_fp8.kernels.partial_sums.kernel")
 
 
-def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor) -> None:
+def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor, *, adds: bool = False) -> None:
     """Write to `out` the sum of R parts, added up in fp32 in the order of the ranks and rounded once.
 
     Args:
@@ -31,6 +31,7 @@ def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor) -> None:
         others: `[R - 1, n]` of own's dtype, contiguous: those of the other ranks, in their order.
         rank: from 0 to R - 1.
         out: `[n]`, contiguous, bf16, fp16 or fp32.
+        adds: add the sum to what `out` holds, in fp32 and before it is rounded, in place of overwriting that.
 
     Raises:
         ValueError: for shapes, dtypes, strides or devices that do not fit.
@@ -46,6 +47,6 @@ def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor) -> None:
             f"or fp32 on one device; got {described} and rank {rank}"
         )
     if own.is_cuda and own.numel() and float8.has_triton():
-        _kernel().sum_parts(own, others, rank, out)
+        _kernel().sum_parts(own, others, rank, out, adds=adds)
     else:
-        reference.sum_parts(own, others, rank, out)
+        reference.sum_parts(own, others, rank, out, adds=adds)

@@ -16,9 +16,10 @@ BLOCK, WARPS = 4096, 8
 
 @triton.jit
 def _sum_parts_kernel(
-    own_ptr, others_ptr, out_ptr, numel, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
+    own_ptr, others_ptr, out_ptr, numel,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK values of the sum."""
+    """BLOCK values of the sum. ADDS: and of what is there."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < numel
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -29,19 +30,21 @@ def _sum_parts_kernel(
             start = tl.cast(numel, tl.int64) * (rank - (rank > RANK))
             part = tl.load(others_ptr + start + offset, mask=mask, other=0).to(tl.float32)
         total = part if rank == 0 else total + part
+    if ADDS:
+        total = tl.load(out_ptr + offset, mask=mask, other=0).to(tl.float32) + total
     tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @planned(_sum_parts_kernel)
 def _launch(
-    device: int, numel: int, rank: int, ranks: int, dtypes: tuple[torch.dtype, ...], block: int, warps: int
+    device: int, numel: int, rank: int, ranks: int, dtypes: tuple[torch.dtype, ...], adds: bool, block: int, warps: int
 ) -> Plan:
     """dtypes: of the parts and of the sum."""
-    constants = {"RANK": rank, "RANKS": ranks, "BLOCK": block, "num_warps": warps}
+    constants = {"RANK": rank, "RANKS": ranks, "ADDS": adds, "BLOCK": block, "num_warps": warps}
     return Plan(cdiv(numel, block), (numel,), constants)
 
 
-def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor) -> None:
+def sum_parts(own: Tensor, others: Tensor, rank: int, out: Tensor, *, adds: bool = False) -> None:
     """See `partial_sums.sum_parts`; nothing is empty but, for one rank, `others`."""
-    key = own.numel(), rank, others.shape[0] + 1, (own.dtype, out.dtype), BLOCK, WARPS
+    key = own.numel(), rank, others.shape[0] + 1, (own.dtype, out.dtype), adds, BLOCK, WARPS
     _launch((own, others if others.numel() else own, out), *key)
