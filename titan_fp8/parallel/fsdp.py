@@ -268,7 +268,7 @@ def _exchange_units(
             first.set_custom_all_gather(gather)
             first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))
 
-    exchange([unit for unit in units if _is_block(unit)], Places(group), Places(group))
+    exchange([unit for unit in units if _is_block(unit)], Places(group), Places(group, turns=1))
     # If it is freed after its forward pass, it is gathered twice in a row. Else gathers and reductions take turns.
     once = Places(group, turns=1)
     exchange([unit for unit in units if _is_output(unit, model)], Places(group) if is_freed else once, once)

@@ -11,10 +11,11 @@ multiprocessors compute:
 Gradients travel in the dtype in which they were computed, and the sums are in the reduce dtype: a sum of bf16 gradients
 in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the same in every run.
 
-Two buffers of a size take turns, so that a unit's exchange can begin while the one before is still read. FSDP itself
-waits, before it gathers or reduces a unit, for what it has still to do with the unit before the last; a buffer that is
-in use all the same is an error. A unit whose exchanges do not follow one another needs one, and if its gathers and its
-reductions are of one size, one for both. n elements of a shard.
+Two buffers of a size take turns at gathers, so that a unit can be gathered while the one before is still read: FSDP
+waits, before it gathers a unit, for what it has still to do with the unit before the last. Before it reduces a unit it
+waits for the reduction of the last one, so that one buffer of a size will do. A unit whose exchanges do not follow one
+another needs one, and if its gathers and its reductions are of one size, one for both. A buffer that is in use all the
+same is an error. n elements of a shard.
 """
 
 import weakref
@@ -30,7 +31,7 @@ from titan_fp8.parallel.gradient_sums import GradientSums
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
 TURNS = 2
-"""So many buffers of a size take turns."""
+"""So many buffers of a size take turns at gathers that follow one another."""
 READ_AT_ONCE = 384 << 20
 """Bytes of other ranks' gradients that a rank reads before it adds them up."""
 ALIGNED = 128
