@@ -60,13 +60,13 @@ def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str
         check_peer_memory(group, device, "test")
         places = Places(group, turns=1) if in_one else Places(group)
         gather = PeerAllGather(places)
-        reduce = PeerReduceScatter(places if in_one else Places(group), torch.float32)
+        reduce = PeerReduceScatter(places if in_one else Places(group, turns=1), torch.float32)
         compute = torch.cuda.current_stream(device)
         copy_in, gathers, sums_stream = (torch.cuda.Stream(device) for _ in range(3))
         torch.manual_seed(rank)
         results, reduced = [], None
         for round_ in range(40):
-            n = (1 << 20, 1 << 12, 3 << 18)[round_ % 3]
+            n = (1 << 20, 1 << 20, 1 << 12, 3 << 18)[round_ % 4]
             shard, gradients = (torch.randn(size, device=device).bfloat16() for size in (n, 2 * n))
             copy_in.wait_stream(compute)
             with torch.cuda.stream(copy_in):

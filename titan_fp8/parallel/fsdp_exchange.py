@@ -32,7 +32,7 @@ from titan_fp8.runtime.peer_memory import PeerBuffer
 
 TURNS = 2
 """So many buffers of a size take turns at gathers that follow one another."""
-READ_AT_ONCE = 384 << 20
+READ_AT_ONCE = 128 << 20
 """Bytes of other ranks' gradients that a rank reads before it adds them up."""
 ALIGNED = 128
 """Numbers that a part of gradients is a multiple of: what is read and added begins at whole vectors."""
