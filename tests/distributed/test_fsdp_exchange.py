@@ -4,6 +4,7 @@ In FSDP's own order of calls no buffer is taken twice, and a training is the one
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import Case, assert_same, train_on_ranks
@@ -59,7 +57,8 @@ class Buffer:
         self.peers = [(self.rank + i) % group.size() for i in range(1, group.size())]
         self.round, self.step = 0, "end"
         Buffer.made += 1
-        names = [f"{FOLDER[0]}/{Buffer.made}.{rank}" for rank in range(group.size())]
+        first = dist.get_process_group_ranks(group)[0]
+        names = [f"{FOLDER[0]}/{first}.{Buffer.made}.{rank}" for rank in range(group.size())]
         self.parts = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
         dist.barrier(group)  # who maps a file that is not as long yet writes a zero into it
 
@@ -101,17 +100,17 @@ class Taken:
     def __init__(self) -> None:
         self.places: list[tuple[int, bool] | None] = []
 
-    def __call__(self, sums: GradientSums, numel: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
-        taken = Taken.take(sums, numel, dtype)
+    def __call__(self, sums: GradientSums, numel: int) -> tuple[Tensor, bool] | None:
+        taken = Taken.take(sums, numel)
+        assert taken is not None or sums._sums is None, "no memory that nobody uses"
         self.places.append(None if taken is None else (taken[0].data_ptr(), taken[1]))
         return taken
 
 
-def _train(rank: int, world_size: int, case: Case, folder: str) -> tuple[Any, ...]:
-    """With collectives, then through files; how many buffers that took, and where gradients were added up."""
-    FOLDER[:], Buffer.made = [folder], 0
-    expected = train_on_ranks(rank, world_size, case)
-    taken = Taken()
+@contextlib.contextmanager
+def through_files(folder: str) -> Iterator[Taken]:
+    """Units are exchanged through files in `folder`."""
+    FOLDER[:], Buffer.made, taken = [folder], 0, Taken()
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (fsdp, "_exchanges_by_peers", lambda *args: True),
@@ -122,6 +121,13 @@ def _train(rank: int, world_size: int, case: Case, folder: str) -> tuple[Any, ..
             (GradientSums, "take", lambda *args: taken(*args)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
+        yield taken
+
+
+def _train(rank: int, world_size: int, case: Case, folder: str) -> tuple[Any, ...]:
+    """With collectives, then through files; how many buffers that took, and where gradients were added up."""
+    expected = train_on_ranks(rank, world_size, case)
+    with through_files(folder) as taken:
         return train_on_ranks(rank, world_size, case), expected, Buffer.made, taken.places
 
 
@@ -141,63 +147,3 @@ def test_a_training_is_the_one_with_collectives(name: str, tmp_path: Path) -> No
     else:
         assert set(taken) <= {None}
         assert len(taken) == (units * microbatches * steps if microbatches > 1 else 0)
-
-
-def _take(rank: int, world_size: int) -> None:
-    """What `GradientSums.take` returns for gradients of all kinds."""
-    mesh, fp32 = init_device_mesh("cpu", (world_size,)), torch.float32
-    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(5)).requires_grad_()
-    frozen = nn.Linear(2, 2).requires_grad_(False)
-    fully_shard(model, mesh=mesh)
-    sums = GradientSums([*model, frozen])
-    parameters = list(model.parameters())
-
-    def give(memory: Tensor) -> None:
-        for place, parameter in enumerate(parameters):
-            shape = parameter.to_local().shape
-            part = memory[place : place + shape.numel()].view(shape)
-            parameter.grad = DTensor.from_local(
-                part, mesh, [Shard(0)], shape=parameter.shape, stride=parameter.stride()
-            )
-
-    assert sums.take(16, fp32) is None, "it has no memory yet"
-    sums.create()
-    for numel, dtype in ((16, torch.bfloat16), (8, fp32)):
-        assert sums.take(numel, dtype) is None
-    memory, adds = sums.take(16, fp32)  # rows of all shards alike: 2 x 4, 2, 3 and 3
-    assert memory.shape == (16,)
-    assert not adds
-    give(memory)
-    again, adds = sums.take(16, fp32)
-    assert again is memory
-    assert adds
-    assert all(parameter.grad is None for parameter in parameters)
-    give(memory.clone())
-    assert sums.take(16, fp32) is None, "somebody else's gradients"
-    assert all(parameter.grad is not None for parameter in parameters)
-    give(memory)
-    parameters[1].grad = None
-    assert sums.take(16, fp32) is None, "one has none yet"
-    assert parameters[0].grad is not None
-
-
-def test_sums_are_kept_for_whole_units_with_gradients_of_their_own() -> None:
-    run_distributed(_take, 2)
-
-
-def _create(rank: int, world_size: int) -> None:
-    """Units whose sums are not kept."""
-    mesh = init_device_mesh("cpu", (world_size,))
-    mixed = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False, dtype=torch.bfloat16))
-    whole = nn.Linear(4, 4, bias=False)
-    replicated = DTensor.from_local(torch.zeros(4, 4), mesh, [Replicate()])
-    whole.weight = nn.Parameter(replicated)
-    fully_shard(mixed, mesh=mesh)
-    for modules in ([*mixed], [whole], [nn.Linear(4, 4)], []):
-        sums = GradientSums(modules)
-        sums.create()
-        assert all(sums.take(numel, torch.float32) is None for numel in (0, 8, 16))
-
-
-def test_sums_are_not_kept_for_units_of_several_dtypes_or_that_are_cut_otherwise() -> None:
-    run_distributed(_create, 2)

@@ -43,10 +43,10 @@ def _two_gpus() -> None:
         pytest.skip("needs 2 GPUs")
 
 
-def _late_sum(*args) -> None:
+def _late_sum(*args, **options) -> None:
     """Adds up when others would long have written to what is read, if nobody waited."""
     torch.cuda._sleep(3_000_000)
-    sum_parts(*args)
+    sum_parts(*args, **options)
 
 
 def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str]:

@@ -5,8 +5,8 @@ a block's input for every block. Four answers, from `[activation_checkpoint] mod
 
     none           keep everything.
     full           keep only each block's input and run the block again: a third more compute, least memory.
-    selective "n"  as full, in every n-th block only, the first among them. The last seldom is: its backward pass
-                   follows its forward pass at once, and between the two memory is fullest anyway.
+    selective "n"  as full, in the first and then every n-th block only; but in the last not unless n is 1: its backward
+                   pass follows its forward pass at once, and between the two memory is fullest anyway.
     selective "op" in every block, keep the results of the expensive operations (attention, communication, every second
                    matrix product) and run the cheap rest again. What a matrix product costs to repeat is high for its
                    size; norms, casts and activations are the reverse.
@@ -117,7 +117,8 @@ def apply_activation_checkpointing(
     if not by_operation and is_traced and compile_config.backend != "eager":
         in_graph = options | {"context_fn": _recompute_all}
     for name, block in model.layers.items():
-        if int(name) % every:  # its number in the whole model, of which this may be a part
+        number = int(name)  # in the whole model, of which this may be a part
+        if number % every or (every > 1 and number == model.dims.n_layers - 1):
             continue
         assert isinstance(block, TransformerBlock)
         moe = block.moe

@@ -120,9 +120,10 @@ def apply_fsdp(
         )
     if by_peers:
         is_freed = _reshards(parallelism, mesh.degrees.pipeline > 1, is_last=True)
-        # The stages of a pipeline add up their gradients before they are reduced.
-        keeps = microbatches > 1 and not cpu_offload and mesh.degrees.pipeline == 1
-        _exchange_units(model, units, mesh, is_freed, reduce_dtype, keeps)
+        # The stages of a pipeline and copies of the model add up microbatches before there are gradients of shards.
+        is_summed_here = mesh.degrees.pipeline == 1 and mesh.degrees.data_parallel_replicate == 1
+        keeps = microbatches > 1 and not cpu_offload and is_summed_here
+        _exchange_units(model, units, mesh, is_freed, reduce_dtype, in_place if keeps else None)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -247,13 +248,14 @@ def _exchange_units(
     mesh: ParallelMesh,
     is_freed: bool,
     reduce_dtype: torch.dtype,
-    keeps: bool,
+    in_place: set[nn.Parameter] | None,
 ) -> None:
     """Have blocks and the output layer exchanged through peer memory.
 
     Args:
         is_freed: whether the output layer is freed after its forward pass.
-        keeps: whether the sums of gradients over microbatches lie in memory of their own.
+        in_place: parameters that FSDP has nothing to do with, where the sums of the others' gradients over microbatches
+            are to lie in memory of their own; None: they are not.
     """
     group = mesh.shards.get_group()
     kept: list[GradientSums] = []
@@ -261,9 +263,12 @@ def _exchange_units(
     def exchange(chosen: list[list[nn.Module]], gathers: Places, reductions: Places) -> None:
         gather = PeerAllGather(gathers)
         for unit in chosen:
-            sums = GradientSums(part for module in unit for part in _own_modules(module)) if keeps else None
-            kept.extend([] if sums is None else [sums])
-            first = unit[0]
+            first, sums = unit[0], None
+            if in_place is not None:
+                parts = [part for module in unit for part in _own_modules(module)]
+                parts = [part for part in parts if in_place.isdisjoint(part.parameters(recurse=False))]
+                sums = GradientSums(parts, reduce_dtype)
+                kept.append(sums)
             assert isinstance(first, FSDPModule)
             first.set_custom_all_gather(gather)
             first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))

@@ -154,7 +154,7 @@ class PeerReduceScatter(ReduceScatter):
         if self._output_numel is not None:
             assert numel == self._output_numel
             self._output_numel = None
-            kept = None if self._kept is None else self._kept.take(numel, self._sum_dtype)
+            kept = None if self._kept is None else self._kept.take(numel)
             sums, self._adds = kept or (self._new_sums(numel, device), False)
             return sums
         self._output_numel = numel // self._ranks

@@ -9,7 +9,8 @@ microbatches make a step, two things can be saved:
 - What the ranks' gradients are added up with can go on and add the result to the sum: the pass over them that FSDP
   makes, two reads and a write, is a read and a write.
 
-A unit's sums are a vector `[n]`, n the elements of its shard and of its padding; FSDP takes views of it as `.grad`.
+A unit's sums are a vector `[n]`, n the elements of its shard and of its padding; FSDP takes views of it as `.grad`, so
+what is kept of a gradient beyond the step, without a copy, changes in the next one.
 """
 
 from collections.abc import Iterable
@@ -24,36 +25,37 @@ class GradientSums:
 
     Args:
         modules: that hold the unit's parameters themselves.
+        dtype: in which gradients are summed over ranks.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self._modules = list(modules)
+        self._dtype = dtype
         self._parameters: list[nn.Parameter] = []
         self._sums: Tensor | None = None
 
     def create(self) -> None:
         """Take the memory, uninitialized, before the first forward pass, where the parameters are by now. Not for those
-        that are cut along two dimensions of a mesh, or of more than one dtype."""
+        that are cut along two dimensions of a mesh, or are of another dtype: FSDP casts their gradients after all."""
         own = [each for module in self._modules for each in module.parameters(recurse=False) if each.requires_grad]
         shards = [_padded_shard(each) for each in own]
-        if own and None not in shards and len({each.dtype for each in own}) == 1:
+        if own and None not in shards and all(each.dtype == self._dtype for each in own):
             self._parameters = own
             numel = sum(shard for shard in shards if shard is not None)
-            self._sums = torch.empty(numel, dtype=own[0].dtype, device=own[0].device)
+            self._sums = torch.empty(numel, dtype=self._dtype, device=own[0].device)
 
-    def take(self, numel: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
+    def take(self, numel: int) -> tuple[Tensor, bool] | None:
         """The memory `[numel]`, and whether there are sums in it to add to. These are then no parameter's `.grad` until
         FSDP makes them so again.
 
-        None where FSDP is to add by itself: not all parameters have gradients this time, their gradients are somebody
-        else's, or the sums are of another dtype.
+        None where FSDP is to add by itself: no memory was taken, not all parameters have gradients this time, or they
+        have somebody else's.
 
         Args:
             numel: of this rank's part of the gradients that are reduced now.
-            dtype: of the sums.
         """
         sums = self._sums
-        if sums is None or sums.dtype != dtype or numel != sums.numel():
+        if sums is None or numel != sums.numel():
             return None
         adds = any(parameter.grad is not None for parameter in self._parameters)
         if adds and not all(_lies_in(sums, parameter.grad) for parameter in self._parameters):
