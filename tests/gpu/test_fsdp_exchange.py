@@ -49,9 +49,23 @@ def _late_sum(*args, **options) -> None:
     sum_parts(*args, **options)
 
 
-def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str]:
+class _Kept:
+    """Stands for `GradientSums` of four units, whose steps have four microbatches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.round = device, 0
+        self.sums: dict[int, torch.Tensor] = {}
+
+    def take(self, numel: int) -> tuple[torch.Tensor, bool]:
+        round_, self.round = self.round, self.round + 1
+        sums = self.sums.setdefault(round_ % 4, torch.empty(numel, device=self.device))
+        return sums, round_ % 16 >= 4
+
+
+def _exchange(rank: int, world_size: int, mode: str, folder: str) -> list[str]:
     """What differs from NCCL in many rounds of changing sizes, on FSDP's streams and with its waits; gathers and
-    reductions `in_one` buffer of a size and gradients read in parts, or not."""
+    reductions "in one" buffer of a size and gradients read in parts, or not; or sums "kept" over rounds."""
+    in_one = mode == "in one"
     init_distributed(CommSection(), local_device("cuda"), folder)
     fsdp_exchange.sum_parts = _late_sum
     fsdp_exchange.READ_AT_ONCE = 1 << 19 if in_one else fsdp_exchange.READ_AT_ONCE
@@ -60,7 +74,8 @@ def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str
         check_peer_memory(group, device, "test")
         places = Places(group, turns=1) if in_one else Places(group)
         gather = PeerAllGather(places)
-        reduce = PeerReduceScatter(places if in_one else Places(group, turns=1), torch.float32)
+        kept = _Kept(device) if mode == "kept" else None
+        reduce = PeerReduceScatter(places if in_one else Places(group, turns=1), torch.float32, kept)
         compute = torch.cuda.current_stream(device)
         copy_in, gathers, sums_stream = (torch.cuda.Stream(device) for _ in range(3))
         torch.manual_seed(rank)
@@ -88,29 +103,35 @@ def _exchange(rank: int, world_size: int, in_one: bool, folder: str) -> list[str
                 reduce(sums, buffer, group, dist.ReduceOp.SUM)
                 reduced = sums_stream.record_event()
             del buffer
+            if kept is not None:
+                compute.wait_event(reduced)
+                sums = sums.clone()
             results.append((shard, gathered, gradients, sums))
         torch.cuda.synchronize(device)
-        return _differences(results)
+        return _differences(results, is_kept=kept is not None)
     finally:
         destroy()
 
 
-def _differences(results: list[tuple[torch.Tensor, ...]]) -> list[str]:
-    """The rounds in which NCCL gives something else."""
-    wrong = []
+def _differences(results: list[tuple[torch.Tensor, ...]], *, is_kept: bool) -> list[str]:
+    """The rounds in which NCCL gives something else. is_kept: results are sums over the rounds of a step so far."""
+    wrong, before = [], dict[int, torch.Tensor]()
     for round_, (shard, gathered, gradients, sums) in enumerate(results):
         expected = torch.empty_like(gathered)
         dist.all_gather_into_tensor(expected, shard)
         wrong += [] if torch.equal(gathered, expected) else [f"gather {round_}"]
         expected = torch.empty_like(sums)
         dist.reduce_scatter_tensor(expected, gradients.float())
+        if is_kept and round_ % 16 >= 4:
+            expected = before[round_ % 4] + expected
+        before[round_ % 4] = expected
         wrong += [] if torch.equal(sums, expected) else [f"reduce {round_}"]
     return wrong
 
 
-@pytest.mark.parametrize("in_one", [False, True])
-def test_gathers_and_sums_are_those_of_nccl_bit_for_bit(in_one: bool, tmp_path) -> None:
-    for wrong in run_distributed(_exchange, 2, in_one, str(tmp_path), init=False, timeout_s=200.0):
+@pytest.mark.parametrize("mode", ["in turns", "in one", "kept"])
+def test_gathers_and_sums_are_those_of_nccl_bit_for_bit(mode: str, tmp_path) -> None:
+    for wrong in run_distributed(_exchange, 2, mode, str(tmp_path), init=False, timeout_s=200.0):
         assert wrong == []
 
 
