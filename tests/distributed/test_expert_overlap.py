@@ -148,12 +148,12 @@ def _logged(block: Any, log: list[str]) -> Iterator[None]:
 _START, _FINISH = Exchange.start, Exchange.finish
 
 
-def _order(rank: int, ranks: int) -> tuple[list[str], list[str]]:
+def _order(rank: int, ranks: int, parts: int) -> tuple[list[str], list[str]]:
     model = Decoder(ModelDims(**SIZES))
     initialize(model, seed=0)
     mesh = mesh_of(MeshDegrees(data_parallel_shard=2, expert=2), "cpu")
     apply_expert_parallel(model, mesh)
-    overlap_batches(model, 2)
+    overlap_batches(model, parts)
     forward: list[str] = []
     block = model.layers["0"]
     assert isinstance(block, TransformerBlock)
@@ -167,7 +167,7 @@ def _order(rank: int, ranks: int) -> tuple[list[str], list[str]]:
 
 
 def test_every_exchange_has_computation_beside_it() -> None:
-    for forward, backward in run_distributed(_order, 2):
+    for forward, backward in run_distributed(_order, 2, 2):
         assert forward == [
             "attention0", "A goes", "attention1", "B goes", "A came", "experts0", "C goes", "B came", "experts1",
             "D goes", "shared0", "shared1", "C came", "D came",
@@ -175,6 +175,14 @@ def test_every_exchange_has_computation_beside_it() -> None:
         assert backward == [
             "D back goes", "C back goes", "shared1 back", "shared0 back", "D came", "experts1 back", "B back goes",
             "C came", "experts0 back", "A back goes", "B came", "attention1 back", "A came", "attention0 back",
+        ]  # fmt: skip
+
+
+def test_of_a_whole_batch_two_exchanges_have_the_shared_expert_beside_them() -> None:
+    for forward, backward in run_distributed(_order, 2, 1):
+        assert forward == ["attention0", "A goes", "shared0", "A came", "experts0", "B goes", "B came"]
+        assert backward == [
+            "B back goes", "B came", "experts0 back", "A back goes", "shared0 back", "A came", "attention0 back",
         ]  # fmt: skip
 
 

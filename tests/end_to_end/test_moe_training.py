@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.distributed.harness import run_distributed
@@ -237,9 +238,15 @@ def test_validation_counts_no_tokens_and_leaves_training_alone(alone: Any, tmp_p
 
 @FAMILIES
 def test_forced_balance_gives_every_expert_as_many_tokens(family: str, tmp_path: Path) -> None:
-    run = train(tmp_path, family, 1, ONE_RANK | {"debug.moe_force_load_balance": "true", "training.steps": "2"})
-    for key in ("moe/max_load", "moe/mean_max_load", "moe/entropy", "moe/aux_loss"):
+    options = {"debug.moe_force_load_balance": "true", "training.steps": "2", "metrics.enable_tensorboard": "true"}
+    run = train(tmp_path, family, 1, ONE_RANK | options)
+    (event_file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(event_file.parent))
+    events.Reload()
+    for key in MOE_KEYS:
         assert run.of(key) == pytest.approx([1.0, 1.0], rel=1e-5), key
+        assert [event.value for event in events.Scalars(key)] == pytest.approx([1.0, 1.0], rel=1e-5), key
+    assert [event.value for event in events.Scalars("moe/dropped_tokens")] == [0.0, 0.0]
     assert not any(bias.any() for bias in run.biases.values())
 
 

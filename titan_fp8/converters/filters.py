@@ -31,12 +31,20 @@ def malformed(patterns: Iterable[str]) -> list[str]:
     ]
 
 
-def check_patterns(patterns: Sequence[str], fqns: Sequence[str], *, setting: str, may_match_nothing: bool) -> list[str]:
+def check_patterns(
+    patterns: Sequence[str],
+    fqns: Sequence[str],
+    *,
+    setting: str,
+    may_match_nothing: bool,
+    linears: Sequence[str] | None = None,
+) -> list[str]:
     """What is wrong with `patterns` for a model whose modules are called `fqns`, one message each.
 
     Args:
         patterns: the patterns, `auto_filter_small_kn` among them or not.
         fqns: names of all modules.
+        linears: names of those of them of which each pattern is to match one; None: any module will do.
         setting: name of the setting, for the messages.
         may_match_nothing: the patterns are a default that nobody asked for, so one without a match is no mistake.
     """
@@ -49,6 +57,8 @@ def check_patterns(patterns: Sequence[str], fqns: Sequence[str], *, setting: str
         elif not may_match_nothing and not any(matches(pattern, fqn) for fqn in fqns):
             hint = _nearest_run(pattern, fqns, AUTO_FILTER)
             problems.append(f"{setting}: {pattern!r} matches no module of the model{hint}; correct it or take it out")
+        elif not may_match_nothing and linears is not None and not any(matches(pattern, fqn) for fqn in linears):
+            problems.append(f"{setting}: {pattern!r} matches no linear of the model; correct it or take it out")
     return problems
 
 

@@ -83,8 +83,9 @@ def choose(
     linears = {fqn: module for fqn, module in modules.items() if isinstance(module, nn.Linear) and fqn}
     names = list(modules)[1:]
     setting = f"{request.prefix}filter_fqns"
+    default = request.filters_are_default
     problems = check_patterns(
-        request.filter_fqns, names, setting=setting, may_match_nothing=request.filters_are_default
+        request.filter_fqns, names, setting=setting, may_match_nothing=default, linears=list(linears)
     )
     table = list(request.recipe_by_fqn)
     table_setting = f"{request.prefix}recipe_by_fqn"

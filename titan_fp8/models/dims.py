@@ -332,19 +332,22 @@ def _attention_problems(dims: ModelDims) -> Iterator[str]:
 
 def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
     if dims.top_k > n_experts:
-        yield f"model.overrides.top_k = {dims.top_k}: there are only {n_experts} experts"
+        yield (
+            f"model.overrides.top_k = {dims.top_k}: a token goes to different experts, of which n_experts has only "
+            f"{n_experts}; lower top_k or raise n_experts"
+        )
         return
     if n_experts % dims.expert_groups:
         yield (
             f"model.overrides: n_experts {n_experts} is not a multiple of expert_groups {dims.expert_groups}; "
-            "every group has as many"
+            "every group has as many; change one of them"
         )
         return
     in_group = n_experts // dims.expert_groups
     if dims.expert_groups_per_token > dims.expert_groups:
         yield (
-            f"model.overrides.expert_groups_per_token = {dims.expert_groups_per_token}: there are only "
-            f"{dims.expert_groups} expert_groups"
+            f"model.overrides.expert_groups_per_token = {dims.expert_groups_per_token}: a token's groups are different "
+            f"ones, of which expert_groups has only {dims.expert_groups}; lower it, {dims.expert_groups} allows all"
         )
     elif dims.top_k > dims.expert_groups_per_token * in_group:
         yield (
@@ -353,6 +356,11 @@ def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
         )
     if dims.expert_groups > 1 and dims.expert_group_score == "top2" and in_group < 2:
         yield 'model.overrides.expert_group_score = "top2": groups have one expert each; set it to "max"'
+    if dims.router_norm and dims.top_k == 1 and dims.aux_loss_weight == 0:
+        yield (
+            "model.overrides.router_norm = true: with top_k 1 every score is divided by itself, and without an "
+            "auxiliary loss the router never learns; set router_norm to false, or raise top_k or aux_loss_weight"
+        )
     if not any(dims.has_experts(layer) for layer in range(dims.n_layers)):
         yield (
             f"model.overrides: none of the {dims.n_layers} layers has experts, with first_dense_layers "

@@ -12,6 +12,7 @@ _EXPERTS = (
     *("router_bias", "balance_rate", "aux_loss_weight"),
 )
 _OF_WIDTH = ("multiple_of", "ffn_dim_multiplier")
+_ALL_CHOSEN = "where every token goes to every expert; lower top_k"
 
 
 def _all_have_experts(dims: ModelDims) -> bool:
@@ -26,6 +27,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[ModelDims], bool], str], ...] = (
         lambda dims: dims.expert_groups > 1,
         "where all experts are one group; set expert_groups too",
     ),
+    (
+        ("expert_group_score",),
+        lambda dims: dims.expert_groups_per_token < dims.expert_groups,
+        "where a token may go to every group; lower expert_groups_per_token",
+    ),
+    (("balance_rate",), lambda dims: dims.balance_rate == 0 or dims.top_k != dims.n_experts, _ALL_CHOSEN),
+    (("aux_loss_weight",), lambda dims: dims.aux_loss_weight == 0 or dims.top_k != dims.n_experts, _ALL_CHOSEN),
     (
         ("router_bias",),
         lambda dims: dims.router_bias or dims.balance_rate == 0,

@@ -36,6 +36,17 @@ def problems(*patterns: str, may_match_nothing: bool = False) -> list[str]:
     return check_patterns(patterns, FQNS, setting="filter_fqns", may_match_nothing=may_match_nothing)
 
 
+def test_a_pattern_may_have_to_match_a_linear() -> None:
+    found = check_patterns(
+        ["output", "layers.1", "attention"],
+        FQNS,
+        setting="f",
+        may_match_nothing=False,
+        linears=["output", "layers.1.x"],
+    )
+    assert found == ["f: 'attention' matches no linear of the model; correct it or take it out"]
+
+
 def test_good_patterns_have_no_problems() -> None:
     assert problems("output", "layers.1", "attention.w*", "auto_filter_small_kn") == []
 

@@ -113,6 +113,22 @@ def test_biases_that_are_trained_cannot_be_left_out() -> None:
         assert ("router_bias" in dict(without_effect(flavor, dims, {"router_bias": False}))) == said
 
 
+def test_loads_that_are_equal_anyway_are_not_balanced() -> None:
+    flavor = FLAVORS["mixtral"]["debugmodel"]
+    for name in ("balance_rate", "aux_loss_weight"):
+        for top_k, value, said in ((flavor.n_experts, 0.5, True), (flavor.n_experts, 0.0, False), (2, 0.5, False)):
+            dims = resolve_dims("mixtral", "debugmodel", {"top_k": top_k, name: value})
+            assert (name in dict(without_effect(flavor, dims, {name: value}))) == said, (name, top_k, value)
+
+
+def test_scores_of_groups_that_are_all_allowed_do_not_matter() -> None:
+    flavor = FLAVORS["deepseek_v3"]["debugmodel"]
+    for groups, said in ((flavor.expert_groups, True), (flavor.expert_groups - 1, False)):
+        given = {"expert_groups_per_token": groups, "expert_group_score": "max"}
+        dims = resolve_dims("deepseek_v3", "debugmodel", given)
+        assert set(dict(without_effect(flavor, dims, given))) == ({"expert_group_score"} if said else set())
+
+
 def test_what_a_flavor_has_anyway_may_be_given() -> None:
     flavor = FLAVORS["llama3"]["debugmodel"]
     assert not dict(without_effect(flavor, flavor, {"v_head_dim": flavor.v_head_dim, "top_k": flavor.top_k}))
