@@ -126,3 +126,44 @@ def test_a_seed_checkpoint_starts_runs_from_the_same_weights(run_here) -> None:
     started = run_here("--checkpoint.enable", "--training.steps", "2", "--debug.seed", "0", folder="seeded")
     plain = run_here("--training.steps", "2", folder="plain")
     assert started.losses == plain.losses
+
+
+PARTS = {
+    "expert_bias": ["--model.overrides.balance_rate", "0", "--model.overrides.router_bias", "false"],
+    "shared_experts": ["--model.overrides.n_shared_experts", "0"],
+}
+
+
+@pytest.mark.parametrize(("part", "without"), PARTS.items(), ids=PARTS)
+def test_following_the_messages_a_model_that_lost_a_part_trains_on(run_here, part: str, without: list[str]) -> None:
+    options = ["--model.name", "llama4", "--checkpoint.enable", "--checkpoint.interval", "1", *FULL_LAST]
+    first = run_here(*options, "--training.steps", "1")
+    assert first.code == 0, first.output
+    before = _files_with_times(first.folder)
+    options += without
+    for remedy in (["--checkpoint.allow_model_change"], ["--checkpoint.exclude_from_loading", part]):
+        refused = run_here(*options, "--training.steps", "2")
+        assert refused.code == 2, refused.output
+        assert remedy[0].removeprefix("--") in refused.output
+        assert "another model" in refused.output or f"layers.1.moe.{part}" in refused.output
+        assert _files_with_times(first.folder) == before
+        options += remedy
+    for steps in (2, 3):  # the second goes on from what the first has saved
+        result = run_here(*options, "--training.steps", str(steps))
+        assert result.code == 0, result.output
+        assert [line["step"] for line in result.lines] == list(range(1, steps + 1))
+
+
+def test_tensors_that_do_not_fit_are_refused_before_there_are_ranks(run_here, run_shell) -> None:
+    options = ["--model.name", "llama4", "--checkpoint.enable", "--checkpoint.interval", "1", *FULL_LAST]
+    assert run_here(*options, "--training.steps", "1").code == 0
+    options += ["--training.steps", "2", *PARTS["shared_experts"], "--checkpoint.allow_model_change"]
+    refused = run_shell(*options, NGPU="2")
+    assert refused.code == 2, refused.output
+    assert refused.output.count("in the checkpoint, but not in this model:") == 1
+    assert "Traceback" not in refused.output
+    assert "rank" not in refused.output
+
+
+def _files_with_times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_fp8.checkpoint import choice, fingerprint, folder, host_state, tensor_files, tensors
 from titan_fp8.checkpoint.config import CheckpointSection
@@ -90,6 +91,7 @@ class Checkpointer:
         self._shared = {"lr_scheduler": lr_schedulers, "train_state": train_state}
         self._data_loader = data_loader
         self._fingerprint = fingerprint
+        self._left_out: list[str] = []
         self._pending: Future[None] | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._copies: HostCopies | None = None
@@ -130,15 +132,15 @@ class Checkpointer:
         if not self.config.enable:
             return 0
         exclusions = tensors.Exclusions(tuple(self.config.exclude_from_loading))
-        names = self._ranks.all_gather(tensors.every_name(self._model_parts))  # ranks may have parts of the model
-        exclusions.check(name for ours in names for name in ours)
+        chosen = self._ranks.on_rank_0(f"reading {self.folder}", self._choose)
+        saved = self._look_into(chosen, exclusions)
         if not self.config.load_only:  # found out now, and not after the first `interval` steps
             self._ranks.on_rank_0(f"making {self.folder}", lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        chosen = self._ranks.on_rank_0(f"reading {self.folder}", self._choose)
         if chosen is None:
             return 0
+        assert saved is not None
         started = time.perf_counter()
-        self._load_tensors(chosen, exclusions)
+        self._load_tensors(chosen, saved, exclusions)
         step = 0
         if chosen.full:
             assert chosen.manifest is not None
@@ -155,7 +157,20 @@ class Checkpointer:
             choice.check_fingerprint(chosen, self._fingerprint, self.config)
         return chosen
 
-    def _load_tensors(self, chosen: choice.Choice, exclusions: tensors.Exclusions) -> None:
+    def _look_into(self, chosen: choice.Choice | None, exclusions: tensors.Exclusions) -> Metadata | None:
+        """The metadata of the chosen checkpoint, by which the exclusions are checked."""
+        ours = self._ranks.all_gather(tensors.every_name(self._model_parts))  # ranks may have parts of the model
+        names = {name for part in ours for name in part}
+
+        def look() -> Metadata | None:
+            saved = None if chosen is None else tensor_files.read_metadata(chosen.path)
+            exclusions.check(names, chosen, saved)
+            return saved
+
+        self._left_out = exclusions.beyond(names)
+        return self._ranks.together(f"reading {self.folder if chosen is None else chosen.path}", look)
+
+    def _load_tensors(self, chosen: choice.Choice, saved: Metadata, exclusions: tensors.Exclusions) -> None:
         model = not exclusions.component("model")
         optimizer = chosen.full and not exclusions.component(tensors.OPTIMIZER)
         wanted: dict[str, Tensor] = {}
@@ -169,13 +184,7 @@ class Checkpointer:
             shapes |= theirs
 
         def check() -> None:
-            saved = tensor_files.read_metadata(chosen.path)
-            faults = tensors.misfits(saved, shapes, exclusions, model=model, optimizer=optimizer)
-            if faults:
-                raise CheckpointError(
-                    f"{chosen.path} does not fit this model; tensors\n{faults}\nuse the model it was written with, or "
-                    "name parameters that shall keep their initial values in checkpoint.exclude_from_loading"
-                )
+            tensors.check_fit(chosen.path, saved, shapes, exclusions, model=model, optimizer=optimizer)
 
         reading = f"reading {chosen.path}"
         self._ranks.together(reading, check)
@@ -312,6 +321,7 @@ class Checkpointer:
             versions=_versions(),
             saved_at_unix_s=folder.time_after_all(self.folder),
             files=files,
+            left_out=self._left_out,
         )
         folder.commit(path, manifest)
 

@@ -63,8 +63,9 @@ class CheckpointSection(Section):
 
     exclude_from_loading: list[str] = key([])
     """Parts of the state that are not taken from the checkpoint: `model`, `optimizer`, `lr_scheduler`, `dataloader`,
-    `train_state`, `rng`, or parameters by any part of their name (`output`, `layers.*.attention.wq`), which keep their
-    initial values and have a fresh optimizer state."""
+    `train_state`, `rng`, or parameters by any part of their name (`output`, `layers.*.attention.wq`). Those of the
+    model keep their initial values and have a fresh optimizer state; those that only the checkpoint has are left
+    out."""
 
     allow_model_change: bool = False
     """Load although the model's settings differ from those the checkpoint was written with. Tensors that are loaded

@@ -62,7 +62,8 @@ def check(
         complaints.append(
             _table(f"{where} holds another model than this run's", model)
             + "\nuse the settings it was written with, or set checkpoint.allow_model_change = true if every tensor "
-            "that is loaded still means the same (other RoPE settings; a new output in checkpoint.exclude_from_loading)"
+            "that is loaded still means the same (other RoPE settings; parts that are new or gone, which "
+            "checkpoint.exclude_from_loading names)"
         )
     if recipe and not allow_recipe_change:
         complaints.append(

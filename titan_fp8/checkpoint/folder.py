@@ -26,7 +26,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,8 @@ class Manifest:
         versions: versions of the software that wrote it.
         saved_at_unix_s: when the last file was complete, in seconds since 1970; grows from save to save.
         files: size in bytes of every file but the manifest.
+        left_out: entries of `checkpoint.exclude_from_loading` that meant parameters which the model does not have, only
+            the checkpoint that the run began with.
     """
 
     kind: Kind
@@ -68,6 +70,7 @@ class Manifest:
     versions: dict[str, str]
     saved_at_unix_s: float
     files: dict[str, int]
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,10 @@ def begin(folder: Path, step: int) -> Path:
 
 def commit(incomplete: Path, manifest: Manifest) -> Path:
     """Make a written folder count: write the manifest, flush, rename. Returns the final path."""
-    _write_flushed(incomplete / MANIFEST_NAME, json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=2))
+    content = {"format": _FORMAT, **asdict(manifest)}
+    if not manifest.left_out:
+        del content["left_out"]  # versions that do not know the entry read all checkpoints without it
+    _write_flushed(incomplete / MANIFEST_NAME, json.dumps(content, indent=2))
     _flush_folder(incomplete)
     final = step_folder(incomplete.parent, manifest.step)
     aside = final.with_name(final.name + REPLACED)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from titan_fp8.checkpoint.choice import Choice
 from titan_fp8.checkpoint.folder import CheckpointError
 from titan_fp8.checkpoint.host_state import Stateful
 from titan_fp8.runtime.patterns import matches
@@ -45,7 +47,8 @@ class Exclusions:
     """`checkpoint.exclude_from_loading`: names of components, or patterns of parameter names.
 
     A pattern is a run of name components, `*` allowed, anywhere in a parameter's name (`runtime.patterns`): `output`,
-    `layers.1`, `layers.*.attention.wq`.
+    `layers.1`, `layers.*.attention.wq`. The parameter may be the model's, the checkpoint's or both's: what the model
+    alone has keeps its initial value, what the checkpoint alone has is left there.
     """
 
     names: tuple[str, ...]
@@ -58,16 +61,30 @@ class Exclusions:
         """Whether the parameter (and its optimizer state) is left alone."""
         return any(matches(pattern, name) for pattern in self.names if pattern not in COMPONENTS)
 
-    def check(self, parameters: Iterable[str]) -> None:
-        """Raise a CheckpointError that names every entry which matches nothing."""
+    def beyond(self, parameters: Iterable[str]) -> list[str]:
+        """The entries that are no component and part of none of these names."""
         known = list(parameters)
-        modules = {name[:at] for name in known for at, char in enumerate(name) if char == "."}
-        lost = [n for n in self.names if n not in COMPONENTS and not any(matches(n, name) for name in known)]
+        return [n for n in self.names if n not in COMPONENTS and not any(matches(n, name) for name in known)]
+
+    def check(self, parameters: Iterable[str], chosen: Choice | None = None, saved: Metadata | None = None) -> None:
+        """Raise a CheckpointError that names every entry which matches nothing.
+
+        Args:
+            parameters: names of the model's.
+            chosen: the checkpoint that will be loaded; None: nothing will be.
+            saved: its metadata.
+        """
+        known = {*parameters, *(_parameters_in(saved) if saved is not None else ())}
+        # The same command has to go on from what it saved itself, which no longer holds what it was to leave out.
+        settled = chosen.manifest.left_out if chosen is not None and chosen.manifest is not None else []
+        lost = [name for name in self.beyond(known) if name not in settled]
         if lost:
-            listed = "; ".join(f'"{name}"{did_you_mean(name, {*COMPONENTS, *modules, *known})}' for name in lost)
+            modules = {name[:at] for name in known for at, char in enumerate(name) if char == "."}
+            likely = {*COMPONENTS, *modules, *known, *(piece for name in known for piece in name.split("."))}
+            listed = "; ".join(f'"{name}"{did_you_mean(name, likely)}' for name in lost)
             raise CheckpointError(
                 f"checkpoint.exclude_from_loading: {listed}: neither one of {', '.join(COMPONENTS)} nor part of the "
-                "name of a parameter of this model"
+                f"name of a parameter of this model{f' or of {chosen.path}' if chosen is not None else ''}"
             )
 
 
@@ -107,6 +124,25 @@ def export(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.detach().to(dtype) if t.is_floating_point() else t.detach() for name, t in tensors.items()}
 
 
+def check_fit(
+    path: Path,
+    saved: Metadata,
+    wanted: dict[str, tuple[int, ...]],
+    exclusions: Exclusions,
+    *,
+    model: bool,
+    optimizer: bool,
+) -> None:
+    """Raise a CheckpointError with all `misfits` of the checkpoint in the folder `path`, if there are any."""
+    faults = misfits(saved, wanted, exclusions, model=model, optimizer=optimizer)
+    if faults:
+        raise CheckpointError(
+            f"{path} does not fit this model; tensors\n{faults}\nuse the model it was written with, or name what "
+            "shall not be loaded in checkpoint.exclude_from_loading: parameters of this model keep their initial "
+            "values, those that the checkpoint alone has are left out"
+        )
+
+
 def misfits(
     saved: Metadata, wanted: dict[str, tuple[int, ...]], exclusions: Exclusions, *, model: bool, optimizer: bool
 ) -> str:
@@ -118,7 +154,7 @@ def misfits(
         model: the model is loaded, so every tensor of a model in the checkpoint must have a place.
         optimizer: the same for the optimizer.
     """
-    shapes = {k: tuple(v.size) for k, v in saved.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    shapes = _shapes_in(saved)
     placed = {name for name in shapes if optimizer and _is_optimizer(name)}
     placed |= {name for name in shapes if model and not _is_other(name)}
     missing = sorted(wanted.keys() - shapes.keys())
@@ -142,6 +178,18 @@ def _aliases(part: nn.Module) -> set[str]:
             aliases.add(".".join(piece for piece in name.split(".") if piece not in _WRAPPERS))
         seen.add(id(tensor))
     return aliases
+
+
+def _shapes_in(saved: Metadata) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name."""
+    entries = saved.state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _parameters_in(saved: Metadata) -> set[str]:
+    """The model's tensors in a checkpoint, and the parameters whose optimizer state is there."""
+    names = _shapes_in(saved)
+    return {_parameter_of(name) for name in names if not _is_other(name) or name.startswith(f"{OPTIMIZER}.state.")}
 
 
 def _parameter_of(name: str) -> str:
