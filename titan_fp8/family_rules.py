@@ -24,6 +24,17 @@ def experts_exist(job: "JobConfig", dims: ModelDims) -> Iterator[Problem]:
         yield Problem("debug.moe_force_load_balance", f"{job.model.name} has no experts to balance; leave it at false")
 
 
+def routers_learn(job: "JobConfig", dims: ModelDims) -> Iterator[Problem]:
+    """A score that is divided by itself is 1 whatever the router says, and has no gradient."""
+    if dims.n_experts is not None and dims.top_k == 1 and dims.router_norm and dims.aux_loss_weight == 0:
+        yield Problem(
+            "model.overrides",
+            "router_norm = true with top_k = 1 divides every score by itself, and with aux_loss_weight = 0 nothing else "
+            "trains the router; set router_norm to false, or raise top_k or aux_loss_weight",
+            is_sentence=True,
+        )
+
+
 def experts_are_dealt_out(job: "JobConfig", dims: ModelDims, degrees: MeshDegrees) -> Iterator[Problem]:
     """Every rank of expert parallelism has as many experts."""
     key, ranks = "parallelism.expert_parallel_degree", job.parallelism.expert_parallel_degree

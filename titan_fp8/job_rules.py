@@ -22,6 +22,7 @@ from titan_fp8.family_rules import (
     experts_are_dealt_out,
     experts_divide,
     experts_exist,
+    routers_learn,
 )
 from titan_fp8.models.dims import ModelDims
 from titan_fp8.models.effect import without_effect
@@ -381,6 +382,7 @@ def family_can(job: "JobConfig", world_size: int) -> Iterator[Problem]:
     dims, degrees = _dims(job), _degrees_or_given(job, world_size)
     if dims is not None:
         yield from experts_exist(job, dims)
+        yield from routers_learn(job, dims)
         yield from experts_are_dealt_out(job, dims, degrees)
         yield from experts_divide(job, dims, degrees)
         yield from batches_are_parted(job, dims, degrees)

@@ -344,6 +344,11 @@ REFUSALS = {
         {"model.name": "llama3", "debug.moe_force_load_balance": "true"},
         "debug.moe_force_load_balance = true: llama3 has no experts to balance",
     ),
+    "a router that nothing trains": (
+        1,
+        {"model.name": "mixtral", "model.overrides.top_k": "1", "model.overrides.aux_loss_weight": "0"},
+        "router_norm = true with top_k = 1 divides every score by itself",
+    ),
     "parts of a batch without an exchange": (2, TURNS, "exchanges no tokens to overlap with; set it to 1"),
     "codes without an exchange": (
         2,

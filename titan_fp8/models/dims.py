@@ -356,11 +356,6 @@ def _expert_problems(dims: ModelDims, n_experts: int) -> Iterator[str]:
         )
     if dims.expert_groups > 1 and dims.expert_group_score == "top2" and in_group < 2:
         yield 'model.overrides.expert_group_score = "top2": groups have one expert each; set it to "max"'
-    if dims.router_norm and dims.top_k == 1 and dims.aux_loss_weight == 0:
-        yield (
-            "model.overrides.router_norm = true: with top_k 1 every score is divided by itself, and without an "
-            "auxiliary loss the router never learns; set router_norm to false, or raise top_k or aux_loss_weight"
-        )
     if not any(dims.has_experts(layer) for layer in range(dims.n_layers)):
         yield (
             f"model.overrides: none of the {dims.n_layers} layers has experts, with first_dense_layers "
