@@ -29,8 +29,8 @@ def routers_learn(job: "JobConfig", dims: ModelDims) -> Iterator[Problem]:
     if dims.n_experts is not None and dims.top_k == 1 and dims.router_norm and dims.aux_loss_weight == 0:
         yield Problem(
             "model.overrides",
-            "router_norm = true with top_k = 1 divides every score by itself, and with aux_loss_weight = 0 nothing else "
-            "trains the router; set router_norm to false, or raise top_k or aux_loss_weight",
+            "router_norm = true with top_k = 1 divides every score by itself, and with aux_loss_weight = 0 nothing "
+            "else trains the router; set router_norm to false, or raise top_k or aux_loss_weight",
             is_sentence=True,
         )
 
