@@ -45,7 +45,7 @@ def per_call(call: Callable[[], Any], calls: int = PRODUCTS, beside: Callable[[]
 
 def exchanges_of(group: dist.ProcessGroup) -> tuple[PeerAllGather, PeerReduceScatter]:
     """What FSDP gives its blocks."""
-    return PeerAllGather(Places(group)), PeerReduceScatter(Places(group), torch.float32)
+    return PeerAllGather(Places(group)), PeerReduceScatter(Places(group, turns=1), torch.float32)
 
 
 def main() -> None:

@@ -80,48 +80,49 @@ def test_sums_are_not_kept_for_units_of_several_dtypes_or_that_are_cut_otherwise
 
 
 def _train(rank: int, world_size: int, options: Any, folder: str) -> tuple[Any, ...]:
-    """A training of a model with experts with collectives and through files; how often sums were begun and added to."""
+    """A training of a model with experts with collectives and through files; how often sums were begun, added to, and
+    left to FSDP."""
     expected = train(rank, world_size, options, f"{folder}/collectives", STEPS)
     with through_files(f"{folder}/files") as taken:
         actual = train(rank, world_size, options, f"{folder}/peers", STEPS)
-    used = [place[1] for place in taken.places if place is not None]
-    return actual, expected, used.count(False), used.count(True)
+    used = [place and place[1] for place in taken.places]
+    return actual, expected, (used.count(False), used.count(True), used.count(None))
 
 
 STEPS, MICROBATCHES = 3, 4
 BF16 = {"training.mixed_precision_param": "bfloat16", "training.mixed_precision_reduce": "bfloat16"}
 NO_AUX = {"model.overrides.aux_loss_weight": "0"}
-TRAININGS: dict[str, tuple[str, dict[str, str], bool]] = {
-    "experts_sharded": ("fsdp2", {}, True),
-    "experts_that_are_cut": ("fsdp2", {"model.overrides.n_experts": "3"}, True),
-    "experts_apart": ("fsdp2 ep2", {}, True),
+TRAININGS: dict[str, tuple[str, dict[str, str], str]] = {
+    "experts_sharded": ("fsdp2", {}, "kept"),
+    "experts_that_are_cut": ("fsdp2", {"model.overrides.n_experts": "3"}, "kept"),
+    "experts_apart": ("fsdp2 ep2", {}, "kept"),
     "all_recomputed": (
         "fsdp2",
         {"parallelism.fsdp_reshard_after_forward": "always", "activation_checkpoint.mode": "full"},
-        True,
+        "kept",
     ),
-    "sums_in_bf16": ("fsdp2", BF16, False),
-    "copies": ("rep2 fsdp2", {}, False),
-    "divided": ("fsdp2 tp2", NO_AUX, False),
+    "sums_in_bf16": ("fsdp2", BF16, "by FSDP"),
+    "copies": ("rep2 fsdp2", {}, ""),
+    "divided": ("fsdp2 tp2", NO_AUX, "by FSDP"),
 }
-"""Axes, options, and whether the units' sums are kept."""
+"""Axes, options, and what becomes of the sums: kept in their memory, left to FSDP as they come, or never looked at."""
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_trainings_with_kept_sums_are_those_with_collectives(name: str, tmp_path: Path) -> None:
-    axes, options, is_kept = TRAININGS[name]
+    axes, options, kept = TRAININGS[name]
     for folder in ("collectives", "peers", "files"):
         (tmp_path / folder).mkdir()
     mesh = Mesh(axes, tuple({**MODEL, **options}.items()))
     batch = MICROBATCHES * mesh.degrees.get("fsdp", 1) * mesh.degrees.get("rep", 1)
     mesh = Mesh(axes, (*mesh.options, ("training.local_batch_size", "1"), ("training.global_batch_size", str(batch))))
     results = run_distributed(_train, mesh.ranks, mesh.arguments(), str(tmp_path), timeout_s=150.0)
-    actual, expected, begun, added = results[0]
+    actual, expected, used = results[0]
     assert actual.losses == expected.losses
     assert actual.grads.keys() == expected.grads.keys()
     for parameter, grad in expected.grads.items():
         assert torch.equal(actual.grads[parameter], grad), parameter
-    units = (
-        len({name.split(".")[1] for name in expected.grads if name.startswith("layers.")}) + 1
-    )  # and the output layer
-    assert (begun, added) == ((units * STEPS, units * STEPS * (MICROBATCHES - 1)) if is_kept else (0, 0))
+    blocks = {name.split(".")[1] for name in expected.grads if name.startswith("layers.")}
+    first = (len(blocks) + 1) * STEPS  # the output layer is a unit too
+    later = first * (MICROBATCHES - 1)
+    assert used == {"kept": (first, later, 0), "by FSDP": (0, 0, first + later), "": (0, 0, 0)}[kept]

@@ -96,7 +96,7 @@ class LossWithGradients(torch.autograd.Function):
             # an error of autograd. This is twice as fast as mul_.
             torch._foreach_mul_([grad_weight], grad)  # pyright: ignore[reportPrivateImportUsage]
             if torch.promote_types(ctx.dtype, ctx.weight_dtype) != ctx.dtype:
-                for rows in grad_weight.chunk(8):
+                for rows in grad_weight.chunk(32):
                     rows.copy_(rows.to(ctx.dtype))
             narrows = ctx.weight_dtype.itemsize == 2
             grad_weight = narrow_(grad_weight, ctx.weight_dtype) if narrows else grad_weight.to(ctx.weight_dtype)
