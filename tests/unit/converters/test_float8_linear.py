@@ -34,6 +34,13 @@ def test_every_linear_is_converted_but_what_filters_name() -> None:
     }
 
 
+def test_a_filter_that_leaves_no_linear_alone_is_refused() -> None:
+    model = Model()
+    model.norm = nn.LayerNorm(8)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConversionError, match="filter_fqns: 'norm' matches no linear of the model; correct it or take"):
+        converter(filter_fqns=["output", "norm"]).convert(model)
+
+
 def test_parameters_stay_the_same_objects_under_the_same_names() -> None:
     model = Model()
     before = dict(model.named_parameters())
