@@ -139,7 +139,12 @@ _LEAN: dict[tuple[str, str], dict[str, Any]] = {
     ("one-gpu", "tensorwise-eager"): _CODES,
     ("one-gpu", "float8-head"): _CODES,
     ("two-gpus-accumulating", "tensorwise-compiled"): _CODES
-    | {f"{FLOAT8}.keep_fp8_weight_shards": False, "training.loss_chunk_tokens": 1024},
+    | {
+        f"{FLOAT8}.keep_fp8_weight_shards": False,
+        "training.loss_chunk_tokens": 2048,
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "16",
+    },
 }
 """(job, row) -> what keeps ours within the peer's memory where it would otherwise take more."""
 

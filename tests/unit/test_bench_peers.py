@@ -52,6 +52,7 @@ def given(options: list[str]) -> dict[str, str]:
 OWN_CHOICES = {
     "training.loss_chunk_tokens",
     "activation_checkpoint.mode",
+    "activation_checkpoint.selective_ac_option",
     *(
         f"{FLOAT8}.{name}"
         for name in (
@@ -91,12 +92,12 @@ def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, pars
         if row.recipe != "rowwise" and not row.grouped:
             only_ours.add(f"{FLOAT8}.recipe_name" if row.recipe else "model.converters")
         assert ours.keys() - theirs.keys() - off - OWN_CHOICES == only_ours, (job, row)
-        chunk = (
-            "1024" if job.name == "two-gpus-accumulating" and row.recipe == "tensorwise" and row.compiled else "4096"
-        )
-        assert ours["training.loss_chunk_tokens"] == chunk
+        is_leanest = job.name == "two-gpus-accumulating" and row.recipe == "tensorwise" and row.compiled
+        assert ours["training.loss_chunk_tokens"] == ("2048" if is_leanest else "4096")
         is_dense = not job.experts
-        assert ours["activation_checkpoint.mode"] == ("none" if row.recipe and is_dense else "full")
+        mode = "selective" if is_leanest else "none"
+        assert ours["activation_checkpoint.mode"] == (mode if row.recipe and is_dense else "full")
+        assert ours.get("activation_checkpoint.selective_ac_option") == ("16" if is_leanest else None)
         assert ours.get("parallelism.expert_parallel_degree") == (None if is_dense else str(job.gpus))
 
 

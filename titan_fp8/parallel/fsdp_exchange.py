@@ -201,6 +201,7 @@ class PeerReduceScatter(ReduceScatter):
             if part.stop == numel:
                 buffer.end()
             sum_parts(mine[part], others, rank, output_tensor[part], adds=self._adds)
+            del others  # before the next part has its own
         place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
 
 
