@@ -168,7 +168,10 @@ class Run:
 def extra_row(text: str) -> Row:
     """The row that `NAME=OPTIONS` or `NAME=@ROW OPTIONS` means."""
     name, separator, options = text.partition("=")
-    words = shlex.split(options)
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise SystemExit(f"--ours-extra {text!r}: {error}") from None
     if not (name and separator and words) or "/" in name:
         raise SystemExit(f"--ours-extra {text!r}: expected 'NAME=--key value ...', and no slash in the name")
     if not words[0].startswith("@"):

@@ -256,6 +256,8 @@ def test_a_further_row_has_all_options_of_its_row_but_those_that_it_gives_itself
         (("--ours-extra", "no options"), "expected 'NAME=--key value"),
         (("--ours-extra", "x=@bf16"), "no row bf16"),
         (("--ours-extra", "bf16-compiled=--compile.enable"), "stands twice"),
+        (("--ours-extra", "x=--job.description 'no end"), "No closing quotation"),
+        (("--repeats", "0"), "nothing would run"),
         (("--steps", "12"), "multiples of 5"),
         (("--steps", "10"), "the warm-up the smaller one"),
     ],
