@@ -96,10 +96,19 @@ class Summary:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The complete events of a trace file, gzipped or not."""
+    """The complete events of a trace file, gzipped or not.
+
+    Raises:
+        SystemExit: there is no such file, or it holds no trace.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    try:
+        with opener(path, "rt") as file:
+            return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, EOFError):
+        raise SystemExit(f"{path} is not a whole trace of PyTorch's profiler") from None
 
 
 def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:

@@ -130,6 +130,20 @@ def test_files_become_columns(script, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| GEMM | 1.5 | 1.5 |" in lines
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X"'])
+def test_a_file_that_is_no_trace_is_named(script, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=f"{path} is not a whole trace"):
+        script.main([str(path)])
+    with pytest.raises(SystemExit, match=r"other\.json: No such file"):
+        script.main([str(tmp_path / "other.json")])
+    packed = tmp_path / "trace.json.gz"
+    packed.write_bytes(gzip.compress(b"[]" * 9)[:-9])
+    with pytest.raises(SystemExit, match="is not a whole trace"):
+        script.main([str(packed)])
+
+
 def test_a_trace_without_kernels_is_refused(script) -> None:
     with pytest.raises(SystemExit, match="no kernels"):
         script.summarize([_event("cpu_op", "aten::mm", 0, 1)])
