@@ -139,6 +139,7 @@ _LEAN: dict[tuple[str, str], dict[str, Any]] = {
     ("one-gpu", "rowwise-compiled"): _CODES,
     ("one-gpu", "tensorwise-eager"): _CODES,
     ("one-gpu", "float8-head"): _CODES,
+    ("two-gpus", "float8-head"): {"training.loss_chunk_tokens": 2048},
     ("two-gpus-accumulating", "tensorwise-compiled"): _CODES
     | {
         f"{FLOAT8}.keep_fp8_weight_shards": False,
