@@ -61,6 +61,7 @@ class PeerBuffer:
         device: of this rank.
     """
 
+    @torch.inference_mode(False)  # which may be on when the first unit is gathered: its memory serves trainings, too
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
         self.rank, ranks = group.rank(), group.size()
         start = -(-size // _FLAG_BYTES) * _FLAG_BYTES
@@ -90,6 +91,11 @@ class PeerBuffer:
         for peer in self.peers:
             _wait(self._done_of[peer], self._round)
         self._round += 1
+        return self._parts[self.rank]
+
+    @property
+    def memory(self) -> Tensor:
+        """This rank's bytes, which `begin` has let it write."""
         return self._parts[self.rank]
 
     def publish(self) -> None:
