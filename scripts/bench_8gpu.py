@@ -65,8 +65,10 @@ GIB_BESIDE_STATE = 38
 of its layers: logits, gathered layers and the gradients of one, the tensors of a layer; to codes of shards; to NCCL."""
 STATE_BYTES = 16
 """Of a parameter: weight, gradient and two moments in fp32."""
+LARGE_LAYERS = 80
+"""Of Llama 3 70B."""
 LAYER_PARAMETERS, TABLE_PARAMETERS = 855_654_400, 2 * 128_256 * 8192
-"""Of Llama 3 70B: one of its layers, and embedding with output layer."""
+"""Of one of these layers, and of embedding with output layer."""
 COUNTED = 2 * LOG_FREQ
 """Steps of a run that is not traced; the first half is its warm-up."""
 ROOMY_GIB = 120
@@ -88,12 +90,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", default=",".join(PARTS), help="comma-separated (default: all: " + ", ".join(PARTS) + ")")
     add("--limit", type=float, default=570, help="seconds after which no run is under way any more (default: 570)")
-    add("--large-layers", type=int, help="of 80 (default: as many as fit)")
+    add("--large-layers", type=int, help=f"of {LARGE_LAYERS} (default: as many as fit)")
     add("--ours-only", action="store_true", help="without the peer")
     add("--row-timeout", type=float, default=180, help="seconds after which a run is ended (default: 180)")
     add("--resume", action="store_true", help="leave out runs that results.jsonl has with the same options")
     args = parser.parse_args(argv)
     settle(args, parts=PARTS)
+    if args.large_layers is not None and not 1 <= args.large_layers <= LARGE_LAYERS:
+        raise SystemExit(f"--large-layers {args.large_layers}: Llama 3 70B has {LARGE_LAYERS}")
     now = time.time()
     args.begin = time.monotonic() - max(0.0, now - float(os.environ.get(BEGAN, now)))
     # What the runs of bench_peers.py are told besides.
@@ -173,7 +177,7 @@ def fitting_layers(gpus: int, gib: float) -> int:
         SystemExit: not one does.
     """
     parameters = (gib - GIB_BESIDE_STATE) * 2**30 * gpus / STATE_BYTES
-    layers = min(80, int((parameters - TABLE_PARAMETERS) / LAYER_PARAMETERS))
+    layers = min(LARGE_LAYERS, int((parameters - TABLE_PARAMETERS) / LAYER_PARAMETERS))
     if layers < 1:
         raise SystemExit(f"no layer of Llama 3 70B fits {gpus} GPUs of {gib:.0f} GiB; leave `large` out of --parts")
     return layers

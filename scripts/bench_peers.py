@@ -144,6 +144,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.rows = [ROWS[name] for name in args.rows] + [extra_row(text) for text in args.ours_extra]
     if len({row.name for row in args.rows}) < len(args.rows):
         raise SystemExit("--rows and --ours-extra: a name stands twice; choose another one")
+    if args.repeats < 1 and not args.profile:
+        raise SystemExit(f"--repeats {args.repeats}: nothing would run; take 1 or more, or --profile")
     if args.steps % LOG_FREQ or args.warm_up % LOG_FREQ or not 0 <= args.warm_up < args.steps:
         raise SystemExit(
             f"--steps {args.steps} --warm-up {args.warm_up}: both must be multiples of {LOG_FREQ}, after so many steps "

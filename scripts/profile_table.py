@@ -32,7 +32,7 @@ TRAVELS = (COMMUNICATION, EXCHANGE)
 CATEGORIES: tuple[tuple[str, str], ...] = (
     (EXCHANGE, r"all_to_all|alltoall|sendrecv"),
     (COMMUNICATION, r"nccl|record_param_comms|c10d|memcpy ptop|symmetric_memory"),
-    (OPTIMIZER, r"adam|_foreach_norm|foreach_mul"),
+    (OPTIMIZER, r"adam|_foreach_norm|foreach_mul|_squares_kernel"),  # the norm of gradients included
     ("attention", r"attention|flash|sdpa|fmha"),
     ("FP8 GEMM", r"scaled_mm|scaled_grouped_mm|grouped_scaled_mm|nvjet_sm\d+_q|e4m3.*gemm|gemm.*e4m3"),
     ("GEMM", r"aten::(mm|addmm|bmm|matmul|linear|_grouped_mm)\b|nvjet|gemm|cutlass|cublas"),
@@ -46,7 +46,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
         r"moe_(un)?permute|moe_plan|moe_row_products|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel"
         r"|_place_kernel|permute_ind|index_put|index_select|aten::index\b|aten::scatter_add|histc|sort|topk",
     ),
-    ("casts", r"titan_fp8::|_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
+    ("casts", r"titan_fp8::(?!rotate\b)|_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
     ("loss", r"softmax|logsumexp|nll_loss|cross_entropy|exp_|_exp_|scatter_ad"),
     ("copies", r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_"),
 )
@@ -96,10 +96,19 @@ class Summary:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The complete events of a trace file, gzipped or not."""
+    """The complete events of a trace file, gzipped or not.
+
+    Raises:
+        SystemExit: there is no such file, or it holds no trace.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    try:
+        with opener(path, "rt") as file:
+            return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, EOFError):
+        raise SystemExit(f"{path} is not a whole trace of PyTorch's profiler") from None
 
 
 def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:

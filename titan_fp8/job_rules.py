@@ -130,6 +130,13 @@ def converters_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
             yield Problem(key, f"{name} is named twice; take one out")
         if name not in CONVERTERS:
             yield Problem(key, f"{name} is not one of {', '.join(CONVERTERS)}{did_you_mean(name, CONVERTERS)}")
+    float8 = job.quantize.linear.float8
+    if float8.grad_weight_dtype == "float32" and job.training.dtype != "float32":
+        yield Problem(
+            "quantize.linear.float8.grad_weight_dtype",
+            f'has no effect with training.dtype = "{job.training.dtype}": gradients have the dtype of '
+            "parameters; leave one of them out",
+        )
     if job.model.print_after_conversion and not names:
         yield Problem("model.print_after_conversion", "has no effect without a converter in model.converters")
 

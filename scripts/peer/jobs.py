@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ JOBS = {
 class Row:
     """A configuration: a recipe of linears (None: bf16), compiled or not, of one side or both, with further options of
     ours; `grouped`: experts in float8, which only jobs with experts have; `gathers`: weights travel as codes, on the
-    sides and in the recipes that have this."""
+    sides and in the recipes that have this; `base`: the row whose options it has before its own."""
 
     name: str
     recipe: str | None = None
@@ -111,6 +111,7 @@ class Row:
     extra: tuple[str, ...] = ()
     grouped: bool = False
     gathers: bool = True
+    base: str | None = None
 
     def is_for(self, job: Job) -> bool:
         """Whether a job has this row: with experts bf16, those with float8 experts, and further ones."""
@@ -167,7 +168,10 @@ class Run:
 def extra_row(text: str) -> Row:
     """The row that `NAME=OPTIONS` or `NAME=@ROW OPTIONS` means."""
     name, separator, options = text.partition("=")
-    words = shlex.split(options)
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise SystemExit(f"--ours-extra {text!r}: {error}") from None
     if not (name and separator and words) or "/" in name:
         raise SystemExit(f"--ours-extra {text!r}: expected 'NAME=--key value ...', and no slash in the name")
     if not words[0].startswith("@"):
@@ -175,7 +179,15 @@ def extra_row(text: str) -> Row:
     base = ROWS.get(words[0][1:])
     if base is None:
         raise SystemExit(f"--ours-extra {text!r}: no row {words[0][1:]}; known: {', '.join(ROWS)}")
-    return Row(name, base.recipe, base.compiled, extra=tuple(words[1:]), grouped=base.grouped)
+    own = tuple(words[1:])
+    given = _keys_of(own)
+    kept = tuple(word for word in base.extra if _keys_of([word]).isdisjoint(given))  # a list given twice would collect
+    return Row(name, base.recipe, base.compiled, extra=(*kept, *own), grouped=base.grouped, base=base.name)
+
+
+def _keys_of(words: Iterable[str]) -> set[str]:
+    """The keys that options of a command line name."""
+    return {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
 
 
 def turns(job: Job, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
@@ -248,7 +260,7 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
     options |= _own_options(run)
     if args.same_start:
         options |= _AS_THEIRS.get(job.model_of(OURS)[0], {})
-    for key in [word.removeprefix("--").partition("=")[0] for word in run.row.extra if word.startswith("--")]:
+    for key in _keys_of(run.row.extra):
         options.pop(key, None)
         if key == "activation_checkpoint.mode":
             # Given beside another mode it would be refused.
@@ -273,8 +285,7 @@ def _own_options(run: Run) -> dict[str, Any]:
     if run.row.recipe and not job.experts:
         if not job.same_ac:
             options |= {"activation_checkpoint.mode": "none", "activation_checkpoint.selective_ac_option": None}
-        if (job.name, run.row.name) in _LEAN:
-            options |= _LEAN[job.name, run.row.name]
+        options |= _LEAN.get((job.name, run.row.base or run.row.name), {})
         if job.gpus == 1:
             options |= {f"{FLOAT8}.grad_weight_dtype": "float32", f"{FLOAT8}.force_recompute_fp8_weight_in_bwd": True}
     return options

@@ -98,6 +98,12 @@ def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench, pars
         bench.fitting_layers(2, 20.0)
 
 
+@pytest.mark.parametrize("layers", ["0", "-1", "81"])
+def test_layers_that_the_large_model_does_not_have_are_refused(parse, layers):
+    with pytest.raises(SystemExit, match=f"--large-layers {layers}: Llama 3 70B has 80"):
+        parse("--large-layers", layers)
+
+
 def test_gpus_of_80_gib_get_smaller_jobs(bench, parse):
     args = parse(gib=79.2)
     jobs = {run.job.name: run.job for wave in waves(bench, args, 4) for run in wave}

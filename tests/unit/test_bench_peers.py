@@ -235,6 +235,19 @@ def test_a_further_row_of_ours_starts_from_the_jobs_options_or_from_those_of_a_r
     assert not second.model.converters
 
 
+def test_a_further_row_has_all_options_of_its_row_but_those_that_it_gives_itself(load, parse):
+    jobs = load("peer.jobs")
+    for job, row in itertools.product(jobs.JOBS.values(), jobs.ROWS.values()):
+        if row.is_for(job):
+            further = jobs.extra_row(f"further=@{row.name} --metrics.log_freq=1")
+            own, expected = (
+                given(jobs.our_options(jobs.Run(job, each, "ours", 1), parse())) for each in (further, row)
+            )
+            assert own == expected | {"job.dump_folder": own["job.dump_folder"], "metrics.log_freq": "1"}
+    filters = f"--{FLOAT8}.filter_fqns"
+    assert jobs.extra_row(f"w2=@float8-head {filters}=feed_forward.w2").extra == (f"{filters}=feed_forward.w2",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -243,6 +256,8 @@ def test_a_further_row_of_ours_starts_from_the_jobs_options_or_from_those_of_a_r
         (("--ours-extra", "no options"), "expected 'NAME=--key value"),
         (("--ours-extra", "x=@bf16"), "no row bf16"),
         (("--ours-extra", "bf16-compiled=--compile.enable"), "stands twice"),
+        (("--ours-extra", "x=--job.description 'no end"), "No closing quotation"),
+        (("--repeats", "0"), "nothing would run"),
         (("--steps", "12"), "multiples of 5"),
         (("--steps", "10"), "the warm-up the smaller one"),
     ],

@@ -326,6 +326,13 @@ def test_codes_of_shards_are_let_go_only_where_they_are_gathered():
     assert not section.keep_fp8_weight_shards
 
 
+def test_gradients_in_fp32_need_parameters_in_fp32():
+    assert float8("grad_weight_dtype=float32").grad_weight_dtype == "float32"
+    answer = error("--model.converters=float8", f"--{FLOAT8}.grad_weight_dtype=float32", "--training.dtype=bfloat16")
+    assert f'{FLOAT8}.grad_weight_dtype = "float32": has no effect with training.dtype = "bfloat16"' in answer
+    assert load("--model.converters=float8", "--training.dtype=bfloat16")
+
+
 def test_recomputed_weights_need_nothing_but_that_they_are_not_kept():
     force, gather = "force_recompute_fp8_weight_in_bwd", "enable_fsdp_float8_all_gather"
     assert float8(force).force_recompute_fp8_weight_in_bwd

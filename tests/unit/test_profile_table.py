@@ -58,6 +58,9 @@ def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
         ("titan_fp8::grouped_scaled_mm_rows", "cutlass_kernel", "FP8 GEMM"),
         ("aten::_grouped_mm", "cutlass3x_grouped_kernel", "GEMM"),
         ("aten::_fused_adamw_", "multi_tensor_apply_kernel", "optimizer"),
+        ("aten::_foreach_norm", "lpnorm_cleanup", "optimizer"),
+        ("", "_squares_kernel", "optimizer"),
+        ("titan_fp8::rotate", "_rotate_kernel", "other"),
         ("aten::copy_", "Memcpy DtoD (Device -> Device)", "copies"),
         ("aten::add_", "vectorized_elementwise_kernel", "other"),
     ],
@@ -125,6 +128,20 @@ def test_files_become_columns(script, tmp_path: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| ms a step | ours | peer |"
     assert "| GEMM | 1.5 | 1.5 |" in lines
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X"'])
+def test_a_file_that_is_no_trace_is_named(script, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=f"{path} is not a whole trace"):
+        script.main([str(path)])
+    with pytest.raises(SystemExit, match=r"other\.json: No such file"):
+        script.main([str(tmp_path / "other.json")])
+    packed = tmp_path / "trace.json.gz"
+    packed.write_bytes(gzip.compress(b"[]" * 9)[:-9])
+    with pytest.raises(SystemExit, match="is not a whole trace"):
+        script.main([str(packed)])
 
 
 def test_a_trace_without_kernels_is_refused(script) -> None:

@@ -84,6 +84,12 @@ DIFFERENT_MEANINGS = (
         "Steps with a learning rate of 0 train nothing.",
     ),
     Difference(
+        "activation_checkpoint.selective_ac_option",
+        "a number n: every n-th block; of 4 blocks with n = 2 the second and the fourth",
+        "the first and then every n-th, and not the last; of 4 blocks with n = 2 the first and the third",
+        "The backward pass of the last block follows its forward pass at once: recomputing it lowers no peak.",
+    ),
+    Difference(
         "job.custom_config_module",
         "a dataclass that is merged by name",
         "a subclass of `titan_fp8.job_config.JobConfig`",

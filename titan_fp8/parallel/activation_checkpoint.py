@@ -118,7 +118,7 @@ def apply_activation_checkpointing(
         in_graph = options | {"context_fn": _recompute_all}
     for name, block in model.layers.items():
         number = int(name)  # in the whole model, of which this may be a part
-        if number % every or (every > 1 and number == model.dims.n_layers - 1):
+        if number % every or (every > 1 and 0 < number == model.dims.n_layers - 1):
             continue
         assert isinstance(block, TransformerBlock)
         moe = block.moe

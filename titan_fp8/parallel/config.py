@@ -114,8 +114,8 @@ class ActivationCheckpointSection(Section):
     `memory_budget` lets the compiler choose."""
 
     selective_ac_option: str = key("2", only_with={"mode": ["selective"]}, parked_by=("none", "full", "memory_budget"))
-    """With `selective`: a number n recomputes the first and then every n-th block, the last one aside; `op` recomputes
-    in every block all but the results of expensive operations."""
+    """With `selective`: a number n recomputes the first and then every n-th block, the last one aside unless n is 1;
+    `op` recomputes in every block all but the results of expensive operations."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = key(
         ["moe.router.gate"], only_with={"selective_ac_option": ["op"]}
