@@ -22,7 +22,7 @@ from titan_fp8.parallel.gradient_sums import GradientSums
 
 PLAIN = Case(shard=2, vocab_size=64, dims={"dim": 64, "n_heads": 2, "n_kv_heads": 2, "ffn_dim": 128, "n_layers": 3})
 BF16 = replace(PLAIN, compute_dtype=torch.bfloat16)
-CODES = replace(BF16, float8_all_gather=True)
+CODES = replace(BF16, float8_all_gather=True, dims={**PLAIN.dims, "n_layers": 5})
 CASES = {
     "fp32": PLAIN,
     "bf16": BF16,
@@ -35,34 +35,36 @@ CASES = {
     "codes_of_microbatches": replace(CODES, float8_recipe="rowwise", microbatches=2),
     "codes_made_for_each_gather": replace(CODES, float8_recipe="tensorwise", precomputed_scales=True, keep_codes=False),
     "codes_kept": replace(
-        CODES, float8_recipe="blockwise", reshard="never", microbatches=2, dims={**PLAIN.dims, "dim": 128}
+        CODES, float8_recipe="blockwise", reshard="never", microbatches=2, dims={**CODES.dims, "dim": 128}
     ),
     "codes_freed": replace(CODES, float8_recipe="rowwise", reshard="always"),
     "codes_recomputed": replace(
-        CODES,
-        float8_recipe="tensorwise",
-        activation_checkpoint={"mode": "full"},
-        dims={**PLAIN.dims, "n_layers": 6},
+        CODES, float8_recipe="tensorwise", activation_checkpoint={"mode": "full"}, dims={**PLAIN.dims, "n_layers": 6}
     ),
     "codes_compiled": replace(CODES, float8_recipe="rowwise", compile_backend="aot_eager"),
     "codes_of_master_units": replace(CODES, compute_dtype=torch.float32, float8_recipe="rowwise", microbatches=2),
     "codes_uneven": replace(
-        CODES, float8_recipe="rowwise", compute_dtype=torch.float32, shard=3, dims={**PLAIN.dims, "ffn_dim": 96}
+        CODES, float8_recipe="rowwise", compute_dtype=torch.float32, shard=3, dims={**CODES.dims, "ffn_dim": 96}
     ),
+    "codes_tied": replace(CODES, float8_recipe="tensorwise", tied_embeddings=True, microbatches=2),
     "masters": replace(BF16, float8_recipe="tensorwise"),
     "uneven": replace(PLAIN, dims={**PLAIN.dims, "ffn_dim": 131}),
     "uneven_microbatches": replace(PLAIN, dims={**PLAIN.dims, "ffn_dim": 131}, vocab_size=67, microbatches=4),
     "microbatches_in_bf16": replace(BF16, microbatches=4, reduce_dtype=torch.bfloat16),
 }
-KEPT = {"microbatches", "kept", "codes_of_microbatches", "codes_kept", "codes_of_master_units", "uneven_microbatches"}
-"""Whose sums over microbatches lie in memory of their own: three blocks' and the output layer's. Sums in bf16 do not,
-since gradients are fp32."""
+KEPT = {"microbatches", "kept", "codes_of_microbatches", "codes_kept", "codes_of_master_units"} | {
+    "codes_tied",
+    "uneven_microbatches",
+}
+"""Whose sums over microbatches lie in memory of their own, those of blocks and of the output layer. Sums in bf16 do
+not, since gradients are fp32."""
 
 
-BUFFERS = dict.fromkeys((name for name in CASES if name.startswith("codes")), 8) | {"codes_freed": 10}
+BUFFERS = dict.fromkeys((name for name in CASES if name.startswith("codes")), 8) | {"codes_freed": 10, "codes_kept": 10}
 BUFFERS |= {"masters": 7, "freed": 6}
 """Two of gathers and one of gradients for each size of block, of which the first may be in high precision; two for
-the codes of blocks; and one of the output layer, or three where it is gathered twice in a row. Otherwise 4."""
+the codes of blocks, or one for each that stays gathered; and one of the output layer, or three where it is gathered
+twice in a row. Otherwise 4."""
 
 
 class Buffer:
@@ -90,16 +92,18 @@ class Buffer:
         self.parts[self.rank].fill_(0xFF)  # NaN, where nothing is written
         return self.parts[self.rank]
 
-    @property
-    def memory(self) -> Tensor:
-        return self.parts[self.rank]
-
     def publish(self) -> None:
         self._after("publish", "begin")
         dist.barrier(self.group)
 
-    def read(self, peer: int, start: int, into: Tensor) -> None:
+    def of(self, peer: int) -> Tensor:
+        return self.parts[peer]
+
+    def wait(self, peer: int) -> None:
         self._after("read", "publish", "read")
+
+    def read(self, peer: int, start: int, into: Tensor) -> None:
+        self.wait(peer)
         into.copy_(self.parts[peer][start : start + into.numel()])
 
     def end(self) -> None:
@@ -155,11 +159,15 @@ def _train(rank: int, world_size: int, case: Case, folder: str) -> tuple[Any, ..
         return train_on_ranks(rank, world_size, case), expected, Buffer.made, taken.places
 
 
-def _evaluate(rank: int, world_size: int, case: Case, folder: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of forward passes alone, before, between and after those of a training, with and without files."""
+def _evaluate(rank: int, world_size: int, case: Case, frozen: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of forward passes alone, before, between and after those of a training, with and without files; of a
+    model of which the embedding and `frozen` blocks do not train."""
 
     def logits() -> list[Tensor]:
         model, _ = spread(case)
+        if frozen:
+            for part in (model.tok_embeddings, *list(model.layers.values())[:frozen]):
+                part.requires_grad_(False)
         tokens = torch.arange(2 * 12).view(2, 12) % case.vocab_size
         found = []
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad, torch.no_grad, torch.no_grad):
@@ -170,7 +178,7 @@ def _evaluate(rank: int, world_size: int, case: Case, folder: str) -> tuple[list
                 output.float().square().mean().backward()
                 with torch.no_grad():
                     for parameter in model.parameters():
-                        parameter -= parameter.grad
+                        parameter -= 0 if parameter.grad is None else parameter.grad
         return found
 
     expected = logits()
@@ -179,13 +187,14 @@ def _evaluate(rank: int, world_size: int, case: Case, folder: str) -> tuple[list
 
 
 @pytest.mark.parametrize("reshard", ["default", "never"])
-@pytest.mark.parametrize("layers", [3, 4])
+@pytest.mark.parametrize(("layers", "frozen"), [(4, 0), (5, 0), (6, 4)])
 def test_passes_without_a_backward_pass_read_the_codes_of_their_weights(
-    reshard: str, layers: int, tmp_path: Path
+    reshard: str, layers: int, frozen: int, tmp_path: Path
 ) -> None:
+    """Of a block in front of those that train FSDP begins a gather that it never waits for."""
     dims = {**PLAIN.dims, "n_layers": layers}
     case = replace(CODES, float8_recipe="tensorwise", reshard=reshard, dims=dims)
-    actual, expected = run_distributed(_evaluate, 2, case, str(tmp_path), timeout_s=200.0)[0]
+    actual, expected = run_distributed(_evaluate, 2, case, frozen, str(tmp_path), timeout_s=200.0)[0]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert not torch.equal(expected[1], expected[3])
 
@@ -198,7 +207,8 @@ def test_a_training_is_the_one_with_collectives(name: str, tmp_path: Path) -> No
     assert expected is not None
     assert buffers == BUFFERS.get(name, 4)
     assert_same(actual, expected, 0.0 if CASES[name].shard == 2 else 1e-3)  # two addends have one sum
-    steps, units, microbatches = len(expected.losses), 4, CASES[name].microbatches
+    steps, microbatches = len(expected.losses), CASES[name].microbatches
+    units = CASES[name].dims["n_layers"] + (not CASES[name].tied_embeddings)
     if name in KEPT:
         adds = [place is not None and place[1] for place in taken]
         assert adds == ([False] * units + [True] * units * (microbatches - 1)) * steps

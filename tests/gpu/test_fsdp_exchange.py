@@ -12,7 +12,7 @@ from titan_fp8.kernels.partial_sums import sum_parts
 from titan_fp8.parallel import fsdp_exchange
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
-from titan_fp8.parallel.gathered_codes import Turn, UnitCodes
+from titan_fp8.parallel.gathered_codes import CodeBuffer, UnitCodes
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.config import CommSection
@@ -23,23 +23,18 @@ PLAIN = Case(
     shard=2, vocab_size=68, dims={"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 512, "n_layers": 3},
     device_type="cuda", compute_dtype=torch.bfloat16,
 )  # fmt: skip
+CODES = replace(PLAIN, float8_all_gather=True, dims={**PLAIN.dims, "n_layers": 5})
 CASES = {
     "bf16": PLAIN,
     "compiled": replace(PLAIN, compile_backend="inductor"),
     "tensorwise": replace(PLAIN, float8_recipe="tensorwise"),
     "full_ac": replace(PLAIN, activation_checkpoint={"mode": "full"}),
-    "codes": replace(PLAIN, float8_recipe="tensorwise", float8_all_gather=True, precomputed_scales=True),
-    "codes_compiled": replace(PLAIN, float8_recipe="tensorwise", float8_all_gather=True, compile_backend="inductor"),
-    "codes_recomputed": replace(
-        PLAIN,
-        float8_recipe="rowwise",
-        float8_all_gather=True,
-        activation_checkpoint={"mode": "full"},
-        dims={**PLAIN.dims, "n_layers": 6},
-    ),
-    "codes_kept": replace(PLAIN, float8_recipe="rowwise", float8_all_gather=True, reshard="never", microbatches=2),
-    "codes_freed": replace(PLAIN, float8_recipe="blockwise", float8_all_gather=True, reshard="always"),
-    "codes_of_rows": replace(PLAIN, float8_recipe="rowwise", float8_all_gather=True, microbatches=2),
+    "codes": replace(CODES, float8_recipe="tensorwise", precomputed_scales=True),
+    "codes_compiled": replace(CODES, float8_recipe="tensorwise", compile_backend="inductor"),
+    "codes_recomputed": replace(CODES, float8_recipe="rowwise", activation_checkpoint={"mode": "full"}),
+    "codes_kept": replace(CODES, float8_recipe="rowwise", reshard="never", microbatches=2),
+    "codes_freed": replace(CODES, float8_recipe="blockwise", reshard="always"),
+    "codes_of_rows": replace(CODES, float8_recipe="rowwise", microbatches=2),
     "kept": replace(PLAIN, reshard="never", microbatches=2),
     "freed": replace(PLAIN, reshard="always"),
     "microbatches": replace(PLAIN, microbatches=4),
@@ -155,13 +150,14 @@ def _gather_codes(rank: int, world_size: int, folder: str) -> list[str]:
     try:
         group, device = dist.group.WORLD, torch.device("cuda", rank)
         check_peer_memory(group, device, "test")
-        turns, sizes = [Turn(group), Turn(group)], [(1 << 20, 3 << 16, 16), (1 << 20, 1 << 18), (1 << 12,), (1 << 21,)]
+        buffers, places = [CodeBuffer(group), CodeBuffer(group)], Places(group)
+        sizes = [(1 << 20, 3 << 16, 16), (1 << 20, 1 << 18), (1 << 12,), (1 << 21,)]
         states = [[Float8WeightState(RECIPES["rowwise"], caches=True) for _ in size] for size in sizes]
         units = [
-            UnitCodes(turns[number % 2], dict(zip(states[number], size, strict=True)))
+            UnitCodes(buffers[number % 2], dict(zip(states[number], size, strict=True)))
             for number, size in enumerate(sizes)
         ]
-        gathers = [PeerAllGather(places, unit) for places in [Places(group)] for unit in units]
+        gathers = [PeerAllGather(places, unit) for unit in units]
         compute = torch.cuda.current_stream(device)
         copy_in, stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         torch.manual_seed(rank)
@@ -175,7 +171,7 @@ def _gather_codes(rank: int, world_size: int, folder: str) -> list[str]:
             number = round_ % len(units)
             with torch.cuda.stream(copy_in):
                 codes = zip(states[number], rounds[round_], strict=True)
-                sent = [state.place.send(each, torch.bfloat16) for state, each in codes]
+                sent = [state.exchange.send(each, torch.bfloat16) for state, each in codes]
                 n = sum(each.numel() for each in sent)
                 output = gathers[number].allocate((2 * n,), dtype=torch.bfloat16, device=device)
                 output[rank * n : (rank + 1) * n] = torch.cat(sent)
@@ -193,9 +189,10 @@ def _gather_codes(rank: int, world_size: int, folder: str) -> list[str]:
             stand_in = output.clone()
             copied = compute.record_event()
             del output, ahead
-            found = [state.place.received(stand_in) for state in states[round_ % len(units)]]
+            found = [state.exchange.received(stand_in) for state in states[round_ % len(units)]]
             ahead = gather(round_ + 1)
-            torch.cuda._sleep(3_000_000)  # the next but one would long have been written, if it did not wait
+            # The next but one would long have been written, if it did not wait; one rank is later than the other.
+            torch.cuda._sleep(3_000_000 + 6_000_000 * ((rank + round_) % 2))
             results.append((own, [each.clone() for each in found]))
             stand_in.untyped_storage().resize_(0)
         del ahead

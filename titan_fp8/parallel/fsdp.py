@@ -60,7 +60,7 @@ from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
-from titan_fp8.parallel.gathered_codes import Turn, codes_of
+from titan_fp8.parallel.gathered_codes import CodeBuffer, codes_of
 from titan_fp8.parallel.gradient_sums import GradientSums, create_before_forward
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
@@ -108,9 +108,9 @@ def apply_fsdp(
     units = _units(model)
     in_place |= _shard_experts(model, mesh, parallelism, param_dtype, reduce_dtype, offload)
     root: list[nn.Module] = [model]
-    last = len(units) - 1
-    freed = [_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= last) for number in range(last + 2)]
-    for modules, is_freed in zip([*units, root], freed, strict=True):
+    all_units, last = [*units, root], len(units) - 1
+    freed = [_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=i >= last) for i, _ in enumerate(all_units)]
+    for modules, is_freed in zip(all_units, freed, strict=True):
         travels_by_peers = by_peers and (_is_block(modules) or _is_output(modules, model))
         fully_shard(
             modules,
@@ -264,7 +264,7 @@ def _exchange_units(
     group = mesh.shards.get_group()
     kept: list[GradientSums] = []
     of_blocks = Places(group), Places(group, turns=1)
-    alternating = Turn(group), Turn(group)
+    alternating = CodeBuffer(group), CodeBuffer(group)
     blocks = 0
     for unit, is_freed in zip(units, freed, strict=True):
         first = unit[0]
@@ -275,7 +275,7 @@ def _exchange_units(
         parts = [part for part in parts if in_place.isdisjoint(part.parameters(recurse=False))]
         (gathers, reductions), codes = of_blocks, None
         if _is_block(unit):
-            codes = codes_of(parts, alternating[blocks % 2] if is_freed else Turn(group))
+            codes = codes_of(parts, alternating[blocks % 2] if is_freed else CodeBuffer(group))
             blocks += 1
         else:
             # If it is freed after its forward pass, it is gathered twice in a row. Else its exchanges take turns.

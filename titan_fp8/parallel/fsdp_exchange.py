@@ -11,7 +11,8 @@ multiprocessors compute:
 Gradients travel in the dtype in which they were computed, and the sums are in the reduce dtype: a sum of bf16 gradients
 in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the same in every run.
 
-Float8 codes of blocks are gathered to places of their own (`gathered_codes.py`); what follows is about all else.
+Float8 codes of blocks that are cut into equal parts have buffers of their own (`gathered_codes.py`); what follows is
+about all else.
 
 Two buffers of a size take turns at gathers, so that a unit can be gathered while the one before is still read: FSDP
 waits, before it gathers a unit, for what it has still to do with the unit before the last. Before it reduces a unit it
@@ -95,13 +96,13 @@ class Places:
 class PeerAllGather(AllGather):
     """Gathers shards `[n]` to `[ranks * n]` in a peer buffer.
 
-    Without `codes` one object serves all units of one group, whose gathers follow one another. FSDP reads what was
-    gathered on the stream on which it computes, and lets go of it when the streams of its gathers have been told to
-    wait for that.
+    FSDP reads what was gathered on the stream on which it computes, and lets go of it when the streams of its gathers
+    have been told to wait for that.
 
     Args:
-        places: of the ranks that hold shards; one of a size will do if a gather is over before the next begins.
-        codes: of the one unit, which are gathered with it, to places of their own.
+        places: of the ranks that hold shards, for all units whose gathers follow one another; one of a size will do if
+            a gather is over before the next begins.
+        codes: of the unit, which are gathered with it; None: it has none that are apart.
     """
 
     def __init__(self, places: Places, codes: UnitCodes | None = None) -> None:
@@ -116,6 +117,8 @@ class PeerAllGather(AllGather):
             self._codes.begin(device)
         place = self._places.next(int(numel) * dtype.itemsize, device)
         output = place.give_out(dtype, device)
+        if self._codes is not None:
+            self._codes.awaited(output)
         self._in_use[output.data_ptr()] = place.buffer
         return output
 

@@ -2,21 +2,22 @@
 
 FSDP gathers a unit's shards side by side, rank after rank, and then copies each parameter's parts together. For codes
 that copy is left out: each rank reads the others' parts of a weight to where the whole weight lies, in memory that all
-can read. FSDP itself exchanges 16 bytes in place of a weight's codes (`quantization/sharded_weight.py`), and when it
-frees what it has made of these, the weight is no longer gathered:
+can read. FSDP itself gathers 16 bytes of each rank in place of a weight's codes (`quantization/sharded_weight.py`), and
+when it frees what it has made of these, the weight is no longer gathered:
 
     FSDP                              here
     asks each weight what to send     notes the codes of this rank's shard
-    allocates, copies in              writes them to their places, when nothing reads these any more (`begin`)
-    gathers                           reads the other ranks' parts to theirs (`fetch`)
+    allocates, copies in              writes them to where they belong, when nothing reads there any more (`begin`)
+    gathers                           reads the other ranks' parts (`fetch`)
     asks what to make of it           the codes of the whole weight (`received`)
 
-The places of two units are enough where each is freed before the next but one is gathered; a unit that stays gathered
-has its own. They never move: what autograd keeps of a weight for the backward pass is its codes, which are gathered to
-the same place again. Whoever gathers more units at a time gets an error.
+Two buffers are enough for units that are freed before the next but one is gathered; a unit that stays gathered has its
+own. Codes never move: what autograd keeps of a weight for the backward pass is its codes, which are gathered to the
+same place again. Whoever gathers more units at a time gets an error.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,115 +29,143 @@ from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
 ALIGNED = 256
-"""Bytes of which each weight's place is a multiple: products and copies read whole vectors."""
+"""Bytes of which the place of each weight's codes is a multiple."""
+VECTOR = 16
+"""Bytes of which each rank's part is a multiple: products and copies read whole vectors."""
+STAND_IN = 16
+"""Bytes that FSDP gathers of each rank in place of a weight's codes."""
 
 
-class Turn:
-    """Memory in which one unit is gathered at a time. All ranks of the group make the same ones, in the same order."""
+class CodeBuffer:
+    """Memory in which the codes of one unit are gathered at a time, the same on all ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = 0
         """Bytes that the largest unit needs."""
         self._buffer: PeerBuffer | None = None
-        self._unit: UnitCodes | None = None
+        self._awaited: weakref.ref[Tensor] | None = None
         self._stand_in: Tensor | None = None
-        self._readers: torch.cuda.Stream | None = None
+        self._fetched: torch.Event | None = None
+        self._reads_on: torch.cuda.Stream | None = None
 
-    def buffer(self, device: torch.device) -> PeerBuffer:
-        """Its memory, made by all ranks when they first gather a unit."""
+    def peers(self, device: torch.device) -> PeerBuffer:
+        """The memory, which all ranks make when they first gather a unit."""
         if self._buffer is None:
             self._buffer = PeerBuffer(self.group, self.size, device)
         return self._buffer
 
-    def take(self, unit: "UnitCodes", device: torch.device) -> Tensor:
+    def take(self, device: torch.device) -> Tensor:
         """All of it, to be written on the current stream.
 
         Raises:
-            RuntimeError: another unit is in it.
+            RuntimeError: a unit is gathered in it.
         """
-        received = self._stand_in is not None and self._stand_in.untyped_storage().size() > 0
-        if received or (self._unit is not None and self._unit is not unit):
+        # A gather that FSDP has begun ahead of need may come to nothing, and then FSDP lets go of its output.
+        is_awaited = self._awaited is not None and self._awaited() is not None
+        if is_awaited or (self._stand_in is not None and self._stand_in.untyped_storage().size() > 0):
             raise RuntimeError(
-                "more units are gathered at a time than places for their codes; set parallelism.fsdp_exchange to "
-                "collectives"
+                "more blocks are gathered at a time than there are buffers for their codes in peer memory; set "
+                "parallelism.fsdp_exchange to collectives"
             )
-        self._unit, self._stand_in = unit, None
-        if self._readers is not None:
-            # All that read what lies here has been queued there by now.
-            torch.cuda.current_stream(device).wait_stream(self._readers)
-        return self.buffer(device).begin()
+        stream = torch.cuda.current_stream(device)
+        if self._reads_on is not None:
+            stream.wait_stream(self._reads_on)  # where all that reads what lies here has been queued by now
+        if self._fetched is not None:
+            stream.wait_event(self._fetched)  # for which nobody has waited
+        self._awaited = self._stand_in = self._fetched = None
+        return self.peers(device).begin()
 
-    def received(self, stand_in: Tensor, device: torch.device) -> None:
+    def awaited(self, output: Tensor) -> None:
+        """What was taken belongs to the unit that FSDP gathers in `output`."""
+        self._awaited = weakref.ref(output)
+
+    def fetched(self, device: torch.device) -> None:
+        """All of a unit has been read from peers, on the current stream."""
+        self._fetched = torch.cuda.current_stream(device).record_event()
+
+    def received(self, stand_in: Tensor) -> None:
         """What was gathered is read on the current stream, until `stand_in`, which FSDP has gathered, is freed."""
-        self._unit, self._stand_in = None, stand_in
-        self._readers = torch.cuda.current_stream(device)
+        self._awaited, self._fetched, self._stand_in = None, None, stand_in
+        self._reads_on = torch.cuda.current_stream(stand_in.device)
 
 
 class UnitCodes:
     """The codes of one unit.
 
     Args:
-        turn: where they are gathered.
-        weights: state -> bytes of a rank's part, of the unit's weights.
+        buffer: where they are gathered.
+        weights: state -> bytes of a rank's part, a multiple of `VECTOR`, of the unit's weights.
     """
 
-    def __init__(self, turn: Turn, weights: dict[Float8WeightState, int]) -> None:
-        self._turn = turn
-        self._bytes = list(weights.values())
-        ranks = turn.group.size()
-        self._starts, end = [], 0
+    def __init__(self, buffer: CodeBuffer, weights: Mapping[Float8WeightState, int]) -> None:
+        self._buffer = buffer
+        self._places: list[tuple[int, int]] = []
+        ranks, end = buffer.group.size(), 0
         for number, (state, size) in enumerate(weights.items()):
-            self._starts.append(end)
+            assert size % VECTOR == 0
+            self._places.append((end, size))
             end += -(-ranks * size // ALIGNED) * ALIGNED
-            state.place = CodePlace(self, number)
-        turn.size = max(turn.size, end)
+            state.exchange = WeightCodes(self, number)
+        buffer.size = max(buffer.size, end)
         self._own: dict[int, Tensor] = {}
-        self._whole: list[Tensor] | None = None
+        self._whole: list[Tensor] = []
+        self._mine: list[Tensor] = []
+        self._copies: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def send(self, number: int, codes: Tensor) -> None:
-        """Note this rank's codes of a weight for the next gather, contiguous bytes."""
-        self._own[number] = codes.view(-1)
+        """Note this rank's codes of a weight for the gather that begins, contiguous bytes."""
+        self._own[number] = codes.view(-1).view(torch.int32)  # a kernel copies wider elements faster
 
     @torch.inference_mode(False)
     def begin(self, device: torch.device) -> None:
-        """Write this rank's codes to their places, on the current stream."""
-        memory, rank = self._turn.take(self, device), self._turn.group.rank()
-        own = [self._part(memory, number, rank) for number in self._own]
-        torch._foreach_copy_(own, list(self._own.values()))  # pyright: ignore[reportPrivateImportUsage]
-        if self._whole is None:
-            ranks = self._turn.group.size()
-            whole = zip(self._starts, self._bytes, strict=True)
-            # Not views: copies between memories are no writes that autograd should know of.
-            self._whole = [memory[start : start + ranks * size].data for start, size in whole]
-
-    def fetch(self, device: torch.device) -> None:
-        """Read the other ranks' codes to their places, on the current stream."""
-        buffer = self._turn.buffer(device)
-        buffer.publish()
-        memory = buffer.memory
-        for peer in buffer.peers:
-            for number in self._own:
-                part = self._part(memory, number, peer)
-                buffer.read(peer, self._starts[number] + peer * self._bytes[number], part)
-        buffer.end()
+        """Write this rank's codes, of all weights, to where they belong, on the current stream."""
+        memory = self._buffer.take(device)
+        if not self._whole:
+            self._find_parts(memory, self._buffer.peers(device))
+        own = [self._own[number] for number in range(len(self._mine))]
+        torch._foreach_copy_(self._mine, own)  # pyright: ignore[reportPrivateImportUsage]
         self._own.clear()
 
+    def awaited(self, output: Tensor) -> None:
+        """What began is the gather of `output`."""
+        self._buffer.awaited(output)
+
+    def fetch(self, device: torch.device) -> None:
+        """Read the other ranks' codes to where they belong, on the current stream."""
+        buffer = self._buffer.peers(device)
+        buffer.publish()
+        for peer in buffer.peers:
+            buffer.wait(peer)
+            for target, source in self._copies[peer]:
+                target.copy_(source)
+        buffer.end()
+        self._buffer.fetched(device)
+
     def received(self, number: int, stand_in: Tensor) -> Tensor:
-        """The codes of a weight `[ranks * bytes]`, on the stream that reads them; they stay until `stand_in` is freed.
-        Each time the same tensor."""
-        assert self._whole is not None
-        self._turn.received(stand_in, stand_in.device)
+        """The codes of a weight, bytes of all ranks, on the stream that reads them; they stay until `stand_in` is
+        freed. Each time the same tensor."""
+        self._buffer.received(stand_in)
         return self._whole[number]
 
-    def _part(self, memory: Tensor, number: int, rank: int) -> Tensor:
-        """Where a rank's codes of a weight lie."""
-        start = self._starts[number] + rank * self._bytes[number]
-        return memory[start : start + self._bytes[number]]
+    def _find_parts(self, memory: Tensor, buffer: PeerBuffer) -> None:
+        """Tensors of all that is copied and read: it always lies in the same memory."""
+
+        def part(of: Tensor, number: int, rank: int) -> Tensor:
+            start, size = self._places[number]
+            return of[start + rank * size :][:size]
+
+        numbers, ranks = range(len(self._places)), self._buffer.group.size()
+        # Not views, which would tell autograd of every copy.
+        self._whole = [memory[start : start + ranks * size].data for start, size in self._places]
+        self._mine = [part(memory, number, buffer.rank).view(torch.int32) for number in numbers]
+        for peer in buffer.peers:
+            theirs = buffer.of(peer)
+            self._copies[peer] = [(part(memory, number, peer), part(theirs, number, peer)) for number in numbers]
 
 
-class CodePlace:
-    """The place of one weight's codes: what its state knows of all this."""
+class WeightCodes:
+    """The codes of one weight: a `CodeExchange`."""
 
     def __init__(self, unit: UnitCodes, number: int) -> None:
         self._unit, self._number = unit, number
@@ -144,20 +173,20 @@ class CodePlace:
 
     @torch.inference_mode(False)
     def send(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Take this rank's codes; 16 bytes of `dtype` that FSDP is to gather in their place."""
+        """See `CodeExchange`."""
         self._unit.send(self._number, codes)
         if self._stand_in is None or self._stand_in.device != codes.device:
-            self._stand_in = codes.new_zeros(16)
+            self._stand_in = codes.new_zeros(STAND_IN)
         return self._stand_in.view(dtype)
 
     def received(self, stand_in: Tensor) -> Tensor:
-        """All ranks' codes, bytes, when FSDP has gathered what `send` gave to it."""
+        """See `CodeExchange`."""
         return self._unit.received(self._number, stand_in)
 
 
-def codes_of(modules: Sequence[nn.Module], turn: Turn) -> UnitCodes | None:
-    """Have the codes of a sharded unit gathered in `turn`; None if it has none that can be: float8 codes of weights
-    that are cut by rows, or by experts, into equal parts, along no other axis of a mesh.
+def codes_of(modules: Sequence[nn.Module], buffer: CodeBuffer) -> UnitCodes | None:
+    """Have the float8 codes of a sharded unit gathered in `buffer`: of weights that are cut by rows, or by experts,
+    into equal parts, and along no other axis of a mesh. None if there are none.
 
     Args:
         modules: that hold the unit's parameters themselves.
@@ -168,10 +197,11 @@ def codes_of(modules: Sequence[nn.Module], turn: Turn) -> UnitCodes | None:
             parameter = getattr(module, name)
             if isinstance(state, Float8WeightState) and _is_cut_evenly(parameter):
                 weights[state] = parameter.numel() // parameter.device_mesh.size()
-    return UnitCodes(turn, weights) if weights else None
+    return UnitCodes(buffer, weights) if weights else None
 
 
 def _is_cut_evenly(parameter: Tensor) -> bool:
     if not isinstance(parameter, DTensor) or list(parameter.placements) != [Shard(0)]:
         return False
-    return parameter.shape[0] % parameter.device_mesh.size() == 0
+    ranks = parameter.device_mesh.size()
+    return parameter.shape[0] % ranks == 0 and parameter.numel() // ranks % VECTOR == 0

@@ -53,8 +53,8 @@ class ShardableFloat8Weight(ShardableWeight):
 
         Where all shards are equally long, the bytes are given out in the dtype in which the unit's other parameters are
         gathered, `[chunk, K / 2]` for a 16-bit one: FSDP copies wider elements faster. Where it pads, or puts parts of
-        experts together, it wants K. Codes that have a place of their own (`state.place`) travel there, and FSDP sends
-        what stands for them.
+        experts together, it wants K. Codes that do not travel through FSDP's memory (`state.exchange`)
+        have something sent that stands for them.
 
         Args:
             mesh: the ranks that hold the weight's shards, one axis.
@@ -71,8 +71,8 @@ class ShardableFloat8Weight(ShardableWeight):
             _make_codes(self, outer_size, axis)
         codes = self.state.give_out()
         dtype = mp_policy.param_dtype or self.dtype
-        if self.state.place is not None:
-            return (self.state.place.send(codes, dtype),), (self.state.scale, outer_size)
+        if self.state.exchange is not None:
+            return (self.state.exchange.send(codes, dtype),), (self.state.scale, outer_size)
         is_even = outer_size[0] % mesh.size() == 0 and cut_dim(self.shape, outer_size) == 0
         if is_even and outer_size[-1] % dtype.itemsize == 0:
             codes = codes.view(dtype)
@@ -82,11 +82,11 @@ class ShardableFloat8Weight(ShardableWeight):
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """What FSDP makes of the gathered codes `[ranks * chunk, ...]`: a `GatheredFloat8Weight`, whose gradient has
-        `param_dtype`. FSDP frees and refills their memory, or they have a place of their own, so `out`, if there is
-        one, holds them already."""
+        `param_dtype`. FSDP frees and refills their memory, or they lie elsewhere and stay there, so `out`, if there
+        is one, holds them already."""
         (data,), (scale, shape) = outputs, metadata
-        if self.state.place is not None:
-            data = self.state.place.received(data)
+        if self.state.exchange is not None:
+            data = self.state.exchange.received(data)
         if out is not None:
             out = out._local_tensor if isinstance(out, DTensor) else out  # under tensor parallelism
             assert isinstance(out, GatheredFloat8Weight)

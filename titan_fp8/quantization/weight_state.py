@@ -57,15 +57,15 @@ class _State(NamedTuple):
         return self.contents is weight.contents.value and not written_around
 
 
-class Place(Protocol):
-    """Where the codes of one weight are gathered, if FSDP has nothing to do with it."""
+class CodeExchange(Protocol):
+    """How the codes of one weight travel, if not through FSDP's own memory."""
 
     def send(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Take this rank's codes, bytes `[chunk, ...]`; what FSDP is to gather in their place, of `dtype`."""
         ...
 
     def received(self, stand_in: Tensor) -> Tensor:
-        """All ranks' codes, bytes `[ranks * chunk * ...]`, when FSDP has gathered `stand_in`."""
+        """All ranks' codes, bytes `[ranks * chunk * ...]`, when FSDP has gathered what `send` gave to it."""
         ...
 
 
@@ -158,7 +158,7 @@ class Float8WeightState(WeightState):
             used older codes is an error of autograd.
         axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
             rank's part.
-        place: where the codes are gathered; None: FSDP decides.
+        exchange: how the codes travel; None: as FSDP gathers any tensor.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Float8WeightState(WeightState):
         self.codes: Tensor | None = None
         self.statistics: Tensor | None = None
         self.scale: Tensor | None = None
-        self.place: Place | None = None
+        self.exchange: CodeExchange | None = None
 
     @property
     def format(self) -> Hashable:
