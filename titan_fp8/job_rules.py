@@ -130,15 +130,18 @@ def converters_exist(job: "JobConfig", world_size: int) -> Iterator[Problem]:
             yield Problem(key, f"{name} is named twice; take one out")
         if name not in CONVERTERS:
             yield Problem(key, f"{name} is not one of {', '.join(CONVERTERS)}{did_you_mean(name, CONVERTERS)}")
-    float8 = job.quantize.linear.float8
-    if float8.grad_weight_dtype == "float32" and job.training.dtype != "float32":
-        yield Problem(
-            "quantize.linear.float8.grad_weight_dtype",
-            f'has no effect with training.dtype = "{job.training.dtype}": gradients have the dtype of '
-            "parameters; leave one of them out",
-        )
     if job.model.print_after_conversion and not names:
         yield Problem("model.print_after_conversion", "has no effect without a converter in model.converters")
+
+
+def parameters_hold_their_gradients(job: "JobConfig", world_size: int) -> Iterator[Problem]:
+    """Autograd rounds a gradient to the dtype of its parameter."""
+    dtype = job.training.dtype
+    if job.quantize.linear.float8.grad_weight_dtype == "float32" and dtype != "float32":
+        yield Problem(
+            "quantize.linear.float8.grad_weight_dtype",
+            f'has no effect with training.dtype = "{dtype}", which gradients are rounded to; leave one of them out',
+        )
 
 
 def sharded_features_have_shards(job: "JobConfig", world_size: int) -> Iterator[Problem]:
@@ -400,6 +403,7 @@ RULES: tuple[Callable[[Any, int], Iterator[Problem]], ...] = (
     degrees_fit_the_processes,
     model_exists,
     converters_exist,
+    parameters_hold_their_gradients,
     sharded_features_have_shards,
     tensor_parallelism_divides,
     exchanges_overlap_in_compiled_blocks,

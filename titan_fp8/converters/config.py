@@ -70,7 +70,7 @@ class Float8LinearSection(Section):
     does. `blockwise` has one mode alone."""
 
     grad_weight_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type in which the weight's gradient leaves its matrix product."""
+    """Type in which the weight's gradient leaves its matrix product. `"float32"` needs `training.dtype = "float32"`."""
 
     enable_fsdp_float8_all_gather: bool = False
     """FSDP gathers the weights as FP8 codes. Needs two or more shard ranks."""

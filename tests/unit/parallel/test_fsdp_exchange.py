@@ -2,6 +2,7 @@
 memory of one process in the place of several GPUs'. On GPUs: tests/gpu/test_fsdp_exchange.py."""
 
 import contextlib
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,25 @@ def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks
     assert lengths == [(3, 256), (3, 256), (3, 88)], "and parts begin at multiples of 128"
     done = [entry[3] for entry in group.log if entry[0] == 1]
     assert done == ["begin", "publish", *["read"] * 9, "end"], "others may write again after the last part alone"
+
+
+def test_a_part_of_the_others_gradients_is_gone_before_the_next_is_read(ranks, monkeypatch) -> None:
+    monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 128 * 2)
+    parts: list[weakref.ref[Tensor]] = []
+    monkeypatch.setattr(fsdp_exchange, "sum_parts", lambda own, others, *_, **__: parts.append(weakref.ref(others)))
+    read, alive = fsdp_exchange._read_part, []
+    monkeypatch.setattr(
+        fsdp_exchange,
+        "_read_part",
+        lambda *args: alive.append(sum(part() is not None for part in parts)) or read(*args),
+    )
+    group = ranks(2)[0]
+    group.memory[0, 1] = torch.zeros(2 * 512 * 2, dtype=torch.uint8)
+    reduce = PeerReduceScatter(Places(group), torch.float32)
+    gradients = reduce.allocate((2 * 512,), dtype=torch.bfloat16, device=CPU)
+    sums = reduce.allocate((512,), dtype=torch.bfloat16, device=CPU)
+    reduce(sums, gradients, group, dist.ReduceOp.SUM)
+    assert alive == [0, 0, 0, 0]
 
 
 def test_gathers_and_reductions_of_a_unit_take_turns_in_one_buffer(ranks) -> None:
