@@ -199,6 +199,26 @@ def test_passes_without_a_backward_pass_read_the_codes_of_their_weights(
     assert not torch.equal(expected[1], expected[3])
 
 
+def _differentiate_inside(rank: int, world_size: int, case: Case, folder: str) -> str:
+    """What is said of gradients of a block's inner values: FSDP gathers weights for those of its output alone."""
+    with through_files(folder):
+        model, _ = spread(case)
+        inner: list[Tensor] = []
+        model.layers["1"].feed_forward.register_forward_hook(lambda module, given, output: inner.append(output))
+        model(torch.arange(2 * 12).view(2, 12) % case.vocab_size)
+        try:
+            inner[0].float().sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+
+def test_gradients_that_would_be_computed_from_other_blocks_codes_are_an_error(tmp_path: Path) -> None:
+    case = replace(CODES, float8_recipe="tensorwise")
+    for said in run_distributed(_differentiate_inside, 2, case, str(tmp_path), timeout_s=200.0):
+        assert "modified by an inplace operation" in said
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_is_the_one_with_collectives(name: str, tmp_path: Path) -> None:
     results = run_distributed(_train, CASES[name].shard, CASES[name], str(tmp_path), timeout_s=200.0)

@@ -13,7 +13,8 @@ when it frees what it has made of these, the weight is no longer gathered:
 
 Two buffers are enough for units that are freed before the next but one is gathered; a unit that stays gathered has its
 own. Codes never move: what autograd keeps of a weight for the backward pass is its codes, which are gathered to the
-same place again. Whoever gathers more units at a time gets an error.
+same place again, and if they are not, autograd's version counters tell. Whoever gathers more units at a time gets an
+error.
 """
 
 import weakref
@@ -44,6 +45,7 @@ class CodeBuffer:
         self.size = 0
         """Bytes that the largest unit needs."""
         self._buffer: PeerBuffer | None = None
+        self._held: list[Tensor] = []
         self._awaited: weakref.ref[Tensor] | None = None
         self._stand_in: Tensor | None = None
         self._fetched: torch.Event | None = None
@@ -79,6 +81,14 @@ class CodeBuffer:
     def awaited(self, output: Tensor) -> None:
         """What was taken belongs to the unit that FSDP gathers in `output`."""
         self._awaited = weakref.ref(output)
+
+    def hold(self, codes: list[Tensor]) -> None:
+        """What lies here from now on is `codes`. A backward pass that still needs what lay here before is an error of
+        autograd, until that has been gathered again."""
+        if codes is not self._held:
+            _set_versions(self._held, 1)
+            _set_versions(codes, 0)
+        self._held = codes
 
     def fetched(self, device: torch.device) -> None:
         """All of a unit has been read from peers, on the current stream."""
@@ -123,6 +133,7 @@ class UnitCodes:
         memory = self._buffer.take(device)
         if not self._whole:
             self._find_parts(memory, self._buffer.peers(device))
+        self._buffer.hold(self._whole)
         own = [self._own[number] for number in range(len(self._mine))]
         torch._foreach_copy_(self._mine, own)  # pyright: ignore[reportPrivateImportUsage]
         self._own.clear()
@@ -198,6 +209,11 @@ def codes_of(modules: Sequence[nn.Module], buffer: CodeBuffer) -> UnitCodes | No
             if isinstance(state, Float8WeightState) and _is_cut_evenly(parameter):
                 weights[state] = parameter.numel() // parameter.device_mesh.size()
     return UnitCodes(buffer, weights) if weights else None
+
+
+def _set_versions(tensors: Sequence[Tensor], version: int) -> None:
+    """Of tensors and all views of them: autograd compares it when a backward pass reads what a forward pass kept."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), (version,) * len(tensors))  # pyright: ignore
 
 
 def _is_cut_evenly(parameter: Tensor) -> bool:

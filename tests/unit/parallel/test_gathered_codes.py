@@ -159,6 +159,28 @@ def test_a_gather_that_comes_to_nothing_leaves_the_buffer_to_others(streams: lis
     assert received(second, outputs[0]).tolist() == [7] * 16
 
 
+def test_a_backward_pass_without_the_codes_of_its_weight_is_an_error(streams: list[Stream]) -> None:
+    (buffer,), (first, second) = code_buffers(1), states(2)
+    units = {state: UnitCodes(buffer, {state: 16}) for state in (first, second)}
+
+    def gather(state: Float8WeightState, value: int) -> tuple[Tensor, list[Tensor]]:
+        outputs = begin(units[state], [state], [some(16, value)])
+        units[state].fetch(CPU)
+        return received(state, outputs[0]), outputs
+
+    codes, outputs = gather(first, 3)
+    given = torch.ones(16, requires_grad=True)
+    result = (given * codes.view(4, 4).view(-1)).sum()  # what is kept is a view, as of a weight
+    free(outputs)
+    free(gather(second, 5)[1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward(retain_graph=True)
+    gather(first, 3)
+    result.backward()
+    assert given.grad is not None
+    assert given.grad.tolist() == [3] * 16
+
+
 def test_codes_that_are_gathered_in_inference_mode_serve_a_training(streams: list[Stream]) -> None:
     (buffer,), (state,) = code_buffers(1), states(1)
     unit = UnitCodes(buffer, {state: 16})
