@@ -60,6 +60,7 @@ from titan_fp8.models.moe import MoE
 from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.distributed import any_rank
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
+from titan_fp8.parallel.gathered_codes import CodeBuffer, codes_of
 from titan_fp8.parallel.gradient_sums import GradientSums, create_before_forward
 from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.sharded_embedding import ShardedEmbedding, exchanges_rows, is_tied, shard_embedding
@@ -107,23 +108,24 @@ def apply_fsdp(
     units = _units(model)
     in_place |= _shard_experts(model, mesh, parallelism, param_dtype, reduce_dtype, offload)
     root: list[nn.Module] = [model]
-    for number, modules in enumerate([*units, root]):
+    all_units, last = [*units, root], len(units) - 1
+    freed = [_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=i >= last) for i, _ in enumerate(all_units)]
+    for modules, is_freed in zip(all_units, freed, strict=True):
         travels_by_peers = by_peers and (_is_block(modules) or _is_output(modules, model))
         fully_shard(
             modules,
             mesh=mesh.fsdp_mesh,
-            reshard_after_forward=_reshards(parallelism, mesh.degrees.pipeline > 1, is_last=number >= len(units) - 1),
+            reshard_after_forward=is_freed,
             shard_placement_fn=partial(_shard_dim, mesh.shards.size()),
             mp_policy=_precision(modules, param_dtype, reduce_dtype, travels_by_peers=travels_by_peers),
             offload_policy=offload,
             ignored_params=in_place or None,
         )
     if by_peers:
-        is_freed = _reshards(parallelism, mesh.degrees.pipeline > 1, is_last=True)
         # The stages of a pipeline and copies of the model add up microbatches before there are gradients of shards.
         is_summed_here = mesh.degrees.pipeline == 1 and mesh.degrees.data_parallel_replicate == 1
         keeps = microbatches > 1 and not cpu_offload and is_summed_here
-        _exchange_units(model, units, mesh, is_freed, reduce_dtype, in_place if keeps else None)
+        _exchange_units(model, units, freed[:-1], mesh, reduce_dtype, in_place, keeps_sums=keeps)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -245,38 +247,44 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
 def _exchange_units(
     model: Decoder,
     units: list[list[nn.Module]],
+    freed: list[bool],
     mesh: ParallelMesh,
-    is_freed: bool,
     reduce_dtype: torch.dtype,
-    in_place: set[nn.Parameter] | None,
+    in_place: set[nn.Parameter],
+    *,
+    keeps_sums: bool,
 ) -> None:
     """Have blocks and the output layer exchanged through peer memory.
 
     Args:
-        is_freed: whether the output layer is freed after its forward pass.
-        in_place: parameters that FSDP has nothing to do with, where the sums of the others' gradients over microbatches
-            are to lie in memory of their own; None: they are not.
+        freed: whether each unit is freed after its forward pass.
+        in_place: parameters that FSDP has nothing to do with.
+        keeps_sums: the sums of gradients over microbatches are to lie in memory of their own.
     """
     group = mesh.shards.get_group()
     kept: list[GradientSums] = []
-
-    def exchange(chosen: list[list[nn.Module]], gathers: Places, reductions: Places) -> None:
-        gather = PeerAllGather(gathers)
-        for unit in chosen:
-            first, sums = unit[0], None
-            if in_place is not None:
-                parts = [part for module in unit for part in _own_modules(module)]
-                parts = [part for part in parts if in_place.isdisjoint(part.parameters(recurse=False))]
-                sums = GradientSums(parts, reduce_dtype)
-                kept.append(sums)
-            assert isinstance(first, FSDPModule)
-            first.set_custom_all_gather(gather)
-            first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))
-
-    exchange([unit for unit in units if _is_block(unit)], Places(group), Places(group, turns=1))
-    # If it is freed after its forward pass, it is gathered twice in a row. Else gathers and reductions take turns.
-    once = Places(group, turns=1)
-    exchange([unit for unit in units if _is_output(unit, model)], Places(group) if is_freed else once, once)
+    of_blocks = Places(group), Places(group, turns=1)
+    alternating = CodeBuffer(group), CodeBuffer(group)
+    blocks = 0
+    for unit, is_freed in zip(units, freed, strict=True):
+        first = unit[0]
+        if not (_is_block(unit) or _is_output(unit, model)):
+            continue
+        assert isinstance(first, FSDPModule)
+        parts = [part for module in unit for part in _own_modules(module)]
+        parts = [part for part in parts if in_place.isdisjoint(part.parameters(recurse=False))]
+        (gathers, reductions), codes = of_blocks, None
+        if _is_block(unit):
+            codes = codes_of(parts, alternating[blocks % 2] if is_freed else CodeBuffer(group))
+            blocks += 1
+        else:
+            # If it is freed after its forward pass, it is gathered twice in a row. Else its exchanges take turns.
+            reductions = Places(group, turns=1)
+            gathers = Places(group) if is_freed else reductions
+        sums = GradientSums(parts, reduce_dtype) if keeps_sums else None
+        kept += [] if sums is None else [sums]
+        first.set_custom_all_gather(PeerAllGather(gathers, codes))
+        first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))
     create_before_forward(model, kept)
 
 

@@ -11,6 +11,9 @@ multiprocessors compute:
 Gradients travel in the dtype in which they were computed, and the sums are in the reduce dtype: a sum of bf16 gradients
 in fp32 is that of NCCL, for half the bytes. Any rank count works; sums are the same in every run.
 
+Float8 codes of blocks that are cut into equal parts have buffers of their own (`gathered_codes.py`); what follows is
+about all else.
+
 Two buffers of a size take turns at gathers, so that a unit can be gathered while the one before is still read: FSDP
 waits, before it gathers a unit, for what it has still to do with the unit before the last. Before it reduces a unit it
 waits for the reduction of the last one, so that one buffer of a size will do. A unit whose exchanges do not follow one
@@ -27,6 +30,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from titan_fp8.kernels.partial_sums import sum_parts
+from titan_fp8.parallel.gathered_codes import UnitCodes
 from titan_fp8.parallel.gradient_sums import GradientSums
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
@@ -92,22 +96,29 @@ class Places:
 class PeerAllGather(AllGather):
     """Gathers shards `[n]` to `[ranks * n]` in a peer buffer.
 
-    One object serves all units of one group, whose gathers follow one another. FSDP reads what was gathered on the
-    stream on which it computes, and lets go of it when the streams of its gathers have been told to wait for that.
+    FSDP reads what was gathered on the stream on which it computes, and lets go of it when the streams of its gathers
+    have been told to wait for that.
 
     Args:
-        places: of the ranks that hold shards; one of a size will do if a gather is over before the next begins.
+        places: of the ranks that hold shards, for all units whose gathers follow one another; one of a size will do if
+            a gather is over before the next begins.
+        codes: of the unit, which are gathered with it; None: it has none that are apart.
     """
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, codes: UnitCodes | None = None) -> None:
         self._places = places
+        self._codes = codes
         self._in_use: dict[int, PeerBuffer] = {}
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where to gather; on the stream that will write this rank's shard into it."""
         (numel,) = size
+        if self._codes is not None:
+            self._codes.begin(device)
         place = self._places.next(int(numel) * dtype.itemsize, device)
         output = place.give_out(dtype, device)
+        if self._codes is not None:
+            self._codes.awaited(output)
         self._in_use[output.data_ptr()] = place.buffer
         return output
 
@@ -116,6 +127,8 @@ class PeerAllGather(AllGather):
     ) -> None:
         """Fill `output_tensor [ranks * n]`, which holds `input_tensor [n]` in this rank's place already."""
         assert not async_op
+        if self._codes is not None:
+            self._codes.fetch(output_tensor.device)
         buffer = self._in_use.pop(output_tensor.data_ptr())
         buffer.publish()
         data = output_tensor.view(torch.uint8)

@@ -53,7 +53,8 @@ class ShardableFloat8Weight(ShardableWeight):
 
         Where all shards are equally long, the bytes are given out in the dtype in which the unit's other parameters are
         gathered, `[chunk, K / 2]` for a 16-bit one: FSDP copies wider elements faster. Where it pads, or puts parts of
-        experts together, it wants K.
+        experts together, it wants K. Codes that do not travel through FSDP's memory (`state.exchange`)
+        have something sent that stands for them.
 
         Args:
             mesh: the ranks that hold the weight's shards, one axis.
@@ -70,6 +71,8 @@ class ShardableFloat8Weight(ShardableWeight):
             _make_codes(self, outer_size, axis)
         codes = self.state.give_out()
         dtype = mp_policy.param_dtype or self.dtype
+        if self.state.exchange is not None:
+            return (self.state.exchange.send(codes, dtype),), (self.state.scale, outer_size)
         is_even = outer_size[0] % mesh.size() == 0 and cut_dim(self.shape, outer_size) == 0
         if is_even and outer_size[-1] % dtype.itemsize == 0:
             codes = codes.view(dtype)
@@ -79,12 +82,15 @@ class ShardableFloat8Weight(ShardableWeight):
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """What FSDP makes of the gathered codes `[ranks * chunk, ...]`: a `GatheredFloat8Weight`, whose gradient has
-        `param_dtype`. FSDP frees and refills their memory, so `out`, if there is one, holds them already."""
+        `param_dtype`. FSDP frees and refills their memory, or they lie elsewhere and stay there, so `out`, if there
+        is one, holds them already."""
         (data,), (scale, shape) = outputs, metadata
+        if self.state.exchange is not None:
+            data = self.state.exchange.received(data)
         if out is not None:
             out = out._local_tensor if isinstance(out, DTensor) else out  # under tensor parallelism
             assert isinstance(out, GatheredFloat8Weight)
-            assert out.codes.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+            assert out.codes.data_ptr() == data.data_ptr()
             out.scale = scale
             return None
         codes = data.view(-1).view(self.state.recipe.weight_dtype)[: prod(shape)].view(shape)

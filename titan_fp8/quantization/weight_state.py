@@ -6,7 +6,7 @@ belong to a weight; what they are is each format's own: `Float8WeightState` here
 
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,18 @@ class _State(NamedTuple):
         """Whether nothing has been written to the weight since."""
         written_around = self.tensor() is weight.tensor and self.version != _version(weight.tensor)
         return self.contents is weight.contents.value and not written_around
+
+
+class CodeExchange(Protocol):
+    """How the codes of one weight travel, if not through FSDP's own memory."""
+
+    def send(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Take this rank's codes, bytes `[chunk, ...]`; what FSDP is to gather in their place, of `dtype`."""
+        ...
+
+    def received(self, stand_in: Tensor) -> Tensor:
+        """All ranks' codes, bytes `[ranks * chunk * ...]`, when FSDP has gathered what `send` gave to it."""
+        ...
 
 
 class WeightState:
@@ -146,6 +158,7 @@ class Float8WeightState(WeightState):
             used older codes is an error of autograd.
         axis: ranks that hold other parts of the same weight, under tensor parallelism. All above is then about this
             rank's part.
+        exchange: how the codes travel; None: as FSDP gathers any tensor.
     """
 
     def __init__(
@@ -158,6 +171,7 @@ class Float8WeightState(WeightState):
         self.codes: Tensor | None = None
         self.statistics: Tensor | None = None
         self.scale: Tensor | None = None
+        self.exchange: CodeExchange | None = None
 
     @property
     def format(self) -> Hashable:

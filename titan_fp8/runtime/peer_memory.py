@@ -8,7 +8,7 @@ to do is to say when: here by 32-bit flags that the stream itself writes into th
     memory = buffer.begin()                    when all have read what lay here before: write to it
     ...
     buffer.publish()                           after the writes, on the stream that read the others' parts
-    buffer.read(peer, start, into)             copies a part of what `peer` has published
+    buffer.read(peer, start, into)             copies a part of what `peer` has published; or `wait`, and copy from `of`
     buffer.end()                               after the last read: now they may write again
 
 Each round of these four calls is made by all ranks. No call makes the host wait.
@@ -61,6 +61,7 @@ class PeerBuffer:
         device: of this rank.
     """
 
+    @torch.inference_mode(False)  # which may be on when the first unit is gathered: its memory serves trainings, too
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
         self.rank, ranks = group.rank(), group.size()
         start = -(-size // _FLAG_BYTES) * _FLAG_BYTES
@@ -97,9 +98,17 @@ class PeerBuffer:
         for address in self._ready_at:
             _write(address, self._round)
 
+    def of(self, peer: int) -> Tensor:
+        """The bytes of a rank, which always lie there: to be read after `wait`."""
+        return self._parts[peer]
+
+    def wait(self, peer: int) -> None:
+        """Hold the current stream until `peer` has published."""
+        _wait(self._ready_of[peer], self._round)
+
     def read(self, peer: int, start: int, into: Tensor) -> None:
         """Copy the bytes from `start` on of what `peer` has published to `into`, uint8 and contiguous."""
-        _wait(self._ready_of[peer], self._round)
+        self.wait(peer)
         into.copy_(self._parts[peer][start : start + into.numel()])
 
     def end(self) -> None:

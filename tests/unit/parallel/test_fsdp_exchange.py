@@ -56,8 +56,14 @@ class Buffer:
     def publish(self) -> None:
         self._note("publish")
 
-    def read(self, peer: int, start: int, into: Tensor) -> None:
+    def of(self, peer: int) -> Tensor:
+        return self.group.memory[self.number, peer]
+
+    def wait(self, peer: int) -> None:
         self._note("read", peer)
+
+    def read(self, peer: int, start: int, into: Tensor) -> None:
+        self.wait(peer)
         into.copy_(self.group.memory[self.number, peer][start : start + into.numel()])
 
     def end(self) -> None:
