@@ -46,7 +46,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
         r"moe_(un)?permute|moe_plan|moe_row_products|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel"
         r"|_place_kernel|permute_ind|index_put|index_select|aten::index\b|aten::scatter_add|histc|sort|topk",
     ),
-    ("casts", r"titan_fp8::(?!rotate\b)|_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
+    ("casts", r"titan_fp8::(?!rotate\b)|(?<!_no)_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
     ("loss", r"softmax|logsumexp|nll_loss|cross_entropy|exp_|_exp_|scatter_ad"),
     ("copies", r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_"),
 )

@@ -61,6 +61,7 @@ def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
         ("aten::_foreach_norm", "lpnorm_cleanup", "optimizer"),
         ("", "_squares_kernel", "optimizer"),
         ("titan_fp8::rotate", "_rotate_kernel", "other"),
+        ("", "split_with_sizes_copy_out_contiguous_no_cast_kernel", "copies"),
         ("aten::copy_", "Memcpy DtoD (Device -> Device)", "copies"),
         ("aten::add_", "vectorized_elementwise_kernel", "other"),
     ],
