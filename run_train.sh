@@ -46,11 +46,6 @@ for argument in "$@"; do
     -h | --help | --help=*) exec "$PYTHON" -m titan_fp8.train --job.config_file "$CONFIG_FILE" "$@" ;;
   esac
 done
-# A single trainer checks before it makes one.
-if [ "$NGPU" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
-  WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m titan_fp8.cli.main check --job.config_file "$CONFIG_FILE" "$@"
-fi
-
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || echo 1)
   export OMP_NUM_THREADS=$(( cores / NGPU > 0 ? cores / NGPU : 1 ))
@@ -64,7 +59,8 @@ if [ "$NGPU" = 1 ] && [ "$NNODES" = 1 ]; then
 fi
 # torchrun puts a pipe between the trainer and the terminal.
 if [ -t 2 ]; then export FORCE_COLOR=${FORCE_COLOR-1}; fi
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+WORLD_SIZE=$((NGPU * NNODES)) exec "$PYTHON" -m titan_fp8.launch \
+  --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
   --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-none}" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-  -m titan_fp8.train --job.config_file "$CONFIG_FILE" "$@"
+  -- --job.config_file "$CONFIG_FILE" "$@"

@@ -9,17 +9,18 @@ parameters stay as they are. `fullgraph=True` because a graph break in a block i
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.tensor import DTensor
 
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.parallel.config import CompileSection
 from titan_fp8.quantization.graph_pass import DropUnusedLayouts, InOrder
-from titan_fp8.quantization.overlap_pass import OverlapExchanges
 from titan_fp8.quantization.tensor_parallel import local_weights_outside
 from titan_fp8.runtime.collectives import Axis
 from titan_fp8.runtime.errors import UserError
@@ -100,7 +101,10 @@ def _with_local_weights(compiled: Callable[P, R], modules: Iterable[nn.Module]) 
 
 
 def _inductor_options(overlapped: Axis | None) -> dict[str, Any]:
-    passes = [DropUnusedLayouts()] if overlapped is None else [DropUnusedLayouts(), OverlapExchanges(overlapped)]
+    passes: list[CustomGraphPass] = [DropUnusedLayouts()]
+    if overlapped is not None:
+        # By name, because it imports the compiler, for which a check of the configuration would wait.
+        passes.append(importlib.import_module("titan_fp8.quantization.overlap_pass").OverlapExchanges(overlapped))
     return {"post_grad_custom_pre_pass": InOrder(*passes)}
 
 
