@@ -7,7 +7,8 @@
 Kernels are sorted by the operator that launched them, where the trace knows it, and otherwise by their names. Their
 times add up to more than the step where streams overlap. `exposed communication` is the time in which nothing but
 communication runs, exchanges of tokens included, `launch gaps` that in which nothing runs at all. Kernels of the step
-before, which still run when the profiler starts if the CPU is ahead of the device, do not count.
+before, which still run when the profiler starts if the CPU is ahead of the device, do not count. A trace without the
+CPU's operators (`profiling.trace_cpu = false`) does not say how many steps it is of: it is taken for one.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ TRAVELS = (COMMUNICATION, EXCHANGE)
 CATEGORIES: tuple[tuple[str, str], ...] = (
     (EXCHANGE, r"all_to_all|alltoall|sendrecv"),
     (COMMUNICATION, r"nccl|record_param_comms|c10d|memcpy ptop|symmetric_memory"),
-    (OPTIMIZER, r"adam|_foreach_norm|foreach_mul|_squares_kernel"),  # the norm of gradients included
-    ("attention", r"attention|flash|sdpa|fmha"),
+    # The norm of gradients included.
+    (OPTIMIZER, r"adam|_foreach_norm|foreach_mul|_squares_kernel|\b_update_kernel|lpnorm|^ \| .*scalartensor"),
+    ("attention", r"attention|flash|sdpa|fmha|cudnn::fusion"),
     ("FP8 GEMM", r"scaled_mm|scaled_grouped_mm|grouped_scaled_mm|nvjet_sm\d+_q|e4m3.*gemm|gemm.*e4m3"),
     ("GEMM", r"aten::(mm|addmm|bmm|matmul|linear|_grouped_mm)\b|nvjet|gemm|cutlass|cublas"),
     # Of experts: what brings tokens to their groups, or activates, and writes codes on the way. That of linears, which
     # has its place among norms, is called swiglu_cast.
     ("permutation with casts", r"gather_group_both|_gather_(amax|cast)_kernel"),
     ("experts' activation with casts", r"swiglu_group"),
-    ("norm and activation", r"rms_norm|layer_norm|silu|swiglu"),
+    ("norm and activation", r"rms_norm|layer_norm|gammabeta|silu|swiglu|\b_norm_(rows|tiles)_kernel"),
     (
         "routing and permutation",
         r"moe_(un)?permute|moe_plan|moe_row_products|_to_groups_kernel|_to_tokens_kernel|_count_kernel|_before_kernel"
@@ -48,7 +50,10 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ),
     ("casts", r"titan_fp8::(?!rotate\b)|(?<!_no)_cast_|_amax|_transpose_kernel|amax|clamp|float8"),
     ("loss", r"softmax|logsumexp|nll_loss|cross_entropy|exp_|_exp_|scatter_ad"),
-    ("copies", r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_"),
+    (
+        "copies",
+        r"memcpy|memset|copy_|chunk_cat|cat_|split_with_sizes|fill_|zero_|^ \| .*(multi_tensor_apply|fillfunctor)",
+    ),
 )
 OTHER = "other"
 STEP = "ProfilerStep#"
@@ -113,12 +118,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     """What ran on the device for the steps that the trace is of, sorted by start."""
-    begin = min(
-        (e["ts"] for e in events if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(STEP)),
-        default=float("-inf"),
-    )
     operators = {e["args"].get("External id"): e["name"] for e in events if e.get("cat") == "cpu_op"}
     launched = {e["args"].get("correlation"): e["ts"] for e in events if e.get("cat") in LAUNCHES}
+    begin = _begin_of(events, launched)
     updates = _merged(
         (e["ts"], e["ts"] + e["dur"])
         for e in events
@@ -133,6 +135,13 @@ def kernels_of(events: Sequence[dict[str, Any]]) -> list[Kernel]:
             category = category_of(operator, event["name"], in_update=in_update)
             found.append(Kernel(event["name"], category, event["ts"], event["ts"] + event["dur"]))
     return sorted(found, key=lambda kernel: kernel.start)
+
+
+def _begin_of(events: Sequence[dict[str, Any]], launched: Mapping[int, float]) -> float:
+    """When the device began with the first step: as it is marked, or with the first kernel that was launched since."""
+    marked = [e["ts"] for e in events if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(STEP)]
+    kernels = (e for e in events if e.get("cat") in DEVICE_EVENTS)
+    return min(marked or [e["ts"] for e in kernels if e["args"].get("correlation") in launched], default=float("-inf"))
 
 
 def category_of(operator: str, kernel: str, *, in_update: bool = False) -> str:

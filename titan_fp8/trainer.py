@@ -5,6 +5,7 @@ own tokens by the count of all ranks, and gradients are summed over ranks and mi
 however it is cut into microbatches and spread over processes.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.parallel.pipeline import Pipeline
 from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.gc import GarbageCollector
+from titan_fp8.runtime.host_copy import HostCopy
 from titan_fp8.runtime.logging import info_once, logger
 from titan_fp8.runtime.preemption import StopSignals, leave
 from titan_fp8.train_state import TrainState
@@ -45,15 +47,15 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step found out; both are plain fp32 scalars on the device, equal on every rank.
+    """What one optimizer step found out, equal on every rank.
 
     Attributes:
         loss: mean cross-entropy over the label tokens of the global batch.
         grad_norm: L2 norm of the whole gradient before clipping.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
+    loss: float
+    grad_norm: float
 
 
 @dataclass
@@ -137,7 +139,9 @@ class Trainer:
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
         loss = self.mesh.sum_of_losses(loss_sum)
         grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm)
-        # Decided on the device: reading it here would leave the GPU idle until the optimizer's kernels are launched.
+        # The host reads them while the device updates the parameters, and starts the next step meanwhile. The device
+        # decides whether there is an update: it would be idle until the host has launched the optimizer's kernels.
+        found = HostCopy(torch.stack([loss, grad_norm.to(loss)]))
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.state.lr = self.lr_scheduler.lr
         self.checkpointer.maybe_wait_for_staging()
@@ -148,8 +152,8 @@ class Trainer:
             self.expert_load.end_step(skip=nonfinite)
         self.lr_scheduler.step()
         self.state.tokens_seen += tokens
-        result = StepResult(loss, grad_norm)
-        if bool(nonfinite):
+        result = StepResult(*found.read().tolist())
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             self._on_nonfinite(self.state.step + 1, result)
         return result
 
@@ -205,7 +209,7 @@ class Trainer:
         self.state.nonfinite_steps += 1
         training = self.job.training
         count = self.state.nonfinite_steps
-        found = f"step {step}: loss {result.loss.item()}, gradient norm {result.grad_norm.item()}"
+        found = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}"
         if training.nonfinite_policy == "skip" and count <= training.max_nonfinite_steps:
             logger.warning("%s: update skipped (%d of at most %d)", found, count, training.max_nonfinite_steps)
             return
@@ -226,8 +230,8 @@ class Trainer:
             extra |= self.expert_load.metrics()
         self.metrics.log_step(
             step,
-            loss=result.loss.item(),
-            grad_norm=result.grad_norm.item(),
+            loss=result.loss,
+            grad_norm=result.grad_norm,
             lr=self.state.lr,
             tokens=tokens,
             extra=extra,

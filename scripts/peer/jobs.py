@@ -199,6 +199,11 @@ def turns(job: Job, rows: Sequence[Row], repeats: int) -> Iterator[Run]:
                 yield Run(job, row, side, repeat)
 
 
+def traces_device_alone(run: Run) -> bool:
+    """Whether a run's trace has no operators of the CPU: recording them makes the GPUs wait where there are several."""
+    return run.job.gpus > 1 and (run.traced or run.repeat == PROFILE)
+
+
 def gathers_codes(run: Run) -> bool:
     """Whether weights of ours travel between GPUs as codes; the peer's in the tensorwise recipe alone."""
     return run.row.recipe is not None and run.row.gathers and run.job.gpus > run.job.tensor
@@ -258,6 +263,8 @@ def our_options(run: Run, args: argparse.Namespace) -> list[str]:
         options[f"{FLOAT8}.recipe_name"] = run.row.recipe
     elif not run.row.grouped:
         options["model.converters"] = ""
+    if traces_device_alone(run):
+        options["profiling.trace_cpu"] = False
     options |= _own_options(run)
     if args.same_start:
         options |= _AS_THEIRS.get(job.model_of(OURS)[0], {})
@@ -318,6 +325,8 @@ def command_of(run: Run, args: argparse.Namespace) -> list[str]:
     launcher += ["--role", "rank", "--tee", "3", "--log_dir", str(args.out / run.name / "torchrun")]
     vocab_size = job.vocab_size or args.vocab_size
     model = ["--model", "/".join(job.model_of(THEIRS)), "--layers", str(job.layers), "--vocab-size", str(vocab_size)]
+    if traces_device_alone(run):
+        model.append("--device-trace")
     if args.same_start:
         model += ["--same-start", job.model, "--seed", str(SAME["debug.seed"])]
         model += ["--data", str(args.data), "--tokenizer", str(args.tokenizer)]

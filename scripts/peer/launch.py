@@ -56,10 +56,24 @@ def _hide_other_cutlass() -> None:
         sys.modules["cutlass"] = None  # what says that it cannot be imported
 
 
+def _trace_device_alone() -> None:
+    """Have torchtitan's profiler record kernels and their launches alone, so that it hardly slows the CPU down."""
+    profiler = importlib.import_module("torch.profiler")
+    whole = profiler.profile
+
+    def profile(**options: object) -> object:
+        device = {"activities": [profiler.ProfilerActivity.CUDA], "record_shapes": False}
+        return whole(**{**options, **device})
+
+    profiler.profile = profile
+
+
 def train(args: argparse.Namespace) -> None:
     """Run the trainer as `torchrun -m torchtitan.train` would, with the flavor `FLAVOR` beside its own."""
     # torchtitan.config reads the command line when it is imported.
     sys.argv[1:] = args.options
+    if args.device_trace:
+        _trace_device_alone()
     family, _, flavor = args.model.partition("/")
     module = importlib.import_module(f"torchtitan.models.{family}")
     flavors = getattr(module, f"{family}_args")
@@ -87,6 +101,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of our weights (default: 0)")
     parser.add_argument("--data", help="token shards that it reads then")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that they were written with")
+    parser.add_argument("--device-trace", action="store_true", help="its profiler traces the device alone")
     parser.add_argument("options", nargs="*", help="torchtitan's options, after `--`")
     args = parser.parse_args()
     if args.check:

@@ -132,8 +132,8 @@ def train(
                 _record_gradients(trainer, run)
             result = trainer._train_step()
             trainer.state.step = step
-            run.losses.append(result.loss.item())
-            run.norms.append(result.grad_norm.item())
+            run.losses.append(result.loss)
+            run.norms.append(result.grad_norm)
             trainer._validate(step)
             if trainer.checkpointer.is_due(step):
                 trainer.checkpointer.save(step)

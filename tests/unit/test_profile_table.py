@@ -64,6 +64,14 @@ def _kernel(name: str, start: float, length: float, number: int = -1) -> dict:
         ("", "split_with_sizes_copy_out_contiguous_no_cast_kernel", "copies"),
         ("aten::copy_", "Memcpy DtoD (Device -> Device)", "copies"),
         ("aten::add_", "vectorized_elementwise_kernel", "other"),
+        ("", "_update_kernel", "optimizer"),
+        ("", "multi_tensor_apply_kernel<LpNormFunctor<float>>", "optimizer"),
+        ("", "multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "optimizer"),
+        ("", "multi_tensor_apply_kernel<BinaryOpScalarTensorFunctor<float>>", "optimizer"),
+        ("", "multi_tensor_apply_kernel<UnaryOpFunctor<float>>", "copies"),
+        ("", "vectorized_elementwise_kernel<FillFunctor<float>>", "copies"),
+        ("", "_norm_rows_kernel", "norm and activation"),
+        ("", "cudnn::fusion::convert_dq_to_16bits", "attention"),
     ],
 )
 def test_a_kernel_belongs_to_the_operator_that_launched_it_or_to_its_name(
@@ -117,6 +125,20 @@ def test_kernels_of_the_step_before_do_not_count(script) -> None:
     assert (summary.by_category["FP8 GEMM"], summary.communication, summary.span) == (2.0, 1.0, 4.0)
     without = script.summarize([event for event in events if event["cat"] != "gpu_user_annotation"])
     assert (without.by_category["FP8 GEMM"], without.span) == (3.5, 6.0)
+
+
+def test_without_marks_a_step_begins_with_the_first_kernel_that_was_launched_in_the_trace(script) -> None:
+    events = [
+        *(_event("cuda_runtime", "cudaLaunchKernel", 100 * n, 1, correlation=n) for n in (7, 8)),
+        _kernel("_update_kernel", 0, 900, 3),  # of the step before
+        _kernel("_update_kernel", 900, 300, 4),
+        _kernel("nvjet_sm90_q", 1200, 1000, 7),
+        _kernel("_update_kernel", 2500, 500, 8),
+        _kernel("nvjet_sm90_q", 3000, 1000),  # whoever launched it
+    ]
+    summary = script.summarize(events)
+    assert (summary.steps, summary.by_category["FP8 GEMM"], summary.by_category["optimizer"]) == (1, 2.0, 0.5)
+    assert (summary.gaps, summary.span) == pytest.approx((0.3, 2.8))
 
 
 def test_files_become_columns(script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,10 @@ class ProfilingSection(Section):
     profiler_warmup: int = key(3, ge=0, unit="steps", only_with={"enable_profiling": [True]})
     """Steps before those, in which the profiler runs and does not record."""
 
+    trace_cpu: bool = key(True, only_with={"enable_profiling": [True]})
+    """Record operators and their shapes, too. That slows the CPU down, in steps of many small kernels so far that the
+    GPU waits for it; without it a trace has kernels and their launches alone. `false` needs a GPU."""
+
     enable_memory_snapshot: bool = False
     """Write a snapshot of the GPU's memory every `profile_freq` steps, and when memory runs out. Needs a GPU."""
 

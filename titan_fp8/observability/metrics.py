@@ -120,7 +120,8 @@ class MetricsLogger:
         tokens: int,
         extra: Mapping[str, float] | None = None,
     ) -> None:
-        """Report `step`. On a GPU call it after the step's results were read (`.item()`), so that its work is over.
+        """Report `step`. On a GPU call it when the step's results have been read, always at the same place of a step:
+        from call to call the work of as many steps is done as are counted.
 
         Args:
             step: counted from 1; larger than the last one logged.
@@ -177,7 +178,10 @@ class MetricsLogger:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Time spent inside is not training: it does not count in `tps` and `step_time_s`."""
+        """Time spent inside is not training: it does not count in `tps` and `step_time_s`. On a GPU it begins when the
+        work is done that was asked for before."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         start = self._clock()
         try:
             yield

@@ -56,13 +56,15 @@ def maybe_enable_profiling(
         rank: of this process; each rank writes its own trace.
 
     Raises:
-        UserError: a cycle does not hold its steps, or a trace cannot be written.
+        UserError: a cycle does not hold its steps, there is nothing to trace, or a trace cannot be written.
     """
     if not config.enable_profiling:
         yield _Off()
         return
     for problem in config.problems():
         raise UserError(f"profiling.{problem.key} = {config.profile_freq}: {problem.text}")
+    if not (config.trace_cpu or torch.cuda.is_available()):
+        raise UserError("profiling.trace_cpu = false: there is no GPU, so nothing would be traced; leave it out")
     tracer = _Tracer(config, run_folder / config.save_traces_folder, global_step, rank)
     logger.info("profiling: a trace every %d steps in %s", config.profile_freq, tracer.folder)
     try:
@@ -114,12 +116,13 @@ class _Tracer:
         config = self._config
         if self._step % config.profile_freq != config.profile_freq - config.profiler_warmup - config.profiler_active:
             return
-        activities = [ProfilerActivity.CPU]
+        traces_cpu = self._config.trace_cpu
+        activities = [ProfilerActivity.CPU] if traces_cpu else []
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._cycle_start = self._step
         # Without acc_events, PyTorch 2.11 warns of events lost between cycles in the first cycle already.
-        profiler = profile(activities=activities, schedule=self._action, record_shapes=True, acc_events=True)
+        profiler = profile(activities=activities, schedule=self._action, record_shapes=traces_cpu, acc_events=True)
         # Steps are called ProfilerStep#N in the trace; this makes N the step's own number.
         profiler.step_num = self._step + 1
         profiler.start()

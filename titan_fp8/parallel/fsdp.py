@@ -222,6 +222,11 @@ def _exchanges_by_peers(mesh: ParallelMesh, parallelism: ParallelismSection) -> 
     choice = parallelism.fsdp_exchange
     group = mesh.shards.get_group()
     check_exchange(choice, mesh.device_mesh.device_type)
+    if choice == "peer_memory" and mesh.degrees.pipeline > 1:
+        raise UserError(
+            "parallelism.fsdp_exchange = peer_memory: a pipeline gathers more blocks at a time than there are buffers; "
+            "leave it out"
+        )
     if choice == "collectives" or group.size() == 1 or mesh.device_mesh.device_type != "cuda":
         return False
     if choice == "auto":

@@ -126,7 +126,7 @@ class PeerAllGather(AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         """Fill `output_tensor [ranks * n]`, which holds `input_tensor [n]` in this rank's place already."""
-        assert not async_op
+        _refuse_async(async_op)
         if self._codes is not None:
             self._codes.fetch(output_tensor.device)
         buffer = self._in_use.pop(output_tensor.data_ptr())
@@ -136,6 +136,14 @@ class PeerAllGather(AllGather):
         for peer in buffer.peers:
             buffer.read(peer, peer * length, data[peer * length : (peer + 1) * length])
         buffer.end()
+
+
+def _refuse_async(async_op: bool) -> None:
+    if async_op:
+        raise RuntimeError(
+            "peer memory knows no unshard(async_op=True), which pipelines call: its gathers wait for nothing on the "
+            "host as it is; leave async_op out, or set parallelism.fsdp_exchange to collectives"
+        )
 
 
 class PeerReduceScatter(ReduceScatter):
@@ -198,7 +206,7 @@ class PeerReduceScatter(ReduceScatter):
     ) -> None:
         """`output_tensor [n]` becomes the sum of the ranks' parts of `input_tensor [ranks * n]`, or of that and of what
         was in it."""
-        assert not async_op
+        _refuse_async(async_op)
         assert op == dist.ReduceOp.SUM
         place = self._place
         assert place is not None

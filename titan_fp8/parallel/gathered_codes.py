@@ -13,8 +13,8 @@ when it frees what it has made of these, the weight is no longer gathered:
 
 Two buffers are enough for units that are freed before the next but one is gathered; a unit that stays gathered has its
 own. Codes never move: what autograd keeps of a weight for the backward pass is its codes, which are gathered to the
-same place again, and if they are not, autograd's version counters tell. Whoever gathers more units at a time gets an
-error.
+same place again, and if they are not, autograd's version counters tell (but where hooks keep what is saved, which
+autograd does not check). Whoever gathers more units at a time gets an error.
 """
 
 import weakref
@@ -67,8 +67,10 @@ class CodeBuffer:
         is_awaited = self._awaited is not None and self._awaited() is not None
         if is_awaited or (self._stand_in is not None and self._stand_in.untyped_storage().size() > 0):
             raise RuntimeError(
-                "more blocks are gathered at a time than there are buffers for their codes in peer memory; set "
-                "parallelism.fsdp_exchange to collectives"
+                "more blocks are gathered at a time than there are buffers for their codes in peer memory, by unshard() "
+                "or set_reshard_after_backward(False), or since a pass was broken off, after which reset_iter_state() "
+                "frees them; set parallelism.fsdp_reshard_after_forward to never, or parallelism.fsdp_exchange to "
+                "collectives"
             )
         stream = torch.cuda.current_stream(device)
         if self._reads_on is not None:

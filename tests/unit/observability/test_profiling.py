@@ -63,6 +63,39 @@ def test_a_run_resumed_in_the_middle_of_a_cycle_waits_for_the_next_one(tmp_path)
     assert traces(tmp_path) == ["profile_traces/iteration_8/rank0_trace.json"]
 
 
+def test_a_trace_of_no_gpu_and_without_the_cpu_is_refused(tmp_path, monkeypatch):
+    config = ProfilingSection(enable_profiling=True, trace_cpu=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with (
+        pytest.raises(UserError, match=r"profiling\.trace_cpu = false: there is no GPU.*leave it out"),
+        maybe_enable_profiling(config, tmp_path, 0, 0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("trace_cpu", "names"), [(True, ["CPU", "CUDA"]), (False, ["CUDA"])])
+def test_what_is_traced_on_a_gpu(tmp_path, monkeypatch, trace_cpu, names):
+    asked = []
+
+    class Profiler:
+        step_num = 0
+
+        def __init__(self, *, activities, record_shapes, **_):
+            asked.append(([activity.name for activity in activities], record_shapes))
+
+        def start(self):
+            pass
+
+        stop = step = start
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("titan_fp8.observability.profiling.profile", Profiler)
+    config = ProfilingSection(enable_profiling=True, trace_cpu=trace_cpu, profile_freq=2, profiler_warmup=1)
+    with maybe_enable_profiling(config, tmp_path, 0, 0):
+        pass
+    assert asked == [(names, trace_cpu)]
+
+
 def test_an_error_in_training_is_not_covered_up_by_the_profiler(tmp_path):
     config = ProfilingSection(enable_profiling=True, profile_freq=2, profiler_warmup=0, profiler_active=2)
     steps = iter([1.0, 0.0])

@@ -245,6 +245,13 @@ def test_without_gpus_and_shards_there_are_collectives(shards: int, device_type:
     assert not _exchanges_by_peers(mesh(shards, device_type), ParallelismSection(fsdp_exchange=choice))
 
 
+def test_a_gather_that_nobody_waits_for_is_refused(ranks) -> None:
+    (group,) = ranks(1)
+    gather = PeerAllGather(Places(group))
+    with pytest.raises(RuntimeError, match=r"unshard\(async_op=True\).* set parallelism\.fsdp_exchange to collectives"):
+        gather(torch.zeros(2), torch.zeros(2), group, async_op=True)
+
+
 @pytest.mark.parametrize("choice", ["auto", "peer_memory"])
 @pytest.mark.parametrize(("here", "anywhere"), [(True, True), (False, True), (False, False)])
 def test_all_ranks_take_collectives_or_end_where_one_cannot_read(
@@ -276,6 +283,10 @@ def test_auto_leaves_pipelines_to_collectives(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fsdp, "any_rank", lambda flag: flag)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
     assert not _exchanges_by_peers(mesh(2, "cuda", pipeline=2), ParallelismSection())
+    with pytest.raises(
+        UserError, match=r"fsdp_exchange = peer_memory: a pipeline gathers more blocks .*; leave it out"
+    ):
+        _exchanges_by_peers(mesh(2, "cuda", pipeline=2), ParallelismSection(fsdp_exchange="peer_memory"))
 
 
 def test_peers_are_gpus_of_one_host_with_access(monkeypatch: pytest.MonkeyPatch) -> None:

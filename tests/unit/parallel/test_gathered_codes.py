@@ -2,7 +2,6 @@
 ordinary memory of one process in the place of several GPUs'. In FSDP: tests/distributed/test_fsdp_exchange.py."""
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.unit.parallel.test_fsdp_exchange import CPU, Buffer, Group
 from titan_fp8.parallel import gathered_codes
@@ -17,7 +17,7 @@ from titan_fp8.parallel.gathered_codes import CodeBuffer, UnitCodes, codes_of
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.weight_state import Float8WeightState
 
-IN_USE = r"more blocks are gathered .* set parallelism\.fsdp_exchange to collectives"
+IN_USE = r"more blocks are gathered .* parallelism\.fsdp_exchange to collectives"
 
 
 class Stream:
@@ -108,6 +108,11 @@ def test_every_rank_has_the_parts_of_each_weight_together_and_in_order(streams, 
             places[-1] += [(each.data_ptr(), each._version) for each in found]
             free(output)
     assert places[0] == places[1] == places[2], "in the same places, and autograd knows of no write"
+    log = cast(Any, buffers[0].group).log
+    for rank in range(count):
+        done = [entry[3:] for entry in log if entry[0] == rank]
+        others = [("read", (rank + i) % count) for i in range(1, count)]
+        assert done == [("begin",), ("publish",), *others, ("end",)] * 3, "it waits for each before it reads"
 
 
 def test_a_buffer_is_used_again_when_what_was_in_it_has_been_freed_and_read(streams: list[Stream]) -> None:
@@ -189,17 +194,17 @@ def test_codes_that_are_gathered_in_inference_mode_serve_a_training(streams: lis
         unit.fetch(CPU)
         codes = received(state, outputs[0])
     assert not codes.is_inference()
-    assert state.exchange is not None
-    assert not state.exchange.send(some(16), torch.float32).is_inference()
+    stand_in = cast(Any, state.exchange)._stand_in
+    assert not stand_in.is_inference(), "it is sent in trainings, too"
 
 
 def test_codes_that_are_not_kept_are_let_go_of(streams: list[Stream]) -> None:
     (buffer,), (state,) = code_buffers(1), states(1)
     codes = some(16)
-    gone = weakref.ref(codes)
+    gone = StorageWeakRef(codes.untyped_storage())
     outputs = begin(UnitCodes(buffer, {state: 16}), [state], [codes])
     del codes
-    assert gone() is None
+    assert gone.expired()
     assert outputs[0].numel() == 8
 
 
