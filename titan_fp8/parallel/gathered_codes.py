@@ -67,8 +67,8 @@ class CodeBuffer:
         is_awaited = self._awaited is not None and self._awaited() is not None
         if is_awaited or (self._stand_in is not None and self._stand_in.untyped_storage().size() > 0):
             raise RuntimeError(
-                "more blocks are gathered at a time than there are buffers for their codes in peer memory, by unshard() "
-                "or set_reshard_after_backward(False), or since a pass was broken off, after which reset_iter_state() "
+                "more blocks are gathered at a time than there are buffers for codes in peer memory, by unshard() or "
+                "set_reshard_after_backward(False), or since a pass was broken off, after which reset_iter_state() "
                 "frees them; set parallelism.fsdp_reshard_after_forward to never, or parallelism.fsdp_exchange to "
                 "collectives"
             )

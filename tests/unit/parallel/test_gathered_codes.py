@@ -108,9 +108,8 @@ def test_every_rank_has_the_parts_of_each_weight_together_and_in_order(streams, 
             places[-1] += [(each.data_ptr(), each._version) for each in found]
             free(output)
     assert places[0] == places[1] == places[2], "in the same places, and autograd knows of no write"
-    log = cast(Any, buffers[0].group).log
-    for rank in range(count):
-        done = [entry[3:] for entry in log if entry[0] == rank]
+    for rank, buffer in enumerate(buffers):
+        done = [entry[3:] for entry in cast(Any, buffer.group).log]
         others = [("read", (rank + i) % count) for i in range(1, count)]
         assert done == [("begin",), ("publish",), *others, ("end",)] * 3, "it waits for each before it reads"
 
