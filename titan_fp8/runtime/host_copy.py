@@ -20,7 +20,8 @@ class HostCopy:
         self._made: torch.Event | None = None
         if value.is_cuda:
             # A copy from the device is only done in the background if the host's memory is page-locked.
-            self._copy = torch.empty_like(value, device="cpu", pin_memory=True).copy_(self._copy, non_blocking=True)
+            page_locked = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._copy = page_locked.copy_(self._copy, non_blocking=True)
             self._made = torch.cuda.current_stream(value.device).record_event()
 
     def read(self) -> Tensor:
