@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import FLOAT8, command_environment
+from titan_fp8 import trainer
 from titan_fp8.cli.main import main
 from titan_fp8.data.documents import check_text
 from titan_fp8.data.token_store import Manifest, Shard
 from titan_fp8.data.tokenizer import ByteTokenizer
+from titan_fp8.optim.optimizers import OptimizersContainer
+from titan_fp8.runtime.host_copy import HostCopy
 
 
 def test_a_run_writes_its_record_and_one_line_a_step(run_here) -> None:
@@ -104,6 +107,25 @@ def poisoned_step(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(building, "cross_entropy_sum", loss)
 
     return poison
+
+
+def test_the_update_is_under_way_when_the_host_waits_for_a_steps_loss(run_here, monkeypatch) -> None:
+    order: list[str] = []
+
+    class Copy(HostCopy):
+        def __init__(self, value: torch.Tensor) -> None:
+            order.append("loss known")
+            super().__init__(value)
+
+        def read(self) -> torch.Tensor:
+            order.append("read")
+            return super().read()
+
+    step = OptimizersContainer.step
+    monkeypatch.setattr(trainer, "HostCopy", Copy)
+    monkeypatch.setattr(OptimizersContainer, "step", lambda *a, **k: order.append("update") or step(*a, **k))
+    assert run_here("--training.steps", "2").code == 0
+    assert order == ["loss known", "update", "read"] * 2
 
 
 def test_a_non_finite_loss_stops_the_run_with_one_clear_error(run_here, poisoned_step) -> None:

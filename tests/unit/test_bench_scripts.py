@@ -116,8 +116,9 @@ def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, mo
         theirs, _ = load_job_config(["--job.config_file", str(args.config), *options], {"WORLD_SIZE": str(gpus)})
         assert mine.quantize.linear.float8 == theirs.quantize.linear.float8, row
         assert mine.activation_checkpoint.mode == theirs.activation_checkpoint.mode == "none"
-        # A quarter of the tokens of one GPU's microbatch.
-        assert (mine.training.loss_chunk_tokens, theirs.training.loss_chunk_tokens) == (4096, 4096)
+        # A quarter of the tokens of one GPU's microbatch. Where memory is short, speed is measured with fewer.
+        fewer = name == "float8-head" and gpus == 2
+        assert (mine.training.loss_chunk_tokens, theirs.training.loss_chunk_tokens) == (4096, 2048 if fewer else 4096)
 
 
 @pytest.mark.parametrize("row", ["bf16-seed1", "experts", "experts-rowwise", "experts-payload"])
