@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code:
+        check.kill()  # which an interrupt may have reached here alone
         os._exit(code if code > 0 else 128 - code)  # the import goes on, and nothing is to be said about its end
     del os.environ["WORLD_SIZE"]  # torchrun tells its processes theirs
     importlib.import_module(TORCHRUN).main([*of_torchrun, "-m", TRAINER, *options])

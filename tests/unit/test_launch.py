@@ -24,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def popen(command: list[str]) -> SimpleNamespace:
         found.check = command
         found.worlds.append(os.environ.get("WORLD_SIZE"))
-        return SimpleNamespace(wait=lambda: found.wait())
+        return SimpleNamespace(wait=lambda: found.wait(), kill=lambda: None)
 
     def torchrun(arguments: list[str]) -> None:
         found.torchrun = arguments

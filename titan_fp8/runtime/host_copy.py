@@ -16,12 +16,13 @@ class HostCopy:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._copy = value.detach()
         self._made: torch.Event | None = None
-        if value.is_cuda:
+        if not value.is_cuda:
+            self._copy = value.detach().clone()
+        else:
             # A copy from the device is only done in the background if the host's memory is page-locked.
             page_locked = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._copy = page_locked.copy_(self._copy, non_blocking=True)
+            self._copy = page_locked.copy_(value.detach(), non_blocking=True)
             self._made = torch.cuda.current_stream(value.device).record_event()
 
     def read(self) -> Tensor:
