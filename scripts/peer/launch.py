@@ -57,7 +57,7 @@ def _hide_other_cutlass() -> None:
 
 
 def _trace_device_alone() -> None:
-    """Have torchtitan's profiler record kernels and their launches alone, so that it hardly slows the CPU down."""
+    """Have torchtitan's profiler record kernels and their launches alone, as ours does then."""
     profiler = importlib.import_module("torch.profiler")
     whole = profiler.profile
 
