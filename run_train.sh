@@ -40,12 +40,13 @@ fi
 # What another launcher has left in the environment is not of this run.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE TORCHELASTIC_USE_AGENT_STORE
 
-# --help and a mistake in the configuration are answered here, once, before any process group.
+# --help is answered here, once. A mistake in the configuration is, before any process group, by what is started below.
 for argument in "$@"; do
   case $argument in
     -h | --help | --help=*) exec "$PYTHON" -m titan_fp8.train --job.config_file "$CONFIG_FILE" "$@" ;;
   esac
 done
+
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || echo 1)
   export OMP_NUM_THREADS=$(( cores / NGPU > 0 ? cores / NGPU : 1 ))
