@@ -139,6 +139,28 @@ def test_the_peer_gathers_codes_only_without_a_named_recipe(load, parse):
         assert command[command.index("--layers") + 1] == str(job.layers)
 
 
+@pytest.mark.parametrize(("job", "alone"), [("one-gpu", False), ("two-gpus", True)])
+def test_on_several_gpus_both_sides_trace_the_device_alone(load, parse, job, alone):
+    jobs, args = load("peer.jobs"), parse("--profile")
+    for repeat in (1, "profile"):
+        run = jobs.Run(jobs.JOBS[job], jobs.ROWS["tensorwise-compiled"], "ours", repeat)
+        config = ["--job.config_file", str(SCRIPTS.parent / "train_configs" / "llama3_8b.toml")]
+        found, _ = load_job_config([*config, *jobs.our_options(run, args)], {"WORLD_SIZE": str(run.job.gpus)})
+        traced = repeat == "profile"
+        assert (found.profiling.enable_profiling, found.profiling.trace_cpu) == (traced, not (traced and alone))
+        command = jobs.command_of(jobs.Run(run.job, run.row, "peer", repeat), args)
+        assert ("--device-trace" in command[: command.index("--")]) == (traced and alone)
+
+
+def test_the_peers_profiler_is_told_to_trace_the_device_alone(load, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: asked.update(options))
+    load("peer.launch")._trace_device_alone()
+    torch.profiler.profile(activities=["both"], record_shapes=True, schedule="theirs")
+    device = [torch.profiler.ProfilerActivity.CUDA]
+    assert asked == {"activities": device, "record_shapes": False, "schedule": "theirs"}
+
+
 def test_with_the_same_start_the_peer_is_told_of_our_model_and_shards_and_ours_of_what_it_lacks(load, parse):
     jobs, args = load("peer.jobs"), parse("--same-start")
     families = {}

@@ -19,12 +19,12 @@ class Ended(Exception):
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What is started, with which WORLD_SIZE; `wait` is how the check ends."""
-    found = SimpleNamespace(check=None, torchrun=None, worlds=[], wait=lambda: 0)
+    found = SimpleNamespace(check=None, torchrun=None, worlds=[], wait=lambda: 0, killed=False)
 
     def popen(command: list[str]) -> SimpleNamespace:
         found.check = command
         found.worlds.append(os.environ.get("WORLD_SIZE"))
-        return SimpleNamespace(wait=lambda: found.wait(), kill=lambda: None)
+        return SimpleNamespace(wait=lambda: found.wait(), kill=lambda: setattr(found, "killed", True))
 
     def torchrun(arguments: list[str]) -> None:
         found.torchrun = arguments
@@ -45,6 +45,7 @@ def test_a_job_without_mistakes_is_launched_with_its_options_as_they_are(started
     assert started.check == [sys.executable, "-m", "titan_fp8.cli.main", "check", *OPTIONS]
     assert started.torchrun == ["--nproc_per_node", "2", "-m", "titan_fp8.train", *OPTIONS]
     assert started.worlds == ["2", None], "torchrun's processes get theirs from it"
+    assert not started.killed
     assert importlib.util.find_spec(launch.TORCHRUN)
     assert importlib.util.find_spec(launch.TRAINER)
 
@@ -60,3 +61,4 @@ def test_nothing_is_launched_after_a_check_that_did_not_end_well(started, wait, 
         launch.main(["--nproc_per_node", "2", "--", *OPTIONS])
     assert ended.value.args == (code,)
     assert started.torchrun is None
+    assert started.killed, "an interrupt may have reached the launcher alone"

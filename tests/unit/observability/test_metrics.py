@@ -134,6 +134,23 @@ def test_untimed_work_does_not_lower_the_throughput(tmp_path, clock):
     assert [record["tps"] for record in logged(tmp_path)] == pytest.approx([50.0, 50.0, 50.0])
 
 
+def test_what_a_gpu_still_had_to_do_before_untimed_work_is_timed(tmp_path, clock, monkeypatch):
+    def finish() -> None:
+        clock.now += 500.0
+
+    metrics = make_logger(tmp_path, clock, log_freq=1, total_steps=2)
+    train(metrics, clock, [1])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", finish)
+    with metrics.untimed():
+        clock.now += 7.0
+    monkeypatch.undo()
+    train(metrics, clock, [2])
+    metrics.close()
+    first, second = (record["step_time_s"] for record in logged(tmp_path))
+    assert second == pytest.approx(first + 500.0)
+
+
 def test_extra_numbers_stand_in_the_line(tmp_path, clock):
     metrics = make_logger(tmp_path, clock)
     metrics.log_step(1, loss=1.0, grad_norm=1.0, lr=0.1, tokens=10, extra={"nonfinite_steps": 2})
