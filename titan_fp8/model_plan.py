@@ -232,6 +232,7 @@ def _check_device(job: JobConfig, device: DeviceCapabilities) -> None:
         "validation.dataloader.pin_memory": job.validation.enable and job.validation.dataloader.pin_memory,
         'checkpoint.async_mode = "async_with_pinned_mem"': pinned_save,
         "profiling.enable_memory_snapshot": job.profiling.enable_memory_snapshot,
+        "profiling.trace_cpu = false": job.profiling.enable_profiling and not job.profiling.trace_cpu,
     }
     faults = [
         f"{key}: needs a GPU, but this job runs on a {device.kind}; turn it off" for key, on in asked.items() if on

@@ -220,9 +220,10 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu_before_anything_is_written(run_her
         *("--training.dataloader.pin_memory", "--profiling.enable_memory_snapshot", "--validation.enable"),
         *("--validation.dataloader.pin_memory", "--validation.steps", "1", "--validation.seq_len", "64"),
         *("--checkpoint.enable", "--checkpoint.async_mode", "async_with_pinned_mem"),
+        *("--profiling.enable_profiling", "--profiling.trace_cpu=false"),
     )
     assert result.code == 2
-    assert result.output.count("needs a GPU") == 4
+    assert result.output.count("needs a GPU") == 5
     assert not result.folder.exists()
 
 

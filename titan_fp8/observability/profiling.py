@@ -116,13 +116,14 @@ class _Tracer:
         config = self._config
         if self._step % config.profile_freq != config.profile_freq - config.profiler_warmup - config.profiler_active:
             return
-        traces_cpu = self._config.trace_cpu
-        activities = [ProfilerActivity.CPU] if traces_cpu else []
+        activities = [ProfilerActivity.CPU] if config.trace_cpu else []
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._cycle_start = self._step
         # Without acc_events, PyTorch 2.11 warns of events lost between cycles in the first cycle already.
-        profiler = profile(activities=activities, schedule=self._action, record_shapes=traces_cpu, acc_events=True)
+        profiler = profile(
+            activities=activities, schedule=self._action, record_shapes=config.trace_cpu, acc_events=True
+        )
         # Steps are called ProfilerStep#N in the trace; this makes N the step's own number.
         profiler.step_num = self._step + 1
         profiler.start()
