@@ -11,7 +11,7 @@ Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same 
 same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
 for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
 
-Rows `*-fast`, `*-lean` and `*-head` train with the options that `bench_peers.py` measures speed with, which
+Rows `*-fast`, `*-lean`, `*-head` and `*-states` train with the options that `bench_peers.py` measures speed with, which
 change where gradients and the loss are rounded; the others with the defaults.
 
 With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
@@ -46,9 +46,11 @@ MX_ROWS = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 """Emulated where the device has no products of blocks."""
 HEAD = "tensorwise-head"
 """Tensorwise, the output layer too."""
+STATES = f"{HEAD}-states"
+"""As `tensorwise-head`, and the optimizer's running means are kept in bf16."""
 LEAN = ("tensorwise-lean", "rowwise-lean", f"{HEAD}-lean")
 """As `*-fast` and `tensorwise-head`, and what w1 and w3 give is kept as codes."""
-FAST = {"tensorwise-fast": "tensorwise", "rowwise-fast": "rowwise", HEAD: "tensorwise"}
+FAST = {"tensorwise-fast": "tensorwise", "rowwise-fast": "rowwise", HEAD: "tensorwise", STATES: "tensorwise"}
 FAST |= {row: row.partition("-")[0] for row in LEAN}
 """Rows that train as those of `bench_peers.py` do, and their recipes: the loss is computed a part of the tokens at a
 time and, on one GPU, gradients leave their products in fp32 and weights are kept by rows alone."""
@@ -197,6 +199,8 @@ def options_of(row: str, gpus: int, args: argparse.Namespace, folder: Path) -> l
             flags.append(f"{FLOAT8}.force_recompute_fp8_weight_in_bwd")
     if row in LEAN:
         flags.append(f"{FLOAT8}.keep_gate_up_in_float8")
+    if row == STATES:
+        options["optimizer.state_dtype"] = "bfloat16"
     if row in EXPERTS:
         options[f"{GROUPED}.fqns"] = "experts"
     if row == PAYLOAD:

@@ -128,6 +128,9 @@ ROWS = {
         Row("rowwise-compiled", "rowwise", True, (OURS, THEIRS)),
         Row("tensorwise-eager", "tensorwise", False),
         Row("float8-head", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=",)),
+        Row(
+            "float8-lean", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=", "--optimizer.state_dtype=bfloat16")
+        ),
         Row("grouped-compiled", None, True, (OURS, THEIRS), grouped=True),
         Row("grouped-rowwise-compiled", "rowwise", True, (OURS, THEIRS), grouped=True),
     )
@@ -140,6 +143,9 @@ _LEAN: dict[tuple[str, str], dict[str, Any]] = {
     ("one-gpu", "tensorwise-eager"): _CODES,
     ("one-gpu", "float8-head"): _CODES,
     ("two-gpus", "float8-head"): {"training.loss_chunk_tokens": 2048},
+    # Means in bf16 leave room for the loss of all tokens at once, and so for one sum of the output layer's gradient.
+    ("one-gpu", "float8-lean"): {"training.loss_chunk_tokens": 16384},
+    ("two-gpus", "float8-lean"): {"training.loss_chunk_tokens": 8192},
     ("two-gpus-accumulating", "tensorwise-compiled"): _CODES
     | {
         f"{FLOAT8}.keep_fp8_weight_shards": False,
@@ -148,7 +154,7 @@ _LEAN: dict[tuple[str, str], dict[str, Any]] = {
         "activation_checkpoint.selective_ac_option": "16",
     },
 }
-"""(job, row) -> what keeps ours within the peer's memory where it would otherwise take more."""
+"""(job, row) -> what keeps ours within the peer's memory where it would otherwise take more, or uses what is left."""
 
 
 @dataclass(frozen=True)

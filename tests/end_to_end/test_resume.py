@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.end_to_end.conftest import FLOAT8, TINY, command_environment
 from titan_fp8.trainer import Trainer
@@ -109,6 +111,20 @@ def test_float8_and_bf16_checkpoints_are_interchangeable_when_asked_by_name(run_
     allowed = run_here(*CHECKPOINTS, *FULL_LAST, *FLOAT8, "--training.steps", "6", "--checkpoint.allow_recipe_change")
     assert allowed.code == 0, allowed.output
     assert [line["step"] for line in allowed.lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_running_means_are_saved_in_their_dtype_and_loaded_in_the_one_asked_for(run_here) -> None:
+    whole = run_here(*CHECKPOINTS, *FULL_LAST, "--training.steps", "8", folder="whole")
+    for steps, dtype in ((4, "bfloat16"), (6, None), (8, "bfloat16")):
+        options = [] if dtype is None else ["--optimizer.state_dtype", dtype]
+        result = run_here(*CHECKPOINTS, *FULL_LAST, "--training.steps", str(steps), *options)
+        assert result.code == 0, result.output
+        assert [line["step"] for line in result.lines] == list(range(1, steps + 1))
+        metadata = FileSystemReader(result.folder / "checkpoint" / f"step-{steps}").read_metadata()
+        means = {key: entry for key, entry in metadata.state_dict_metadata.items() if ".exp_avg" in key}
+        assert {entry.properties.dtype for entry in means.values()} == {getattr(torch, dtype or "float32")}
+    for ours, theirs in zip(result.lines, whole.lines, strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 0.05
 
 
 def test_a_checkpoint_of_another_shape_is_one_clear_error(run_here) -> None:

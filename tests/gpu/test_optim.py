@@ -95,6 +95,29 @@ def test_the_update_in_one_pass_is_torchs_to_a_few_ulps(name: str, max_norm: flo
             assert ulps(p, q, weight, move) <= ADAM_ULPS, count
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_means_in_bf16_are_rounded_after_the_weights_have_used_them(name: str) -> None:
+    torch.manual_seed(0)
+    half = nn.ParameterList([torch.randn(shape, device="cuda") for shape in SHAPES])
+    whole = nn.ParameterList([p.detach().clone() for p in half])
+    sections = (OptimizerSection(name=name, lr=0.01, state_dtype="bfloat16"), OptimizerSection(name=name, lr=0.01))
+    (ours,), (theirs,) = (build_optimizer([each], s) for each, s in zip((half, whole), sections, strict=True))
+    assert isinstance(theirs, OnePassAdam | OnePassAdamW)
+    for _ in range(6):
+        for p, q in zip(half, whole, strict=True):
+            p.grad = torch.randn_like(p) * 3
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        for p, q in zip(half, whole, strict=True):
+            assert torch.equal(p, q)
+            for key in ("exp_avg", "exp_avg_sq"):
+                rounded = theirs.state[q][key].bfloat16()
+                assert ours.state[p][key].dtype == torch.bfloat16
+                assert torch.equal(ours.state[p][key], rounded)
+                theirs.state[q][key].copy_(rounded)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skip", [0.0, 1.0])

@@ -67,10 +67,14 @@ OWN_CHOICES = {
 }
 
 
+OURS_ALONE = ("float8-head", "float8-lean")
+"""Rows with other layers in float8, or another optimizer state, than the peer has."""
+
+
 def test_both_sides_get_the_same_value_of_every_option_that_both_know(load, parse):
     jobs, args = load("peer.jobs"), parse("--ac", "full", "--lr", "1e-4")
     own = {"job.dump_folder", "model.flavor", "model.hf_assets_path", "training.dataset", "training.dataset_path"}
-    rows = [row for row in jobs.ROWS.values() if row.name != "float8-head"]  # which has other layers in float8
+    rows = [row for row in jobs.ROWS.values() if row.name not in OURS_ALONE]
     for job, row in itertools.product(jobs.JOBS.values(), rows):
         if not row.is_for(job):
             continue
@@ -120,7 +124,8 @@ def test_our_options_are_a_job_of_the_dimensions_batch_and_recipe_of_the_row(loa
         assert (found.compile.enable, found.compile.components) == (row.compiled, ["model", "loss"])
         float8 = found.quantize.linear.float8
         filtered = ["output", "router.gate"] if job.experts else ["output"]
-        filtered = filtered if row.recipe and row.name != "float8-head" else []
+        filtered = filtered if row.recipe and row.name not in OURS_ALONE else []
+        assert found.optimizer.state_dtype == ("bfloat16" if row.name == "float8-lean" else None)
         assert (float8.recipe_name, float8.filter_fqns) == (row.recipe, filtered)
         gathers = row.recipe is not None and job.gpus == 2
         assert float8.enable_fsdp_float8_all_gather == gathers

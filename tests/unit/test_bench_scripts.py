@@ -69,7 +69,16 @@ def test_validation_losses_are_compared_with_bf16_in_per_cent(load):
 
 
 @pytest.mark.parametrize(
-    "row", ["bf16-seed2", "tensorwise", "tensorwise-fast", "rowwise-fast", "tensorwise-head", "mxfp8_cublas_rceil"]
+    "row",
+    [
+        "bf16-seed2",
+        "tensorwise",
+        "tensorwise-fast",
+        "rowwise-fast",
+        "tensorwise-head",
+        "tensorwise-head-states",
+        "mxfp8_cublas_rceil",
+    ],
 )
 def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, row):
     script = load("loss_parity")
@@ -87,9 +96,10 @@ def test_options_of_a_row_make_the_job_that_it_is(load, monkeypatch, tmp_path, r
         assert (job.quantize.linear.mx.recipe_name, job.quantize.linear.mx.emulate) == (row, "auto")
         return
     float8 = job.quantize.linear.float8
-    assert float8.filter_fqns == ([] if row == "tensorwise-head" else ["output"] * (row != "bf16-seed2"))
+    assert float8.filter_fqns == ([] if row.startswith("tensorwise-head") else ["output"] * (row != "bf16-seed2"))
     assert float8.recipe_name == (None if row == "bf16-seed2" else row.partition("-")[0])
-    is_fast = row.endswith(("-fast", "-head"))
+    is_fast = row.endswith(("-fast", "-head", "-states"))
+    assert job.optimizer.state_dtype == ("bfloat16" if row.endswith("-states") else None)
     assert job.training.loss_chunk_tokens == 4096 * is_fast
     assert (float8.grad_weight_dtype == "float32", float8.force_recompute_fp8_weight_in_bwd) == (is_fast, is_fast)
 
@@ -99,9 +109,9 @@ def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, mo
     script, peers, jobs = load("loss_parity"), load("bench_peers"), load("peer.jobs")
     monkeypatch.setattr(script, "visible_gpus", list)
     # On one GPU the second and the third keep less.
-    rows = ("tensorwise-fast", "rowwise-lean", "tensorwise-head-lean")
-    rows = rows if gpus == 1 else ("tensorwise-fast", "rowwise-fast", script.HEAD)
-    rows = dict(zip(rows, ("tensorwise-compiled", "rowwise-compiled", "float8-head"), strict=True))
+    rows = ("tensorwise-fast", "rowwise-lean", "tensorwise-head-lean", script.STATES)
+    rows = rows if gpus == 1 else ("tensorwise-fast", "rowwise-fast", script.HEAD, script.STATES)
+    rows = dict(zip(rows, ("tensorwise-compiled", "rowwise-compiled", "float8-head", "float8-lean"), strict=True))
     words = ["--out", str(tmp_path), "--gpus", str(gpus), "--rows", ",".join(["bf16", *rows])]
     monkeypatch.setattr(sys, "argv", ["loss_parity.py", *words])
     args = script.arguments()
@@ -116,9 +126,15 @@ def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, mo
         theirs, _ = load_job_config(["--job.config_file", str(args.config), *options], {"WORLD_SIZE": str(gpus)})
         assert mine.quantize.linear.float8 == theirs.quantize.linear.float8, row
         assert mine.activation_checkpoint.mode == theirs.activation_checkpoint.mode == "none"
-        # A quarter of the tokens of one GPU's microbatch. Where memory is short, speed is measured with fewer.
-        fewer = name == "float8-head" and gpus == 2
-        assert (mine.training.loss_chunk_tokens, theirs.training.loss_chunk_tokens) == (4096, 2048 if fewer else 4096)
+        assert (
+            mine.optimizer.state_dtype
+            == theirs.optimizer.state_dtype
+            == ("bfloat16" if name == "float8-lean" else None)
+        )
+        # A quarter of the tokens of one GPU's microbatch. Speed is measured with what memory allows.
+        of_speed_row = {("float8-head", 2): 2048, ("float8-lean", 1): 16384, ("float8-lean", 2): 8192}
+        assert mine.training.loss_chunk_tokens == 4096
+        assert theirs.training.loss_chunk_tokens == of_speed_row.get((name, gpus), 4096)
 
 
 @pytest.mark.parametrize("row", ["bf16-seed1", "experts", "experts-rowwise", "experts-payload"])

@@ -53,8 +53,9 @@ def describe(job: JobConfig, world_size: int) -> str:
     batch = training.global_batch_size
     if batch < 0:
         batch = training.local_batch_size * degrees.data_parallel
-    # Parameter, gradient and two moments.
-    bytes_per_parameter = (4 if training.dtype == "float32" else 2) * 4
+    # Parameter, gradient and the optimizer's two running means.
+    dtypes = [training.dtype] * 2 + [job.optimizer.state_dtype or training.dtype] * 2
+    bytes_per_parameter = sum(4 if dtype == "float32" else 2 for dtype in dtypes)
     parts = degrees.shards * degrees.tensor * degrees.pipeline
     state_gib = parameters * bytes_per_parameter / parts / 2**30
     lines = [

@@ -5,6 +5,9 @@ from typing import Literal
 
 from titan_fp8.config.section import Problem, Section, key
 
+LARGEST_BETA_IN_BF16 = 0.98
+"""bf16 numbers lie up to 2^-7 apart: with a larger decay what a step changes of a mean would mostly be rounded away."""
+
 
 class OptimizerSection(Section):
     """The optimizer and its constants."""
@@ -31,9 +34,29 @@ class OptimizerSection(Section):
     """How the update runs: one parameter at a time, in groups, or in one pass over memory that also clips: `one_pass`,
     and on GPUs `fused`, which on CPUs is PyTorch's own kernel."""
 
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the two running means, which one pass over memory updates then; unset: that of the parameters.
+    `bfloat16` halves their memory; it needs `beta1` and `beta2` of at most 0.98."""
+
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there, and free the gradient. Needs `training.max_norm = 0` and
     no gradient accumulation."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Means of a dtype of their own are those of the update in one pass, and bf16 can follow them."""
+        if self.state_dtype is not None and self.implementation in ("for-loop", "foreach"):
+            yield Problem(
+                "implementation",
+                f'keeps running means in the dtype of the parameters, and state_dtype = "{self.state_dtype}" asks for '
+                'another; set it to "fused" or "one_pass"',
+            )
+        for name in ("beta1", "beta2"):
+            if self.state_dtype == "bfloat16" and getattr(self, name) > LARGEST_BETA_IN_BF16:
+                yield Problem(
+                    name,
+                    f'is more than {LARGEST_BETA_IN_BF16}, so that means in state_dtype = "bfloat16" would not follow '
+                    'the gradients; lower it, or set state_dtype to "float32"',
+                )
 
 
 class LRSchedulerSection(Section):

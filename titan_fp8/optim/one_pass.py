@@ -3,8 +3,9 @@
 `torch.optim`'s fused update reads and writes weights and moments in one pass, but clipping before it takes another over
 all gradients, and AMP's way of scaling inside of it writes them back. Here the clip factor is an input of the update
 (`kernels/adam`), which leaves gradients as they are. And a weight that will be cast to float8 with one scale is told
-the largest value that it now has, so that the cast need not read it once more. All else is `torch.optim`'s: parameter
-groups, state by the same names and of the same dtypes, hooks, and `found_inf`, a tensor by which the device skips a
+the largest value that it now has, so that the cast need not read it once more. The running means may have a dtype of
+their own: they are computed in fp32, the weight's update uses them, and then they are rounded. All else is
+`torch.optim`'s: parameter groups, state by the same names, hooks, and `found_inf`, a tensor by which the device skips a
 step.
 
     optimizer = OnePassAdamW(model.parameters(), lr=3e-4)
@@ -22,8 +23,11 @@ from torch.optim import Adam, AdamW
 
 from titan_fp8.kernels import adam
 from titan_fp8.kernels.adam import Constants
+from titan_fp8.optim.config import LARGEST_BETA_IN_BF16
 from titan_fp8.quantization.shardable import ShardableWeight, local_weight
 
+MEANS = ("exp_avg", "exp_avg_sq")
+"""What the state calls the running means of the gradient and of its square."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOT = 4  # 16 bytes: Triton compiles a kernel anew for a pointer of another alignment
 
@@ -32,10 +36,12 @@ class _OnePass(Adam):
     """See the module.
 
     Attributes:
+        state_dtype: of the running means; None: that of their parameter.
         clip: fp32 `[]`, what the gradients of the next step are multiplied by, or None.
         found_inf: fp32 `[]`, not zero where the next step is to be skipped; may be missing.
     """
 
+    state_dtype: torch.dtype | None = None
     clip: Tensor | None = None
     decoupled: bool
     reports_writes = True  # to weights in float8, which then need not take every step for one
@@ -51,6 +57,11 @@ class _OnePass(Adam):
         given = [option for option in ("amsgrad", "maximize", "capturable", "differentiable") if group[option]]
         if given:
             raise ValueError(f"{', '.join(given)}: the update in one pass has no such option; use torch.optim's")
+        if self.state_dtype == torch.bfloat16 and max(group["betas"]) > LARGEST_BETA_IN_BF16:
+            raise ValueError(
+                f"betas {tuple(group['betas'])}: running means in bfloat16 do not follow the gradients with more than "
+                f"{LARGEST_BETA_IN_BF16}; lower them, or keep the means in float32"
+            )
         for parameter in group["params"]:
             if parameter.dtype not in _DTYPES:
                 raise ValueError(f"a parameter is {parameter.dtype}; the update in one pass computes in float32")
@@ -71,6 +82,22 @@ class _OnePass(Adam):
             self._update_group(group)
         self.clip = None
         return loss
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in `torch.optim`, but that the running means get the dtype they have here, whatever they were saved in."""
+        if self.state_dtype is None:
+            super().load_state_dict(state_dict)
+            return
+        # torch gives all state the dtype of the parameters, and would round or copy the means on the way.
+        states = state_dict["state"]
+        others = {key: {k: v for k, v in state.items() if k not in MEANS} for key, state in states.items()}
+        super().load_state_dict({**state_dict, "state": others})
+        saved = (key for group in state_dict["param_groups"] for key in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for key, parameter in zip(saved, parameters, strict=True):
+            for name in (name for name in MEANS if name in states.get(key, ())):
+                self.state[parameter][name] = states[key][name].to(parameter.device, self.state_dtype)
 
     def _update_group(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -105,7 +132,8 @@ class OnePassAdam(_OnePass):
 
     decoupled = False
 
-    def __init__(self, params: Any, **options: Any) -> None:
+    def __init__(self, params: Any, *, state_dtype: torch.dtype | None = None, **options: Any) -> None:
+        self.state_dtype = state_dtype
         super().__init__(params, **options, foreach=False, fused=True)
         self._step_supports_amp_scaling = False  # a scaler is to divide the gradients before
 
@@ -115,7 +143,8 @@ class OnePassAdamW(_OnePass, AdamW):
 
     decoupled = True
 
-    def __init__(self, params: Any, **options: Any) -> None:
+    def __init__(self, params: Any, *, state_dtype: torch.dtype | None = None, **options: Any) -> None:
+        self.state_dtype = state_dtype
         AdamW.__init__(self, params, **options, foreach=False, fused=True)
         self._step_supports_amp_scaling = False
 
@@ -128,14 +157,15 @@ def takes_one_pass(parameter: Tensor) -> bool:
 def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: list[Any]) -> None:
     """Give those of `parameters`, all of `group`, that have no state yet the one that Adam's first step would give."""
     on_device = group["fused"] or group["capturable"]
+    dtype: torch.dtype | None = getattr(optimizer, "state_dtype", None)
     for parameter in parameters:
         state = optimizer.state[parameter]
         if state or not parameter.requires_grad:
             continue
         device = parameter.device if on_device else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for name in MEANS:
+            state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def _plain(tensor: Any) -> Tensor:

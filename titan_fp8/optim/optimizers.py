@@ -244,10 +244,13 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    # On a GPU one pass is what fused means; on a CPU, and for a parameter at a time, PyTorch's own kernel is faster.
+    # On a GPU one pass is what fused means; on a CPU, and for a parameter at a time, PyTorch's own kernel is faster, but
+    # has no means of another dtype.
     fused_on_gpu = config.implementation == "fused" and all(map(takes_one_pass, parameters))
-    if config.implementation == "one_pass" or (fused_on_gpu and not config.early_step_in_backward):
-        return _ONE_PASS[config.name](parameters, **options)
+    is_wanted = config.implementation == "one_pass" or config.state_dtype is not None
+    if is_wanted or (fused_on_gpu and not config.early_step_in_backward):
+        state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
+        return _ONE_PASS[config.name](parameters, state_dtype=state_dtype, **options)
     options |= {name: config.implementation == name for name in ("foreach", "fused")}
     return _OPTIMIZERS[config.name](parameters, **options)
 

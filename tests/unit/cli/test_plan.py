@@ -1,5 +1,7 @@
 """`titan-fp8 plan`: how the model and its experts lie on the ranks."""
 
+import re
+
 import pytest
 
 from titan_fp8.cli.plan import describe
@@ -37,3 +39,14 @@ def test_the_state_of_a_rank_is_its_share_however_the_model_is_spread(
     assert spread == pytest.approx(whole / 8, abs=0.01)
     copies = lines(monkeypatch, 8, data_parallel_replicate_degree=2, data_parallel_shard_degree=4)
     assert float(copies["state"].split()[0]) == pytest.approx(whole / 4, abs=0.01)
+
+
+@pytest.mark.parametrize(("options", "bytes_"), [([], 16), (["--optimizer.state_dtype=bfloat16"], 12)])
+def test_the_state_of_a_rank_has_the_means_in_their_dtype(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], bytes_: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    job, _ = load_job_config([*MODEL, "--training.local_batch_size=1", *options])
+    plan = describe(job, 1)
+    parameters = int(re.search(r"([\d,]+) parameters", plan)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
+    assert f"state        {parameters * bytes_ / 2**30:.2f} GiB a rank" in plan

@@ -40,12 +40,18 @@ def ulps(actual: Tensor, expected: Tensor) -> float:
 
 
 def compare(
-    constants: Constants, dtype: torch.dtype, *, clip: float | None = None, skip: float | None = None, numel: int = 150
+    constants: Constants,
+    dtype: torch.dtype,
+    *,
+    of_means: torch.dtype | None = None,
+    clip: float | None = None,
+    skip: float | None = None,
+    numel: int = 150,
 ) -> str:
-    """One update by the kernel and by the reference: "" or what differs."""
+    """One update by the kernel and by the reference: "" or what differs. of_means: their dtype, if not `dtype`."""
     given = [None if value is None else torch.tensor(value) for value in (clip, skip)]
     factors = reference.step_factors([torch.tensor(3.0)], 1e-2, constants)[0]
-    ours, theirs = tensors(numel, dtype), tensors(numel, dtype)
+    ours, theirs = ([*tensors(numel, dtype)[:2], *tensors(numel, of_means or dtype)[2:]] for _ in range(2))
     amax = torch.zeros((), dtype=torch.int32)
     kernel.update(*ours, factors, *given, constants, amax)
     reference.update(*theirs, factors, *given, constants)
@@ -78,6 +84,11 @@ def case_sizes() -> str:
 def case_half_precision() -> str:
     # The interpreter truncates to bf16 where a GPU rounds, so float16 alone.
     return compare(ADAMW, torch.float16)
+
+
+def case_means_of_another_dtype() -> str:
+    dtypes = (torch.float32, torch.float16), (torch.float16, torch.float32)
+    return "; ".join(compare(ADAMW, dtype, of_means=of_means, clip=0.25) for dtype, of_means in dtypes)
 
 
 def case_nan_and_infinity() -> str:

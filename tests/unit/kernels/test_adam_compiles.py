@@ -25,9 +25,13 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("flags", [(True, True, True), (False, False, False)])
-def test_an_update_moves_16_bytes_at_a_time(capability: int, flags: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize("means", ["*fp32", "*bf16"])
+def test_an_update_moves_16_bytes_at_a_time(capability: int, flags: tuple[bool, bool, bool], means: str) -> None:
     chosen = dict(zip(("CLIPS", "SKIPS", "AMAX"), flags, strict=True))
-    ptx = compile_ptx(kernel._update_kernel, ARGUMENTS, capability, kernel.UPDATE_WARPS, **CONSTANTS, **chosen)
+    arguments = [*ARGUMENTS[:2], means, means, *ARGUMENTS[4:]]
+    ptx = compile_ptx(kernel._update_kernel, arguments, capability, kernel.UPDATE_WARPS, **CONSTANTS, **chosen)
+    moves = re.findall(r"(?:ld|st)\.global[.\w]*", ptx)
+    assert {move.partition(".v4")[1] for move in moves if not move.endswith("global.b32")} == {".v4"}
     assert re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)
     assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
     # What is found out costs a program one reduction that waits for nothing.

@@ -7,7 +7,8 @@ pytest.importorskip("triton")
 from tests.unit.kernels.interpreter import results_of
 
 CASES = [
-    "adamw_and_adam", "clipped_and_not_skipped", "half_precision", "nan_and_infinity", "sizes", "skipped", "square_sum",
+    "adamw_and_adam", "clipped_and_not_skipped", "half_precision", "means_of_another_dtype", "nan_and_infinity",
+    "sizes", "skipped", "square_sum",
 ]  # fmt: skip
 
 
