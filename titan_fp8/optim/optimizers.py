@@ -40,7 +40,7 @@ from titan_fp8.optim.one_pass import OnePassAdam, OnePassAdamW, create_missing_s
 from titan_fp8.runtime.errors import UserError
 
 _OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
-_ONE_PASS: dict[str, type[Adam]] = {"Adam": OnePassAdam, "AdamW": OnePassAdamW}
+_ONE_PASS: dict[str, type[OnePassAdam | OnePassAdamW]] = {"Adam": OnePassAdam, "AdamW": OnePassAdamW}
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -244,7 +244,7 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    # On a GPU one pass is what fused means; on a CPU, and for a parameter at a time, PyTorch's own kernel is faster, but
+    # On a GPU one pass is what fused means. On a CPU, and for a parameter at a time, PyTorch's own kernel is faster; it
     # has no means of another dtype.
     fused_on_gpu = config.implementation == "fused" and all(map(takes_one_pass, parameters))
     is_wanted = config.implementation == "one_pass" or config.state_dtype is not None
