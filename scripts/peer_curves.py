@@ -6,7 +6,8 @@
 
 The curves are those of the first repeats. For each pair the table has the first and last losses and how far apart the
 curves are: in the first steps, before rounding has grown, over all steps, and over the last ones as a signed mean,
-which says whether a side is ahead. Two runs of one side are as far apart as `--repeats 2` shows.
+which says whether a side is ahead. Two runs of one side are as far apart as `--repeats 2` shows. A row that the peer
+lacks is drawn beside its tensorwise one, as `bench_peers.py` compares their speeds.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench_common import markdown_table
-from peer.jobs import OURS, PROFILE, THEIRS
+from peer.jobs import OURS, PROFILE, ROWS, THEIRS
 
 from titan_fp8.cli.plot import Curve, draw_panels
 from titan_fp8.runtime.errors import UserError
@@ -27,6 +28,8 @@ FIRST = 3
 """Steps in which two runs from the same start can differ by their rounding alone."""
 LAST = 10
 """Steps that a mean is taken of."""
+STAND_IN = "tensorwise-compiled"
+"""Row of the peer's that rows of ours alone are compared with."""
 Pair = tuple[str, str]
 """Job and row."""
 
@@ -43,7 +46,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_curves(out: Path, jobs: Sequence[str] | None, rows: Sequence[str] | None) -> dict[Pair, dict[str, Curve]]:
-    """For each job and row that both sides have run the curves by their labels, such as `ours-1`; later runs count.
+    """For each job and row that both sides have run, or ours alone has, the curves by their labels, such as `ours-1`;
+    later runs count.
 
     Raises:
         SystemExit: there are none.
@@ -58,6 +62,10 @@ def read_curves(out: Path, jobs: Sequence[str] | None, rows: Sequence[str] | Non
             steps, losses = zip(*record["losses"], strict=True)
             values = [math.nan if loss is None else loss for loss in losses]
             found.setdefault(pair, {})[label] = Curve(label, list(steps), values)
+    for (job, row), curves in found.items():
+        if row not in ROWS or THEIRS not in ROWS[row].sides:
+            beside = found.get((job, STAND_IN), {})
+            curves |= {label: curve for label, curve in beside.items() if label.startswith(THEIRS)}
     both = {pair: curves for pair, curves in found.items() if {f"{OURS}-1", f"{THEIRS}-1"} <= curves.keys()}
     if not both:
         raise SystemExit(f"{file}: no row here that both sides have run; run scripts/bench_peers.sh --out {out} first")

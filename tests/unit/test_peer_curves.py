@@ -37,6 +37,21 @@ def test_a_row_that_both_sides_have_run_is_compared_from_its_last_run(load, runs
     assert list(script.read_curves(runs, ["one-gpu"], ["rowwise-compiled"])) == [("one-gpu", "rowwise-compiled")]
 
 
+def test_a_row_of_ours_alone_is_compared_with_the_peers_tensorwise_one(load, runs):
+    script = load("peer_curves")
+    with open(runs / "results.jsonl", "a") as file:
+        for row, side, loss in (("tensorwise-compiled", "peer", 3.0), ("rowwise-compiled", "ours", 2.0)):
+            record = {"job": "one-gpu", "row": row, "side": side, "repeat": 1, "losses": [[1, loss]]}
+            file.write(json.dumps(record) + "\n")
+    pairs = script.read_curves(runs, None, None)
+    assert {label: curve.values for label, curve in pairs["one-gpu", "float8-head"].items()} == {
+        "ours-1": [1.0],
+        "peer-1": [3.0],
+    }
+    assert pairs["one-gpu", "rowwise-compiled"]["peer-1"].values == [12.0, 11.0, 10.0, 8.0]
+    assert ("one-gpu", "tensorwise-compiled") not in pairs
+
+
 def test_the_picture_has_a_panel_for_each_job_and_row(load, runs, capsys):
     script = load("peer_curves")
     grid = script.panels(script.read_curves(runs, None, None), repeats=1)
