@@ -16,6 +16,7 @@ from titan_fp8.parallel.gathered_codes import CodeBuffer, UnitCodes
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.config import CommSection
+from titan_fp8.runtime.known_squares import known_squares
 from titan_fp8.runtime.peer_memory import check_peer_memory
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +84,7 @@ def _exchange(rank: int, world_size: int, mode: str, folder: str) -> list[str]:
         places = Places(group, turns=1) if in_one else Places(group)
         gather = PeerAllGather(places)
         kept = _Kept(device) if mode == "kept" else None
-        reduce = PeerReduceScatter(places if in_one else Places(group, turns=1), torch.float32, kept)
+        reduce = PeerReduceScatter(places if in_one else Places(group, turns=1), torch.float32, kept, squares=True)
         compute = torch.cuda.current_stream(device)
         copy_in, gathers, sums_stream = (torch.cuda.Stream(device) for _ in range(3))
         torch.manual_seed(rank)
@@ -111,10 +112,11 @@ def _exchange(rank: int, world_size: int, mode: str, folder: str) -> list[str]:
                 reduce(sums, buffer, group, dist.ReduceOp.SUM)
                 reduced = sums_stream.record_event()
             del buffer
+            (squares,), _ = known_squares([sums])
             if kept is not None:
                 compute.wait_event(reduced)
-                sums = sums.clone()
-            results.append((shard, gathered, gradients, sums))
+                sums, squares = sums.clone(), squares.clone()
+            results.append((shard, gathered, gradients, sums, squares))
         torch.cuda.synchronize(device)
         return _differences(results, is_kept=kept is not None)
     finally:
@@ -124,7 +126,9 @@ def _exchange(rank: int, world_size: int, mode: str, folder: str) -> list[str]:
 def _differences(results: list[tuple[torch.Tensor, ...]], *, is_kept: bool) -> list[str]:
     """The rounds in which NCCL gives something else. is_kept: results are sums over the rounds of a step so far."""
     wrong, before = [], dict[int, torch.Tensor]()
-    for round_, (shard, gathered, gradients, sums) in enumerate(results):
+    for round_, (shard, gathered, gradients, sums, squares) in enumerate(results):
+        if not torch.isclose(squares.double().sum(), sums.double().square().sum(), rtol=1e-6):
+            wrong.append(f"squares {round_}")
         expected = torch.empty_like(gathered)
         dist.all_gather_into_tensor(expected, shard)
         wrong += [] if torch.equal(gathered, expected) else [f"gather {round_}"]

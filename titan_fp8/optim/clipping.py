@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_fp8.kernels import adam
+from titan_fp8.runtime.known_squares import known_squares
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same, so that both clip by the same factor
 
@@ -49,7 +50,7 @@ def clip_grad_norm_(
         parameters: plain tensors and DTensors, mixed; those without a gradient are left out.
         max_norm: at least 0. 0 measures the norm and leaves the gradients alone.
         foreach: torch's batched kernels; None lets torch choose (they are used for what they support).
-        one_read: measure by `kernels.adam.square_sum` instead.
+        one_read: measure by `kernels.adam.square_sum` instead, and do not read what `runtime.known_squares` tells.
         stages: ranks that have other parameters of the same model, those of other pipeline stages.
 
     Returns:
@@ -64,15 +65,15 @@ def clip_grad_norm_(
     grads = [p.grad for p in listed if p.grad is not None]
     groups: dict[_Layout, list[Tensor]] = {}
     for grad in grads:
-        groups.setdefault(_layout(grad), []).append(_local(grad))
-    squares = [_square_sum(layout, local, foreach, one_read) for layout, local in groups.items()]
+        groups.setdefault(_layout(grad), []).append(grad)
+    squares = [_square_sum(layout, of_layout, foreach, one_read) for layout, of_layout in groups.items()]
     if stages is not None and listed:
         squares.append(torch.zeros((), device=_local(listed[0]).device))  # a stage may have no gradients
     norm = _root_of_sum(squares, stages)
     if max_norm > 0 and groups:
         factor = clip_factor(norm, max_norm)
-        for locals_ in groups.values():
-            _scale(locals_, factor, foreach)
+        for of_layout in groups.values():
+            _scale([_local(grad) for grad in of_layout], factor, foreach)
     return norm
 
 
@@ -125,11 +126,14 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _square_sum(layout: _Layout, locals_: list[Tensor], foreach: bool | None, one_read: bool) -> Tensor:
+def _square_sum(layout: _Layout, grads: list[Tensor], foreach: bool | None, one_read: bool) -> Tensor:
     """Sum of all squares of one group's gradients, over all ranks: fp32 `[]`."""
+    known, unread = known_squares(grads) if one_read else ([], grads)
+    locals_ = [_local(grad) for grad in unread]
     present = [t for t in locals_ if t.numel() > 0]  # a rank past the end of a short dim holds an empty slice
-    if present and one_read:
-        square = adam.square_sum(present)
+    if one_read and (known or present):
+        squares = [torch.cat(known).sum()] if known else []
+        square = sum(squares, adam.square_sum(present)) if present else squares[0]
     elif present:
         norms = _norms(present, foreach)
         square = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()

@@ -289,7 +289,8 @@ def _exchange_units(
         sums = GradientSums(parts, reduce_dtype) if keeps_sums else None
         kept += [] if sums is None else [sums]
         first.set_custom_all_gather(PeerAllGather(gathers, codes))
-        first.set_custom_reduce_scatter(PeerReduceScatter(reductions, reduce_dtype, sums))
+        reduction = PeerReduceScatter(reductions, reduce_dtype, sums, squares=mesh.degrees.data_parallel_replicate == 1)
+        first.set_custom_reduce_scatter(reduction)
     create_before_forward(model, kept)
 
 

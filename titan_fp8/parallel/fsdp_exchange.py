@@ -29,9 +29,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from titan_fp8.kernels.partial_sums import sum_parts
+from titan_fp8.kernels.partial_sums import square_count, sum_parts
 from titan_fp8.parallel.gathered_codes import UnitCodes
 from titan_fp8.parallel.gradient_sums import GradientSums
+from titan_fp8.runtime.known_squares import note_squares
 from titan_fp8.runtime.peer_memory import PeerBuffer
 
 TURNS = 2
@@ -157,10 +158,15 @@ class PeerReduceScatter(ReduceScatter):
             at the end of it, and its gradients come later.
         sum_dtype: dtype of the sums.
         kept: where the sums of a unit's microbatches lie; None: FSDP adds them up.
+        squares: the sums are also squared, for the norm of gradients (`runtime/known_squares.py`). Not if somebody else
+            adds to them without telling their version counter, as a collective does.
     """
 
-    def __init__(self, places: Places, sum_dtype: torch.dtype, kept: GradientSums | None = None) -> None:
+    def __init__(
+        self, places: Places, sum_dtype: torch.dtype, kept: GradientSums | None = None, *, squares: bool = False
+    ) -> None:
         self._places = places
+        self._squares = squares
         self._ranks = places.group.size()
         self._sum_dtype = sum_dtype
         self._kept = kept
@@ -176,15 +182,15 @@ class PeerReduceScatter(ReduceScatter):
             assert numel == self._output_numel
             self._output_numel = None
             kept = None if self._kept is None else self._kept.take(numel)
-            sums, self._adds = kept or (self._new_sums(numel, device), False)
+            sums, self._adds = kept or (self._new(numel, self._sum_dtype, device), False)
             return sums
         self._output_numel = numel // self._ranks
         self._of_gradients = torch.cuda.current_stream(device)
         self._place = self._places.next(numel * dtype.itemsize, device)
         return self._place.give_out(dtype, device)
 
-    def _new_sums(self, numel: int, device: torch.device) -> Tensor:
-        """Memory for the sums, which live until the optimizer's step.
+    def _new(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for sums, which live until the optimizer's step.
 
         Of the memory of the stream on which they are computed nothing else would be made in between; that of the
         gradients' stream serves the activations as well. It may be taken, for the stream of the sums has just waited
@@ -192,7 +198,7 @@ class PeerReduceScatter(ReduceScatter):
         """
         stream = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._of_gradients):
-            sums = torch.empty(numel, dtype=self._sum_dtype, device=device)
+            sums = torch.empty(numel, dtype=dtype, device=device)
         sums.record_stream(stream)
         return sums
 
@@ -216,14 +222,19 @@ class PeerReduceScatter(ReduceScatter):
         mine = input_tensor[rank * numel : (rank + 1) * numel]
         at_once = READ_AT_ONCE // ((self._ranks - 1) * mine.element_size())
         at_once = max(ALIGNED, at_once // ALIGNED * ALIGNED)
-        for start in range(0, numel, at_once):
-            part = slice(start, min(start + at_once, numel))
+        parts = [slice(start, min(start + at_once, numel)) for start in range(0, numel, at_once)]
+        counts = [square_count(part.stop - part.start) for part in parts]
+        all_squares = self._new(sum(counts), torch.float32, output_tensor.device) if self._squares else None
+        squares = [None] * len(parts) if all_squares is None else all_squares.split(counts)
+        for part, part_squares in zip(parts, squares, strict=True):
             others = _read_part(buffer, mine, part)
             if part.stop == numel:
                 buffer.end()
-            sum_parts(mine[part], others, rank, output_tensor[part], adds=self._adds)
+            sum_parts(mine[part], others, rank, output_tensor[part], adds=self._adds, squares=part_squares)
             del others  # before the next part has its own
         place.was_read = torch.cuda.current_stream(input_tensor.device).record_event()
+        if all_squares is not None:
+            note_squares(output_tensor, all_squares)
 
 
 def _read_part(buffer: PeerBuffer, mine: Tensor, part: slice) -> Tensor:

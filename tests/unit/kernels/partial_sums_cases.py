@@ -27,10 +27,15 @@ def compare(
     parts = (torch.randn(ranks, numel, generator=generator) * 10 ** torch.randn(ranks, numel)).to(dtype)
     others = torch.cat([parts[:rank], parts[rank + 1 :]])
     before = torch.randn(numel, generator=generator).to(out_dtype)
-    results = [before.clone() if adds else torch.empty(numel, dtype=out_dtype) for _ in range(2)]
-    for sum_parts, out in zip((kernel.sum_parts, reference.sum_parts), results, strict=True):
-        sum_parts(parts[rank], others, rank, out, adds=adds)
-    return "" if torch.equal(*results) else f"{ranks} ranks, {rank}, {numel} values, {dtype}, {out_dtype}, {adds=}"
+    results = [before.clone() if adds else torch.empty(numel, dtype=out_dtype) for _ in range(3)]
+    squares = torch.empty(-(-numel // kernel.BLOCK))
+    kernel.sum_parts(parts[rank], others, rank, results[0], adds=adds, squares=squares)
+    kernel.sum_parts(parts[rank], others, rank, results[1], adds=adds)
+    reference.sum_parts(parts[rank], others, rank, results[2], adds=adds)
+    wanted = torch.stack([block.double().square().sum() for block in results[2].split(kernel.BLOCK)])
+    is_right = torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
+    is_right &= torch.allclose(squares.double(), wanted, rtol=1e-6)
+    return "" if is_right else f"{ranks} ranks, {rank}, {numel} values, {dtype}, {out_dtype}, {adds=}"
 
 
 def case_every_rank_of_up_to_five() -> str:
@@ -52,8 +57,10 @@ def case_added_to_what_is_there() -> str:
 def case_nan_and_infinity() -> str:
     parts = torch.zeros(2, 70)
     parts[0, 65], parts[1, 3] = float("nan"), float("inf")
-    out = torch.empty(70)
-    kernel.sum_parts(parts[0], parts[1:], 0, out)
+    out, squares = torch.empty(70), torch.empty(2)
+    kernel.sum_parts(parts[0], parts[1:], 0, out, squares=squares)
+    if not (squares[0].isinf() and squares[1].isnan()):
+        return f"squares are {squares}"
     return "" if out[65].isnan() and out[3].isinf() and out.nan_to_num(0, 0, 0).abs().sum() == 0 else str(out)
 
 

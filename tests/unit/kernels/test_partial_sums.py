@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from titan_fp8.kernels.partial_sums import sum_parts
+from titan_fp8.kernels.partial_sums import square_count, sum_parts
 
 CASES = ["added_to_what_is_there", "every_rank_of_up_to_five", "nan_and_infinity", "sizes_and_dtypes"]
 
@@ -27,18 +27,37 @@ def test_no_case_is_left_out(results: dict[str, str]) -> None:
     assert set(results) == set(CASES)
 
 
+@pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_kernel_moves_16_bytes_at_a_time(adds: bool) -> None:
+def test_the_kernel_moves_16_bytes_at_a_time(adds: bool, squares: bool) -> None:
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter compiles nothing")
     from tests.unit.kernels.test_float8_compiles import compile_ptx
     from titan_fp8.kernels.partial_sums import kernel
 
-    constants = {"RANK": 1, "RANKS": 2, "ADDS": adds, "BLOCK": kernel.BLOCK}
-    ptx = compile_ptx(kernel._sum_parts_kernel, ["*bf16", "*bf16", "*fp32", "i32+"], 90, kernel.WARPS, **constants)
+    constants = {"RANK": 1, "RANKS": 2, "ADDS": adds, "SQUARES": squares, "BLOCK": kernel.BLOCK}
+    pointers = ["*bf16", "*bf16", "*fp32", "*fp32"]
+    ptx = compile_ptx(kernel._sum_parts_kernel, [*pointers, "i32+"], 90, kernel.WARPS, **constants)
     assert len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)) == 2 * len(re.findall(r"ld\.global", ptx)) // 2 > 0
     assert re.search(r"st\.global[.\w]*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 4096, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_are_those_of_the_sum_as_it_is_stored(numel: int, dtype: torch.dtype) -> None:
+    own, others = torch.randn(numel), torch.randn(2, numel)
+    out, squares = torch.full((numel,), 3.0, dtype=dtype), torch.empty(square_count(numel))
+    sum_parts(own, others, 1, out, adds=True, squares=squares)
+    assert square_count(numel) == -(-numel // 4096)
+    for block, square in zip(out.split(4096), squares, strict=numel > 0):
+        torch.testing.assert_close(square.double(), block.double().square().sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("squares", [torch.empty(1), torch.empty(3), torch.empty(2).double(), torch.empty(4)[::2]])
+def test_squares_that_do_not_fit_are_refused(squares: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected squares as 2 contiguous float32 on cpu"):
+        sum_parts(torch.ones(5000), torch.ones(1, 5000), 0, torch.empty(5000), squares=squares)
 
 
 def test_every_rank_gets_the_sum_in_fp32() -> None:

@@ -16,6 +16,7 @@ from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.fsdp import _exchanges_by_peers
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.known_squares import known_squares
 from titan_fp8.runtime.peer_memory import has_peer_access
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
 ) -> None:
     monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", at_once)
     groups = ranks(count)
-    reduces = [PeerReduceScatter(Places(group), sum_dtype) for group in groups]
+    reduces = [PeerReduceScatter(Places(group), sum_dtype, squares=True) for group in groups]
     for size in (6, 6, 1000, 6):  # units of two sizes have buffers of their own
         gradients = torch.randn(count, count * size).bfloat16()
         inputs, outputs = [], []
@@ -156,6 +157,19 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
             exact = exact + part.float()
         assert all(output.dtype == sum_dtype for output in outputs)
         assert torch.equal(torch.cat(outputs), exact.to(sum_dtype))
+        for output in outputs:
+            (squares,), rest = known_squares(output.split([size // 3, size - size // 3]))
+            assert not rest
+            torch.testing.assert_close(squares.sum(), output.float().square().sum())
+
+
+def test_sums_are_squared_only_if_asked(ranks) -> None:
+    groups = ranks(2)
+    reduces = [PeerReduceScatter(Places(group), torch.float32) for group in groups]
+    inputs = [reduce.allocate((8,), dtype=torch.float32, device=CPU).fill_(1) for reduce in reduces]
+    sums = reduces[0].allocate((4,), dtype=torch.float32, device=CPU)
+    reduces[0](sums, inputs[0], groups[0], dist.ReduceOp.SUM)
+    assert known_squares([sums])[0] == []
 
 
 def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:
