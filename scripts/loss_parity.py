@@ -11,8 +11,9 @@ Every row is one `./run_train.sh` of its own. Float8 rows have seed 0: the same 
 same order as `bf16`. How much two losses may differ without meaning anything is what `bf16-seed1` and `bf16-seed2` are
 for, whose weights and data differ: the spread of the three bf16 losses stands beside each difference.
 
-Rows `*-fast`, `*-lean`, `*-head` and `*-states` train with the options that `bench_peers.py` measures speed with, which
-change where gradients and the loss are rounded; the others with the defaults.
+Rows `*-fast`, `*-lean`, `*-head` and `*-states` train with the options that `bench_peers.py` measures speed with, but
+for the number of tokens whose loss is computed at a time; these options change where gradients and the loss are
+rounded. The others have the defaults.
 
 With `--gpus 1,2` each row runs on one GPU and then on two, with FSDP2 and, for float8, FP8 all-gather with scales
 computed in advance. The microbatch of a rank is the same in both, so on one GPU gradients accumulate over what two GPUs

@@ -129,7 +129,11 @@ ROWS = {
         Row("tensorwise-eager", "tensorwise", False),
         Row("float8-head", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=",)),
         Row(
-            "float8-lean", "tensorwise", True, (OURS,), (f"--{FLOAT8}.filter_fqns=", "--optimizer.state_dtype=bfloat16")
+            "float8-head-states",
+            "tensorwise",
+            True,
+            (OURS,),
+            (f"--{FLOAT8}.filter_fqns=", "--optimizer.state_dtype=bfloat16"),
         ),
         Row("grouped-compiled", None, True, (OURS, THEIRS), grouped=True),
         Row("grouped-rowwise-compiled", "rowwise", True, (OURS, THEIRS), grouped=True),
@@ -144,8 +148,8 @@ _LEAN: dict[tuple[str, str], dict[str, Any]] = {
     ("one-gpu", "float8-head"): _CODES,
     ("two-gpus", "float8-head"): {"training.loss_chunk_tokens": 2048},
     # Means in bf16 leave room for the loss of all tokens at once, and so for one sum of the output layer's gradient.
-    ("one-gpu", "float8-lean"): {"training.loss_chunk_tokens": 16384},
-    ("two-gpus", "float8-lean"): {"training.loss_chunk_tokens": 8192},
+    ("one-gpu", "float8-head-states"): {"training.loss_chunk_tokens": 16384},
+    ("two-gpus", "float8-head-states"): {"training.loss_chunk_tokens": 8192},
     ("two-gpus-accumulating", "tensorwise-compiled"): _CODES
     | {
         f"{FLOAT8}.keep_fp8_weight_shards": False,

@@ -67,7 +67,7 @@ OWN_CHOICES = {
 }
 
 
-OURS_ALONE = ("float8-head", "float8-lean")
+OURS_ALONE = ("float8-head", "float8-head-states")
 """Rows with other layers in float8, or another optimizer state, than the peer has."""
 
 
@@ -125,7 +125,7 @@ def test_our_options_are_a_job_of_the_dimensions_batch_and_recipe_of_the_row(loa
         float8 = found.quantize.linear.float8
         filtered = ["output", "router.gate"] if job.experts else ["output"]
         filtered = filtered if row.recipe and row.name not in OURS_ALONE else []
-        assert found.optimizer.state_dtype == ("bfloat16" if row.name == "float8-lean" else None)
+        assert found.optimizer.state_dtype == ("bfloat16" if row.name == "float8-head-states" else None)
         assert (float8.recipe_name, float8.filter_fqns) == (row.recipe, filtered)
         gathers = row.recipe is not None and job.gpus == 2
         assert float8.enable_fsdp_float8_all_gather == gathers

@@ -111,7 +111,9 @@ def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, mo
     # On one GPU the second and the third keep less.
     rows = ("tensorwise-fast", "rowwise-lean", "tensorwise-head-lean", script.STATES)
     rows = rows if gpus == 1 else ("tensorwise-fast", "rowwise-fast", script.HEAD, script.STATES)
-    rows = dict(zip(rows, ("tensorwise-compiled", "rowwise-compiled", "float8-head", "float8-lean"), strict=True))
+    rows = dict(
+        zip(rows, ("tensorwise-compiled", "rowwise-compiled", "float8-head", "float8-head-states"), strict=True)
+    )
     words = ["--out", str(tmp_path), "--gpus", str(gpus), "--rows", ",".join(["bf16", *rows])]
     monkeypatch.setattr(sys, "argv", ["loss_parity.py", *words])
     args = script.arguments()
@@ -129,10 +131,10 @@ def test_fast_rows_have_the_options_of_the_rows_whose_speed_is_measured(load, mo
         assert (
             mine.optimizer.state_dtype
             == theirs.optimizer.state_dtype
-            == ("bfloat16" if name == "float8-lean" else None)
+            == ("bfloat16" if name == "float8-head-states" else None)
         )
         # A quarter of the tokens of one GPU's microbatch. Speed is measured with what memory allows.
-        of_speed_row = {("float8-head", 2): 2048, ("float8-lean", 1): 16384, ("float8-lean", 2): 8192}
+        of_speed_row = {("float8-head", 2): 2048, ("float8-head-states", 1): 16384, ("float8-head-states", 2): 8192}
         assert mine.training.loss_chunk_tokens == 4096
         assert theirs.training.loss_chunk_tokens == of_speed_row.get((name, gpus), 4096)
 

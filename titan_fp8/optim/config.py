@@ -5,8 +5,9 @@ from typing import Literal
 
 from titan_fp8.config.section import Problem, Section, key
 
-LARGEST_BETA_IN_BF16 = 0.98
-"""bf16 numbers lie up to 2^-7 apart: with a larger decay what a step changes of a mean would mostly be rounded away."""
+LARGEST_BETA_IN_BF16 = 0.95
+"""A step moves a mean by (1 - beta) of its distance from the gradient, and a bf16 number by 2^-9 of itself at least:
+the larger beta is, the farther from its gradients a mean can stand still. With this one losses have been measured."""
 
 
 class OptimizerSection(Section):
@@ -35,8 +36,8 @@ class OptimizerSection(Section):
     and on GPUs `fused`, which on CPUs is PyTorch's own kernel."""
 
     state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the two running means, which one pass over memory updates then; unset: that of the parameters.
-    `bfloat16` halves their memory; it needs `beta1` and `beta2` of at most 0.98."""
+    """Dtype of the two running means, if not that of the parameters (`training.dtype`); one pass over memory updates
+    them then. `bfloat16` halves their memory beside fp32 parameters, with `beta1` and `beta2` of at most 0.95."""
 
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there, and free the gradient. Needs `training.max_norm = 0` and

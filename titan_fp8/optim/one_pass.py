@@ -36,7 +36,7 @@ class _OnePass(Adam):
     """See the module.
 
     Attributes:
-        state_dtype: of the running means; None: that of their parameter.
+        state_dtype: fp32 or bf16, of the running means; None: that of their parameter.
         clip: fp32 `[]`, what the gradients of the next step are multiplied by, or None.
         found_inf: fp32 `[]`, not zero where the next step is to be skipped; may be missing.
     """
@@ -53,15 +53,22 @@ class _OnePass(Adam):
             ValueError: an option, dtype or layout that the update has no rule for.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if self.state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype = {self.state_dtype}: running means are kept in torch.float32 or torch.bfloat16, or with "
+                "None in the dtype of their parameter"
+            )
+        self._check_betas(group)
         given = [option for option in ("amsgrad", "maximize", "capturable", "differentiable") if group[option]]
         if given:
             raise ValueError(f"{', '.join(given)}: the update in one pass has no such option; use torch.optim's")
-        if self.state_dtype == torch.bfloat16 and max(group["betas"]) > LARGEST_BETA_IN_BF16:
-            raise ValueError(
-                f"betas {tuple(group['betas'])}: running means in bfloat16 do not follow the gradients with more than "
-                f"{LARGEST_BETA_IN_BF16}; lower them, or keep the means in float32"
-            )
         for parameter in group["params"]:
             if parameter.dtype not in _DTYPES:
                 raise ValueError(f"a parameter is {parameter.dtype}; the update in one pass computes in float32")
@@ -70,6 +77,17 @@ class _OnePass(Adam):
                     f"a parameter {list(parameter.shape)} has strides {parameter.stride()}; the update in one pass "
                     "takes contiguous ones"
                 )
+
+    def _check_betas(self, group: dict[str, Any]) -> None:
+        if self.state_dtype == torch.bfloat16 and max(group["betas"]) > LARGEST_BETA_IN_BF16:
+            raise ValueError(
+                f"betas {tuple(group['betas'])}: running means in bfloat16 do not follow the gradients with more than "
+                f"{LARGEST_BETA_IN_BF16}; lower them, or keep the means in float32"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        return {**super().__getstate__(), "state_dtype": self.state_dtype}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,23 +101,39 @@ class _OnePass(Adam):
         self.clip = None
         return loss
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim`, but that the running means get the dtype they have here, whatever they were saved in."""
+        """As in `torch.optim`, but that the running means get the dtype they have here, whatever they were saved in.
+
+        Raises:
+            ValueError: also for betas that the update has no rule for; nothing has been loaded then.
+        """
+        for group in state_dict["param_groups"]:
+            self._check_betas(group)
         if self.state_dtype is None:
             super().load_state_dict(state_dict)
             return
-        # torch gives all state the dtype of the parameters, and would round or copy the means on the way.
-        states = state_dict["state"]
-        others = {key: {k: v for k, v in state.items() if k not in MEANS} for key, state in states.items()}
-        super().load_state_dict({**state_dict, "state": others})
-        saved = (key for group in state_dict["param_groups"] for key in group["params"])
+        # torch gives all state the dtype of the parameters, and would round or copy the means on the way: they are
+        # taken out after all other hooks have seen them, and put in before others do.
+        means: list[dict[str, Tensor]] = []
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, found: _without_means(found, means)),
+            self.register_load_state_dict_post_hook(lambda _: self._put_in(means), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _put_in(self, means: list[dict[str, Tensor]]) -> None:
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        for key, parameter in zip(saved, parameters, strict=True):
-            for name in (name for name in MEANS if name in states.get(key, ())):
-                self.state[parameter][name] = states[key][name].to(parameter.device, self.state_dtype)
+        for parameter, own in zip(parameters, means, strict=True):
+            for name, value in own.items():
+                self.state[parameter][name] = value.to(parameter.device, self.state_dtype)
 
     def _update_group(self, group: dict[str, Any]) -> None:
+        self._check_betas(group)
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return
@@ -152,6 +186,15 @@ class OnePassAdamW(_OnePass, AdamW):
 def takes_one_pass(parameter: Tensor) -> bool:
     """Whether a parameter is one on a GPU that the kernel updates."""
     return parameter.is_cuda and parameter.dtype in _DTYPES and parameter.is_contiguous()
+
+
+def _without_means(state_dict: dict[str, Any], means: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """A state to load, without what is added to `means`: the running means of each parameter, in its order."""
+    states = state_dict["state"]
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    means += [{name: states[key][name] for name in MEANS if name in states.get(key, ())} for key in keys]
+    others = {key: {k: v for k, v in state.items() if k not in MEANS} for key, state in states.items()}
+    return {**state_dict, "state": others}
 
 
 def create_missing_state(optimizer: Adam, group: dict[str, Any], parameters: list[Any]) -> None:

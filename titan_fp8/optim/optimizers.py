@@ -247,12 +247,19 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
     # On a GPU one pass is what fused means. On a CPU, and for a parameter at a time, PyTorch's own kernel is faster; it
     # has no means of another dtype.
     fused_on_gpu = config.implementation == "fused" and all(map(takes_one_pass, parameters))
-    is_wanted = config.implementation == "one_pass" or config.state_dtype is not None
+    state_dtype = _state_dtype(parameters, config)
+    is_wanted = config.implementation == "one_pass" or state_dtype is not None
     if is_wanted or (fused_on_gpu and not config.early_step_in_backward):
-        state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
         return _ONE_PASS[config.name](parameters, state_dtype=state_dtype, **options)
     options |= {name: config.implementation == name for name in ("foreach", "fused")}
     return _OPTIMIZERS[config.name](parameters, **options)
+
+
+def _state_dtype(parameters: list[nn.Parameter], config: OptimizerSection) -> torch.dtype | None:
+    """The means' own dtype; None: they have that of the parameters, with or without being told."""
+    wanted = None if config.state_dtype is None else getattr(torch, config.state_dtype)
+    is_theirs = all(parameter.dtype == wanted for parameter in parameters)
+    return None if is_theirs and wanted == torch.float32 else wanted
 
 
 def _device_of(optimizer: Adam) -> torch.device:
