@@ -47,6 +47,12 @@ BF16_EAGER = Row("bf16-eager", sides=BOTH)
 BLOCKWISE = Row("blockwise-compiled", "blockwise", True)
 WHOLE_WEIGHTS = Row("tensorwise-weights-gathered-whole", "tensorwise", True, BOTH, gathers=False)
 KEPT = Row("tensorwise-nothing-recomputed", "tensorwise", True, extra=("--activation_checkpoint.mode", "none"))
+FASTEST = Row(
+    "float8-head-states-nothing-recomputed",
+    "tensorwise",
+    True,
+    extra=(*KEPT.extra, *ROWS["float8-head-states"].extra),
+)
 HEADLINE = (
     ROWS["tensorwise-compiled"],
     ROWS["bf16-compiled"],
@@ -56,6 +62,7 @@ HEADLINE = (
     BLOCKWISE,
     WHOLE_WEIGHTS,
     KEPT,
+    FASTEST,
 )
 SHORT = (Row("bf16-eager"), ROWS["tensorwise-eager"], Row("tensorwise-compiled", "tensorwise", True))
 CHECKPOINTING = ("none", "every-2", "full")

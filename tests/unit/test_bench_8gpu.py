@@ -78,7 +78,8 @@ def test_the_parts_of_eight_gpus_are_what_is_promised(bench, parse):
     for (row, side), run in headline.items():
         options = (jobs.our_options if side == "ours" else jobs.peer_options)(run, bench.arguments_of(run, args))
         selective = "--activation_checkpoint.selective_ac_option=op" in options
-        assert selective == (row != "tensorwise-nothing-recomputed"), row
+        assert selective == (not row.endswith("nothing-recomputed")), row
+        assert ("--optimizer.state_dtype=bfloat16" in options) == row.startswith("float8-head-states")
         named = any(option.startswith(gathers) for option in options)
         recipe = run.row.recipe
         expected = recipe is not None and run.row.gathers and (side == "ours" or recipe == "tensorwise")
