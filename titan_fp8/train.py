@@ -34,14 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _train(job, notices)
 
 
-def prepare_process() -> None:
-    """What a process needs in its environment before it imports torch."""
+def _train(job: JobConfig, notices: Sequence[str]) -> int:
     # Read once, when CUDA starts: streams that wait for other GPUs should have hardware queues of their own.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
-
-def _train(job: JobConfig, notices: Sequence[str]) -> int:
-    prepare_process()
     # Importing torch takes seconds; a mistake in the configuration is answered before that.
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
