@@ -138,7 +138,7 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
         loss = self.mesh.sum_of_losses(loss_sum)
-        grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm)
+        grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm, is_untouched=True)
         # The host reads them while the device updates the parameters, and starts the next step meanwhile. The device
         # decides whether there is an update: it would be idle until the host has launched the optimizer's kernels.
         found = HostCopy(torch.stack([loss, grad_norm.to(loss)]))

@@ -16,7 +16,7 @@ from titan_fp8.parallel.gathered_codes import CodeBuffer, UnitCodes
 from titan_fp8.quantization.recipes import RECIPES
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.config import CommSection
-from titan_fp8.runtime.known_squares import known_squares
+from titan_fp8.runtime.known_squares import take_known_squares
 from titan_fp8.runtime.peer_memory import check_peer_memory
 
 pytestmark = pytest.mark.gpu
@@ -112,7 +112,7 @@ def _exchange(rank: int, world_size: int, mode: str, folder: str) -> list[str]:
                 reduce(sums, buffer, group, dist.ReduceOp.SUM)
                 reduced = sums_stream.record_event()
             del buffer
-            (squares,), _ = known_squares([sums])
+            (squares,), _ = take_known_squares([sums])
             if kept is not None:
                 compute.wait_event(reduced)
                 sums, squares = sums.clone(), squares.clone()

@@ -21,7 +21,6 @@ PACKAGE = "titan_fp8"
 # From the top down. A part imports parts of lower rows only; parts of one row do not know each other.
 LAYERS = (
     ("launch",),
-    ("worker",),
     ("train", "cli"),
     ("building",),
     ("trainer",),

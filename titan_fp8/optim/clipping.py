@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_fp8.kernels import adam
-from titan_fp8.runtime.known_squares import known_squares
+from titan_fp8.runtime.known_squares import take_known_squares
 
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same, so that both clip by the same factor
 
@@ -39,6 +39,7 @@ def clip_grad_norm_(
     *,
     foreach: bool | None = None,
     one_read: bool = False,
+    is_untouched: bool = False,
     stages: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Scale the gradients of `parameters` in place so that their common 2-norm is at most `max_norm`.
@@ -50,7 +51,9 @@ def clip_grad_norm_(
         parameters: plain tensors and DTensors, mixed; those without a gradient are left out.
         max_norm: at least 0. 0 measures the norm and leaves the gradients alone.
         foreach: torch's batched kernels; None lets torch choose (they are used for what they support).
-        one_read: measure by `kernels.adam.square_sum` instead, and do not read what `runtime.known_squares` tells.
+        one_read: measure by `kernels.adam.square_sum` instead.
+        is_untouched: nothing has been written to the gradients since the backward pass, by nobody, so that with
+            `one_read` those whose squares are known (`runtime/known_squares.py`) need not be read.
         stages: ranks that have other parameters of the same model, those of other pipeline stages.
 
     Returns:
@@ -66,7 +69,10 @@ def clip_grad_norm_(
     groups: dict[_Layout, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault(_layout(grad), []).append(grad)
-    squares = [_square_sum(layout, of_layout, foreach, one_read) for layout, of_layout in groups.items()]
+    squares = [
+        _square_sum(layout, of_layout, foreach, one_read=one_read, is_untouched=is_untouched)
+        for layout, of_layout in groups.items()
+    ]
     if stages is not None and listed:
         squares.append(torch.zeros((), device=_local(listed[0]).device))  # a stage may have no gradients
     norm = _root_of_sum(squares, stages)
@@ -126,9 +132,11 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _square_sum(layout: _Layout, grads: list[Tensor], foreach: bool | None, one_read: bool) -> Tensor:
+def _square_sum(
+    layout: _Layout, grads: list[Tensor], foreach: bool | None, *, one_read: bool, is_untouched: bool
+) -> Tensor:
     """Sum of all squares of one group's gradients, over all ranks: fp32 `[]`."""
-    known, unread = known_squares(grads) if one_read else ([], grads)
+    known, unread = take_known_squares(grads) if one_read and is_untouched else ([], grads)
     locals_ = [_local(grad) for grad in unread]
     present = [t for t in locals_ if t.numel() > 0]  # a rank past the end of a short dim holds an empty slice
     if one_read and (known or present):

@@ -85,11 +85,16 @@ class OptimizersContainer:
         """Whether backward updates the parameters and drops their gradients."""
         return self._norm_in_backward is not None
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
+    def clip_grad_norm(self, max_norm: float, *, is_untouched: bool = False) -> Tensor:
         """Clip the gradients of all parts together: `clip_grad_norm_`. Those that backward dropped are measured only.
 
         All ranks must call it once a step. Where the update clips (`one_pass.py`), gradients stay as they are and the
         next `step()` multiplies them.
+
+        Args:
+            max_norm: at least 0; 0 measures.
+            is_untouched: the caller knows that nobody has written to gradients since the backward pass. Hooks that
+                parameters have may, and then it is not taken for true.
 
         Returns:
             The norm before clipping: a plain fp32 tensor `[]`, the same on every rank.
@@ -101,7 +106,8 @@ class OptimizersContainer:
             return clip_grad_norm_(parameters, max_norm, stages=self._stages)
         if not max_norm >= 0:
             raise ValueError(f"max_norm = {max_norm}: must be at least 0 (0 measures without clipping)")
-        norm = clip_grad_norm_(parameters, 0, one_read=True, stages=self._stages)
+        is_untouched &= not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
+        norm = clip_grad_norm_(parameters, 0, one_read=True, is_untouched=is_untouched, stages=self._stages)
         self._clip = clip_factor(norm, max_norm) if max_norm > 0 else None
         return norm
 

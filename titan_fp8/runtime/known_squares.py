@@ -1,8 +1,11 @@
 """Sums of squares that whoever wrote a tensor found on the way, so that its norm needs no pass of its own.
 
-They are those of a whole tensor. Whoever has views of it that cover it, and nothing written to any of them since, need
-not read them. Writes show in the version counter that views share, and those to a DTensor in its own, which begins with
-zero.
+They are those of a whole tensor, noted by who wrote it. Whoever has views of it that cover it, and knows that nothing
+has been written to them since, may take them in place of reading, once.
+
+Most writes show in the version counter that views share, or in that of a DTensor, which begins with zero; then nothing
+is known any more. But not all: those of `torch._foreach_*` to DTensors do not, nor do collectives. So taking them is
+for callers that see all that happens in between.
 """
 
 from collections.abc import Sequence
@@ -24,16 +27,13 @@ _UNKNOWN = _Known(torch.empty(0), -1)
 
 
 def note_squares(whole: Tensor, squares: Tensor) -> None:
-    """Say that the squares of all that `whole` holds now add up to the sum of `squares`, fp32 `[n]`.
-
-    A write that no version counter shows, by a kernel of one's own, makes this wrong: note the new ones after it.
-    """
+    """Say that the squares of all that `whole` holds now add up to the sum of `squares`, fp32 `[n]`."""
     setattr(whole, _ATTRIBUTE, _Known(squares, whole._version))
 
 
-def known_squares(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def take_known_squares(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What is known of the squares of `tensors`, each fp32 `[n]` and of several of them together, and those of which
-    nothing is. Of DTensors it is about what this rank holds."""
+    nothing is, as of all from now on. Of DTensors it is about what this rank holds."""
     parts: dict[int, list[Tensor]] = {}
     wholes: dict[int, Tensor] = {}
     for tensor in tensors:
@@ -47,6 +47,7 @@ def known_squares(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]
         is_written = any(isinstance(part, DTensor) and part._version for part in parts[key])
         if noted.version == whole._version and not is_written and _cover(list(map(_local, parts[key])), whole):
             known.append(noted.squares)
+            delattr(whole, _ATTRIBUTE)
         else:
             rest += parts[key]
     return known, rest

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titan_fp8.optim import clip_grad_norm_
+from titan_fp8.optim import build_optimizer, clip_grad_norm_
+from titan_fp8.optim.config import OptimizerSection
+from titan_fp8.runtime.known_squares import note_squares
 
 
 def _parameters(*grads: Tensor | None) -> list[nn.Parameter]:
@@ -28,6 +30,30 @@ def test_clipping_equals_torch(max_norm: float, foreach: bool | None) -> None:
     torch.testing.assert_close(norm, expected)
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left.grad, right.grad)
+
+
+def test_squares_that_are_known_are_taken_if_nobody_has_written_in_between() -> None:
+    whole = torch.full((6,), 2.0)
+    parameters = _parameters(whole[:2], whole[2:], torch.tensor([3.0]))
+    note_squares(whole, torch.tensor([7.0]))
+    assert clip_grad_norm_(parameters, 0, one_read=True).item() == pytest.approx(math.sqrt(24 + 9))
+    assert clip_grad_norm_(parameters, 0, is_untouched=True).item() == pytest.approx(math.sqrt(24 + 9))
+    assert clip_grad_norm_(parameters, 0, one_read=True, is_untouched=True).item() == 4
+    assert clip_grad_norm_(parameters, 0, one_read=True, is_untouched=True).item() == pytest.approx(math.sqrt(24 + 9))
+
+
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_the_optimizer_takes_them_when_told_and_if_there_are_no_hooks(has_hook: bool) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    optimizers = build_optimizer([model], OptimizerSection(implementation="one_pass"))
+    whole = torch.ones(6)
+    if has_hook:
+        model.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    for is_untouched, expected in ((False, 6), (True, 6 if has_hook else 16)):
+        model.weight.grad = whole.view(2, 3)
+        note_squares(whole, torch.tensor([16.0]))
+        norm = optimizers.clip_grad_norm(1.0, is_untouched=is_untouched)
+        assert norm.item() == pytest.approx(math.sqrt(expected))
 
 
 @pytest.mark.parametrize("foreach", [None, False])

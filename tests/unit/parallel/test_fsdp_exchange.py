@@ -16,7 +16,7 @@ from titan_fp8.parallel.config import ParallelismSection
 from titan_fp8.parallel.fsdp import _exchanges_by_peers
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
 from titan_fp8.runtime.errors import UserError
-from titan_fp8.runtime.known_squares import known_squares
+from titan_fp8.runtime.known_squares import take_known_squares
 from titan_fp8.runtime.peer_memory import has_peer_access
 
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_every_rank_gets_its_part_of_the_sum_added_up_in_fp32(
         assert all(output.dtype == sum_dtype for output in outputs)
         assert torch.equal(torch.cat(outputs), exact.to(sum_dtype))
         for output in outputs:
-            (squares,), rest = known_squares(output.split([size // 3, size - size // 3]))
+            (squares,), rest = take_known_squares(output.split([size // 3, size - size // 3]))
             assert not rest
             torch.testing.assert_close(squares.sum(), output.float().square().sum())
 
@@ -169,7 +169,7 @@ def test_sums_are_squared_only_if_asked(ranks) -> None:
     inputs = [reduce.allocate((8,), dtype=torch.float32, device=CPU).fill_(1) for reduce in reduces]
     sums = reduces[0].allocate((4,), dtype=torch.float32, device=CPU)
     reduces[0](sums, inputs[0], groups[0], dist.ReduceOp.SUM)
-    assert known_squares([sums])[0] == []
+    assert take_known_squares([sums])[0] == []
 
 
 def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_fp8.runtime.known_squares import known_squares, note_squares
+from titan_fp8.runtime.known_squares import note_squares, take_known_squares
 
 
 def _noted() -> tuple[Tensor, Tensor]:
@@ -23,17 +23,22 @@ def _views(whole: Tensor) -> list[Tensor]:
 def test_views_that_cover_a_tensor_need_not_be_read() -> None:
     whole, squares = _noted()
     other = torch.ones(2)
-    known, rest = known_squares([other, *_views(whole), whole[12:]])
+    known, rest = take_known_squares([other, *_views(whole), whole[12:]])
     assert [id(each) for each in known] == [id(squares)]
     assert [id(each) for each in rest] == [id(other)]
-    assert known_squares([whole]) == ([squares], [])
-    assert known_squares([]) == ([], [])
+    assert take_known_squares([]) == ([], [])
+
+
+def test_they_are_taken_once() -> None:
+    whole, squares = _noted()
+    assert take_known_squares([whole]) == ([squares], [])
+    assert take_known_squares([whole]) == ([], [whole])
 
 
 def test_what_lies_in_a_part_of_a_storage_is_covered_by_its_own_views() -> None:
     whole = torch.arange(12.0)[4:10].detach()
     note_squares(whole, torch.ones(1))
-    assert known_squares([whole[3:], whole[:3]])[1] == []
+    assert take_known_squares([whole[3:], whole[:3]])[1] == []
 
 
 WRITES: dict[str, Callable[[Tensor, list[Tensor]], object]] = {
@@ -51,21 +56,21 @@ def test_a_write_makes_them_unknown_until_they_are_noted_again(write: str) -> No
     views = _views(whole)
     with torch.no_grad():
         WRITES[write](whole, views)
-    known, rest = known_squares(views)
+    known, rest = take_known_squares(views)
     assert known == []
     assert {id(each) for each in rest} == {id(each) for each in views}
     note_squares(whole, torch.ones(1))
-    assert known_squares(views)[1] == []
+    assert take_known_squares(views)[1] == []
 
 
 def test_views_that_leave_something_out_or_overlap_are_read() -> None:
     whole, _ = _noted()
     first, second = _views(whole)
     for views in ([first], [second], [first, second, whole[:0], second], [first, whole[:5]], [whole.view(3, 4).t()]):
-        assert known_squares(views)[0] == [], views
+        assert take_known_squares(views)[0] == [], views
 
 
 def test_a_copy_is_another_tensor() -> None:
     whole, _ = _noted()
-    assert known_squares([whole.clone()])[0] == []
-    assert known_squares([whole.double()])[0] == []
+    assert take_known_squares([whole.clone()])[0] == []
+    assert take_known_squares([whole.double()])[0] == []
