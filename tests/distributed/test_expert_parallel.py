@@ -331,8 +331,8 @@ def _clip_once(rank: int, world_size: int, arguments: list[str], folder: str, st
     """One step; beside each gradient, the same after it was clipped, as `clipped NAME`."""
     clip, clipped = OptimizersContainer.clip_grad_norm, {}
 
-    def recorded(self: OptimizersContainer, max_norm: float) -> Tensor:
-        norm = clip(self, max_norm)
+    def recorded(self: OptimizersContainer, max_norm: float, **told: bool) -> Tensor:
+        norm = clip(self, max_norm, **told)
         for part in self.model_parts:
             clipped.update({name: whole(p.grad) for name, p in part.named_parameters() if p.grad is not None})
         return norm

@@ -145,10 +145,10 @@ def train(
 def _record_gradients(trainer: Any, run: Run) -> None:
     clip = trainer.optimizers.clip_grad_norm
 
-    def recording(max_norm: float) -> Tensor:
+    def recording(max_norm: float, **told: bool) -> Tensor:
         for part in trainer.parts:
             run.grads |= {name: whole(p.grad) for name, p in part.named_parameters() if p.grad is not None}
-        return clip(max_norm)
+        return clip(max_norm, **told)
 
     trainer.optimizers.clip_grad_norm = recording
 

@@ -1,14 +1,17 @@
 """Exchanges of FSDP through peer memory on two GPUs: they give what NCCL gives, and trainings are the same."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_parallel import Case, assert_same, train_on_ranks
+from tests.distributed.test_parallel import Case, assert_same, spread, train_on_ranks
+from titan_fp8.kernels import adam
 from titan_fp8.kernels.partial_sums import sum_parts
+from titan_fp8.optim import clip_grad_norm_
 from titan_fp8.parallel import fsdp_exchange
 from titan_fp8.parallel.distributed import destroy, init_distributed, local_device
 from titan_fp8.parallel.fsdp_exchange import PeerAllGather, PeerReduceScatter, Places
@@ -215,6 +218,38 @@ def _gather_codes(rank: int, world_size: int, folder: str) -> list[str]:
 def test_codes_stay_until_they_have_been_read(tmp_path) -> None:
     for wrong in run_distributed(_gather_codes, 2, str(tmp_path), init=False, timeout_s=200.0):
         assert wrong == []
+
+
+def _norms(rank: int, world_size: int, cases: list[Case], folder: str) -> list[tuple[float, float, int]]:
+    """Of each case, after a step of all its microbatches: the norm of gradients whose squares are known, in float64,
+    and of how many units gradients were read for the first, the embedding's aside."""
+    init_distributed(CommSection(), local_device("cuda"), folder)
+    found = []
+    try:
+        for case in cases:
+            model, _ = spread(case)
+            for microbatch in range(case.microbatches):
+                tokens = (torch.arange(2 * 12, device="cuda") * (1 + rank + microbatch)).view(2, 12) % case.vocab_size
+                model(tokens).float().square().mean().backward()
+            with mock.patch.object(adam, "square_sum", side_effect=adam.square_sum) as square_sum:
+                norm = clip_grad_norm_(model.parameters(), 0, one_read=True, is_untouched=True)
+            grads = [p.grad.full_tensor() for p in model.parameters()]
+            exact = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+            read = {grad.untyped_storage().data_ptr() for call in square_sum.call_args_list for grad in call.args[0]}
+            table = model.tok_embeddings.weight.grad.to_local().untyped_storage().data_ptr()
+            found.append((norm.item(), exact.item(), len(read - {table})))
+        return found
+    finally:
+        destroy()
+
+
+def test_gradients_of_blocks_and_output_layer_are_not_read_for_their_norm(tmp_path) -> None:
+    names = ["bf16", "compiled", "microbatches", "codes", "fp32"]
+    cases = [replace(CASES[name], fsdp_exchange="peer_memory") for name in names]
+    for found in run_distributed(_norms, 2, cases, str(tmp_path), init=False, timeout_s=200.0):
+        for norm, exact, read in found:
+            assert norm == pytest.approx(exact, rel=1e-5)
+            assert read == 0
 
 
 def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list:

@@ -24,6 +24,7 @@ COMMANDS = {
 """Command -> what it does. The module has underscores where the command has dashes."""
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # An installed script has its own folder on sys.path, `python -m` the current one: user modules are found in both.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(f"titan_fp8.cli.{command.replace('-', '_')}")
     try:
-        return module.main(arguments)
+        return importlib.import_module(f"titan_fp8.cli.{command.replace('-', '_')}").main(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except UserError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR

@@ -80,6 +80,15 @@ def test_a_defect_in_a_command_keeps_its_traceback(monkeypatch):
         main(["config-docs"])
 
 
+def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config_docs, "main", interrupted)
+    assert main(["config-docs"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_generated_files_are_written_and_compared(tmp_path, capsys):
     file = tmp_path / "folder" / "page.md"
 
