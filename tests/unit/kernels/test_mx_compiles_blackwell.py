@@ -113,8 +113,15 @@ OTHERS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     "places of tokens": (plan_kernel._place_kernel, ["*i64", *["*i32"] * 5, "i32", "i32", "i32"], PLAN),
     "sums of gradients": (
         partial_sums._sum_parts_kernel,
-        ["*bf16", "*bf16", "*fp32", "i32+"],
-        {"RANK": 1, "RANKS": 4, "ADDS": True, "BLOCK": partial_sums.BLOCK, "num_warps": partial_sums.WARPS},
+        ["*bf16", "*bf16", "*fp32", "*fp32", "i32+"],
+        {
+            "RANK": 1,
+            "RANKS": 4,
+            "ADDS": True,
+            "SQUARES": True,
+            "BLOCK": partial_sums.BLOCK,
+            "num_warps": partial_sums.WARPS,
+        },
     ),
 }
 
