@@ -54,10 +54,10 @@ def test_every_run_of_ours_is_a_job_for_its_gpus_and_runs_side_by_side_have_enou
                 assert found.training.global_batch_size == run.job.global_batch
                 assert found.profiling.enable_profiling == run.traced
                 assert found.profiling.trace_cpu == (not run.traced or run.job.gpus == 1)
+                assert found.training.steps == (15 if run.traced else 10)
             else:
                 command = jobs.command_of(run, bench.arguments_of(run, args))
                 assert ("--device-trace" in command) == run.traced
-                assert found.training.steps == (15 if run.traced else 10)
     assert len(names) == len(set(names))
     assert {name.partition("/")[0].partition("-")[0] for name in names} == set(bench.PARTS)
 
