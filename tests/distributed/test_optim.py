@@ -103,16 +103,21 @@ def _steps(
     return [_whole(p.detach()).numpy() for p in model.parameters()], state
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused", "one_pass"])
-def test_sharded_steps_with_one_skipped_equal_one_process_without_it(implementation: str, early: bool) -> None:
+def _steps_alone(config: OptimizerSection) -> tuple[nn.Module, list[torch.Tensor]]:
+    """The model and the state, in fp32, of one process without the skipped step."""
     model = _model()
-    optimizers = build_optimizer([model], OptimizerSection(lr=0.1, implementation="for-loop"))
+    optimizers = build_optimizer([model], config)
     for scale in (1.0, 2.0):
         _backward(model, scale)
         optimizers.step()
         optimizers.zero_grad()
-    expected = [optimizers.state_dict()[key] for key in sorted(optimizers.state_dict())]
+    return model, [optimizers.state_dict()[key].float() for key in sorted(optimizers.state_dict())]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused", "one_pass"])
+def test_sharded_steps_with_one_skipped_equal_one_process_without_it(implementation: str, early: bool) -> None:
+    model, expected = _steps_alone(OptimizerSection(lr=0.1, implementation="for-loop"))
     for parameters, state in run_distributed(_steps, 2, implementation, early):
         for ours, theirs in zip(parameters, model.parameters(), strict=True):
             torch.testing.assert_close(torch.from_numpy(ours), theirs.detach())
@@ -121,13 +126,7 @@ def test_sharded_steps_with_one_skipped_equal_one_process_without_it(implementat
 
 
 def test_sharded_means_in_bf16_are_those_of_one_process() -> None:
-    model = _model()
-    optimizers = build_optimizer([model], OptimizerSection(lr=0.1, state_dtype="bfloat16"))
-    for scale in (1.0, 2.0):
-        _backward(model, scale)
-        optimizers.step()
-        optimizers.zero_grad()
-    expected = [optimizers.state_dict()[key].float() for key in sorted(optimizers.state_dict())]
+    model, expected = _steps_alone(OptimizerSection(lr=0.1, state_dtype="bfloat16"))
     for parameters, state in run_distributed(_steps, 2, "fused", False, "bfloat16"):
         for ours, theirs in zip(parameters, model.parameters(), strict=True):
             torch.testing.assert_close(torch.from_numpy(ours), theirs.detach())
