@@ -6,8 +6,9 @@ from typing import Literal
 from titan_fp8.config.section import Problem, Section, key
 
 LARGEST_BETA_IN_BF16 = 0.95
-"""A step moves a mean by (1 - beta) of its distance from the gradient, and a bf16 number by 2^-9 of itself at least:
-the larger beta is, the farther from its gradients a mean can stand still. With this one losses have been measured."""
+"""A step moves a mean by (1 - beta) of its distance from the gradient, or not at all where that is less than half of
+what bf16 numbers are apart: the larger beta is, the farther from its gradients a mean can stand still. With this one
+losses have been measured."""
 
 
 class OptimizerSection(Section):

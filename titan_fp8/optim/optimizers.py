@@ -262,7 +262,7 @@ def _build_one(parameters: list[nn.Parameter], config: OptimizerSection) -> Adam
 
 
 def _state_dtype(parameters: list[nn.Parameter], config: OptimizerSection) -> torch.dtype | None:
-    """The means' own dtype; None: they have that of the parameters, with or without being told."""
+    """The means' own dtype; None: none is asked for, or fp32 for parameters that are in fp32."""
     wanted = None if config.state_dtype is None else getattr(torch, config.state_dtype)
     is_theirs = all(parameter.dtype == wanted for parameter in parameters)
     return None if is_theirs and wanted == torch.float32 else wanted
