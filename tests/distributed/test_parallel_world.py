@@ -1,7 +1,13 @@
 """Start and end of the process group, sums over ranks, the mesh, one seed for all."""
 
+import hashlib
 import os
+import subprocess
+import sys
+import threading
+import time
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,6 +25,7 @@ from titan_fp8.parallel.distributed import (
     init_distributed,
     local_device,
     set_train_timeouts,
+    threads_that_run,
     world_size_of_environment,
 )
 from titan_fp8.parallel.mesh import build_mesh
@@ -73,6 +80,32 @@ def test_processes_of_torchrun_find_each_other_and_train_with_the_training_timeo
     assert first["any"] == second["any"] == (True, False)
     assert first["timeouts"] == {timedelta(seconds=20)}
     assert first["destroyed"]
+
+
+def test_a_process_ends_after_its_threads_have_given_up_what_they_exchanged(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.distributed.leaving", str(tmp_path), "5"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert ended.stdout.splitlines() == ["0 0"] * 5, ended.stderr
+
+
+def test_threads_that_run_are_those_that_do_something() -> None:
+    stop, numbers = threading.Event(), bytes(1_000_000)
+
+    def compute() -> None:
+        while not stop.is_set():
+            hashlib.sha256(numbers)  # without Python's lock
+
+    busy, idle = threading.Thread(target=compute), threading.Thread(target=stop.wait)
+    for thread in (busy, idle):
+        thread.start()
+    try:
+        time.sleep(0.1)
+        seen = set(chain.from_iterable(threads_that_run() for _ in range(20)))
+        assert busy.native_id in seen
+        assert not {idle.native_id, threading.get_native_id()} & seen
+    finally:
+        stop.set()
+        busy.join(), idle.join()
 
 
 def test_a_process_without_torchrun_is_a_world_of_one(tmp_path: Path) -> None:

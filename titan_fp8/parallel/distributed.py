@@ -8,7 +8,10 @@ Tensors on a GPU travel by NCCL, tensors on a CPU by gloo. A GPU job needs both:
 asynchronous checkpoints talk about CPU tensors.
 """
 
+import contextlib
 import os
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from titan_fp8.parallel.mesh import ParallelMesh
 from titan_fp8.runtime.config import CommSection
 from titan_fp8.runtime.errors import UserError
 
+_SETTLE_S = 10.0
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -102,9 +106,34 @@ def barrier() -> None:
 
 
 def destroy() -> None:
-    """End the process group, if there is one."""
+    """End the process group, if there is one, and wait until its threads have given up what they exchanged.
+
+    PyTorch's caches keep groups, and so gloo's threads, to the end of the process. Such a thread needs Python's lock to
+    give up a tensor, after whoever waited for the exchange goes on. Where the interpreter ends meanwhile, as it may
+    where there are fewer cores than threads, the process is aborted: "terminate called without an active exception".
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_threads()
+
+
+def _wait_for_threads() -> None:
+    """Until no other thread of this process has anything to do, as Linux says. One that never rests is left behind."""
+    deadline, quiet = time.monotonic() + _SETTLE_S, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)  # gives up Python's lock, for which a thread that seems to sleep may wait
+        quiet = 0 if threads_that_run() else quiet + 1
+
+
+def threads_that_run() -> list[int]:
+    """Native numbers of this process' other threads that run or could; none where there is no /proc."""
+    running = []
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if state == "R" and int(task.name) != threading.get_native_id():
+                running.append(int(task.name))
+    return running
 
 
 def _set_up_flight_recorder(comm: CommSection, dump_folder: Path) -> None:
