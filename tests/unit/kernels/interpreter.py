@@ -53,11 +53,43 @@ def replace_the_language_once() -> None:
     triton.runtime.interpreter._patch_lang = replace_once
 
 
+def remember_types() -> None:
+    """Triton makes the type of each intermediate result, and what a tensor has of it, anew, half of the rest of the
+    interpreter's time. Nothing changes them, so those of one name are made once."""
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    make_numpy = triton.runtime.interpreter._get_np_dtype  # and a table of all types, at each call
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    numpy: dict[str, Any] = {}
+
+    def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def tensor(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(vars(self))
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    def numpy_of(type: tl.dtype) -> Any:
+        if type.name not in numpy:
+            numpy[type.name] = make_numpy(type)
+        return numpy[type.name]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
+    triton.runtime.interpreter._get_np_dtype = numpy_of
+
+
 def main(cases: dict[str, Callable[[], str]], shrink_blocks: Callable[[], None]) -> None:
     """Run all cases after `shrink_blocks` and write what is wrong to the file that the command line names."""
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     replace_the_language_once()
+    remember_types()
     shrink_blocks()
     results = {}
     for name, case in cases.items():
