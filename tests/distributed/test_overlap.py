@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
+from tests.cases import some_by_hand
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_parallel import (
     FLOAT8,
@@ -83,9 +84,7 @@ def _train_and_count(rank: int, world_size: int, case: Case) -> tuple[Trained | 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("rowwise", "blockwise") else n for n in CASES]
-)
+@pytest.mark.parametrize("name", some_by_hand(CASES, "rowwise", "rowwise_with_gw_hp but wk, w1", "blockwise"))
 def test_a_block_overlaps_its_exchanges_and_trains_as_one_process(name: str) -> None:
     case, expected, tolerance = CASES[name]
     ranks = run_distributed(_train_and_count, case.ranks, case, timeout_s=280)
