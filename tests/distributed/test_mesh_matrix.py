@@ -161,7 +161,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
         Mesh("fsdp2 tp2", (("compile.enable", "true"),)),
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
-        Mesh("cp2 tp2"),
+        pytest.param(Mesh("cp2 tp2"), marks=pytest.mark.slow),
     ],
     ids=lambda mesh: mesh.axes.replace(" ", "_"),
 )

@@ -84,7 +84,7 @@ def _train_and_count(rank: int, world_size: int, case: Case) -> tuple[Trained | 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", some_by_hand(CASES, "rowwise", "rowwise_with_gw_hp but wk, w1", "blockwise"))
+@pytest.mark.parametrize("name", some_by_hand(CASES, "fp32", "rowwise", "rowwise_with_gw_hp but wk, w1", "blockwise"))
 def test_a_block_overlaps_its_exchanges_and_trains_as_one_process(name: str) -> None:
     case, expected, tolerance = CASES[name]
     ranks = run_distributed(_train_and_count, case.ranks, case, timeout_s=280)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from tests.cases import some_by_hand
 from tests.tolerances import FUSED_VS_EAGER_SQNR_DB, FUSED_VS_UNFUSED_LOSS_DB, sqnr_db
 from tests.unit.converters.fused_models import build, exact, round_once, run, same_bits
 from tests.unit.quantization.test_ops import CountCalls
@@ -81,7 +82,7 @@ def test_compiled_equals_eager_bit_for_bit(recipe: str) -> None:
     assert same_bits(run(model), eager) == []
 
 
-@ALL_RECIPES
+@pytest.mark.parametrize("recipe", some_by_hand(RECIPES, "rowwise", "rowwise_with_gw_hp"))
 def test_blocks_share_one_compiled_graph(recipe: str) -> None:
     torch._dynamo.reset()
     compiler = CompileCounter()
