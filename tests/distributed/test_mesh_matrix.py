@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.harness import run_distributed
 from tests.distributed.trainings import (
+    COMPILED,
     FLOAT8,
     FLOAT8_CODES,
     HIGH_PRECISION,
@@ -158,7 +159,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
     [
         Mesh("tp2"),
         Mesh("pp2", ZERO_BUBBLE),
-        Mesh("fsdp2 tp2", (("compile.enable", "true"),)),
+        Mesh("fsdp2 tp2", tuple(COMPILED.items())),
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
         pytest.param(Mesh("cp2 tp2"), marks=pytest.mark.slow),
