@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import some_by_hand
 from tests.distributed.harness import run_distributed
 from tests.distributed.trainings import (
     COMPILED,
@@ -163,6 +164,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
         pytest.param(Mesh("cp2 tp2"), marks=pytest.mark.slow),
+        pytest.param(Mesh("fsdp2 tp2", (("compile.enable", "true"),)), marks=pytest.mark.slow, id="fsdp2_tp2_inductor"),
     ],
     ids=lambda mesh: mesh.axes.replace(" ", "_"),
 )
@@ -174,8 +176,8 @@ def test_mxfp8(mesh: Mesh, tmp_path: Path) -> None:
 
 def of_recipes(*kept: str) -> pytest.MarkDecorator:
     """A parameter `recipe`: those that are not kept are run by hand."""
-    by_hand = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES if recipe not in kept]
-    return pytest.mark.parametrize("recipe", [*kept, *by_hand])
+    by_hand = [recipe for recipe in RECIPES if recipe not in kept]
+    return pytest.mark.parametrize("recipe", some_by_hand(RECIPES, *by_hand))
 
 
 # Those whose scales are local to a rank's tokens, of rows and of blocks.
@@ -221,22 +223,24 @@ def test_eight_ranks(mesh: Mesh, recipe: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "recipe"),
     [
-        (Mesh("fsdp4"), Mesh("pp2 tp2")),
-        (Mesh("pp2 tp2"), Mesh("fsdp2 cp2")),
-        (Mesh("fsdp2 tp2"), Mesh("fsdp1")),
+        (Mesh("fsdp4"), Mesh("pp2 tp2"), "rowwise"),
+        (Mesh("pp2 tp2"), Mesh("fsdp2 cp2"), "rowwise"),
+        (Mesh("fsdp2 tp2"), Mesh("fsdp1"), "rowwise"),
+        (Mesh("fsdp2 tp2"), Mesh("fsdp1"), None),
     ],
-    ids=lambda mesh: mesh.axes.replace(" ", "_"),
+    ids=lambda value: value.axes.replace(" ", "_") if isinstance(value, Mesh) else str(value),
 )
-def test_a_checkpoint_is_resumed_on_another_mesh(before: Mesh, after: Mesh, tmp_path: Path) -> None:
+def test_a_checkpoint_is_resumed_on_another_mesh(before: Mesh, after: Mesh, recipe: str | None, tmp_path: Path) -> None:
     half = STEPS // 2
-    options = {**converted("rowwise"), "checkpoint.enable": "true", "checkpoint.interval": str(half)}
+    options = {**converted(recipe), "checkpoint.enable": "true", "checkpoint.interval": str(half)}
     first, second = (Mesh(mesh.axes, tuple(options.items())) for mesh in (before, after))
     run_distributed(train, first.ranks, first.arguments(), str(tmp_path), half)
     resumed = run_on(second, tmp_path)
-    expected = alone("rowwise")
+    expected = alone(recipe)
     assert len(resumed.losses) == STEPS - half
-    tolerances = LOCAL_SCALES if "cp" in after.axes + before.axes else FLOAT8_CODES
+    local = "cp" in after.axes + before.axes
+    tolerances = HIGH_PRECISION if recipe is None else LOCAL_SCALES if local else FLOAT8_CODES
     wanted = Run(expected.losses[half:], expected.norms[half:], expected.grads)
     assert_same(resumed, wanted, *tolerances, from_start=False)

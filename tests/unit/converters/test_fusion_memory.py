@@ -9,10 +9,11 @@ from torch import nn
 
 from tests.cases import some_by_hand
 from tests.unit.converters.fused_models import build
-from tests.unit.converters.test_fusion import FULLY_FLOAT8, RECIPES
+from tests.unit.converters.test_fusion import FULLY_FLOAT8
 from titan_fp8.converters.fusion import fuse_producers
 from titan_fp8.quantization.activation import QuantizedActivation
 from titan_fp8.quantization.linear import Float8Linear
+from titan_fp8.quantization.recipes import RECIPES
 
 
 @FULLY_FLOAT8

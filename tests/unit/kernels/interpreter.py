@@ -54,8 +54,8 @@ def replace_the_language_once() -> None:
 
 
 def remember_types() -> None:
-    """Triton makes the type of each intermediate result, and what a tensor has of it, anew, half of the rest of the
-    interpreter's time. Nothing changes them, so those of one name are made once."""
+    """Triton makes the type of each intermediate result, and what a tensor has of it, anew, a third to a half of the
+    rest of the interpreter's time. Nothing changes them, so those of one name are made once."""
     make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     make_numpy = triton.runtime.interpreter._get_np_dtype  # and a table of all types, at each call
     blocks: dict[Any, dict[str, Any]] = {}
