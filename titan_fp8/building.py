@@ -219,6 +219,7 @@ def _build_part(
         dump_folder=folder,
         batch_tokens=training.local_batch_size * training.seq_len // mesh.degrees.context,
         microbatches=max(1, training.global_batch_size // (training.local_batch_size * mesh.data_ranks)),
+        gradients_stay=not job.optimizer.early_step_in_backward,
     )
     materialize(part, device, cpu_offload=training.enable_cpu_offload)
     initialize(part, seed, device=device)

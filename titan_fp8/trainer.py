@@ -8,7 +8,7 @@ however it is cut into microbatches and spread over processes.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,14 @@ from titan_fp8.runtime.host_copy import HostCopy
 from titan_fp8.runtime.logging import info_once, logger
 from titan_fp8.runtime.preemption import StopSignals, leave
 from titan_fp8.train_state import TrainState
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step whose loss and gradient norm `[2]` the host has not read yet."""
+
+    step: int
+    found: HostCopy
 
 
 class NonFiniteError(UserError):
@@ -82,6 +90,7 @@ class Trainer:
     checkpointer: Checkpointer
     state: TrainState
     metrics: MetricsLogger
+    _under_way: _UnderWay | None = field(default=None, init=False)
 
     def train(self) -> None:
         """Train to `training.steps`, from the step that `state` stands at.
@@ -104,10 +113,10 @@ class Trainer:
         ):
             for step in range(first_step, last_step + 1):
                 garbage.run(step)
-                result = self._train_step()
+                self._train_step()
                 self.state.step = step
                 if self.metrics.should_log(step):
-                    self._log(step, result, self.state.tokens_seen - tokens_logged)
+                    self._log(step, self._read_result(), self.state.tokens_seen - tokens_logged)
                     tokens_logged = self.state.tokens_seen
                 after_step()
                 self._validate(step)
@@ -127,7 +136,9 @@ class Trainer:
                 if part is not None:
                     stack.callback(part.close)
 
-    def _train_step(self) -> StepResult:
+    def _train_step(self) -> None:
+        """Start a step on the device. What it finds out, `_read_result` tells: when somebody asks, or in the next step,
+        before its backward pass."""
         batches = [self._on_device(batch) for batch in self.loader.next_step()]
         label_tokens = self._label_tokens(batches)
         tokens = sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
@@ -139,9 +150,9 @@ class Trainer:
             loss_sum += self._forward_backward(batch, label_tokens, is_last=number == len(batches))
         loss = self.mesh.sum_of_losses(loss_sum)
         grad_norm = self.optimizers.clip_grad_norm(self.job.training.max_norm, is_untouched=True)
-        # The host reads them while the device updates the parameters, and starts the next step meanwhile. The device
-        # decides whether there is an update: it would be idle until the host has launched the optimizer's kernels.
-        found = HostCopy(torch.stack([loss, grad_norm.to(loss)]))
+        # The host reads them later, and so is ahead of the device by most of a step: in a forward pass it may need
+        # longer for a block than the device. The device decides whether there is an update.
+        self._under_way = _UnderWay(self.state.step + 1, HostCopy(torch.stack([loss, grad_norm.to(loss)])))
         nonfinite = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.state.lr = self.lr_scheduler.lr
         self.checkpointer.maybe_wait_for_staging()
@@ -152,10 +163,24 @@ class Trainer:
             self.expert_load.end_step(skip=nonfinite)
         self.lr_scheduler.step()
         self.state.tokens_seen += tokens
+
+    def _read_result(self) -> StepResult:
+        """Wait for what the step under way finds out, once.
+
+        Raises:
+            NonFiniteError: it is not finite, and the policy says to stop.
+        """
+        assert self._under_way is not None
+        step, self._under_way, found = self._under_way.step, None, self._under_way.found
         result = StepResult(*found.read().tolist())
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            self._on_nonfinite(self.state.step + 1, result)
+            self._on_nonfinite(step, result)
         return result
+
+    def _settle(self) -> None:
+        """Know what the last step has found out, if that is not known yet."""
+        if self._under_way is not None:
+            self._read_result()
 
     def _on_device(self, batch: Batch) -> Batch:
         """A batch where it is computed, with those labels whose loss this rank computes."""
@@ -166,10 +191,13 @@ class Trainer:
         """The loss of a batch, divided by `label_tokens`; its gradients are added to those that there are."""
         tokens, where = self._inputs(batch)
         if self.pipeline is not None:
+            self._settle()
             return self.pipeline.step(tokens, batch.labels, batch.document_ids, label_tokens=label_tokens, **where)
         (model,) = self.parts
         set_gradient_sync(model, self.mesh, is_last_microbatch=is_last)
         loss = self._loss_of(model, batch, tokens, where) / label_tokens
+        # Not later: the memory of the last step's gradients is that of this one's, once the device is done with them.
+        self._settle()
         loss.backward()
         return loss.detach()
 
@@ -242,6 +270,7 @@ class Trainer:
         """Mean loss over the validation batches of all ranks, every `validation.freq` steps and after the last."""
         if self.validation is None or (step % self.job.validation.freq and step != self.job.training.steps):
             return
+        self._settle()
         with self.metrics.untimed():
             self._set_training(False)
             sums = torch.zeros(2, dtype=torch.float64)
@@ -257,6 +286,7 @@ class Trainer:
     def _save(self, step: int, *, now: bool = False) -> None:
         is_last = step == self.job.training.steps
         if self.checkpointer.is_due(step, last_step=is_last, now=now):
+            self._settle()
             # A checkpoint that counts as complete must find the lines up to its step on the disk.
             self.metrics.flush()
             with self.metrics.untimed():
@@ -264,6 +294,7 @@ class Trainer:
 
     def _stop_early(self, step: int) -> NoReturn:
         """Save after this step, whether or not it is time to, and end the run."""
+        self._settle()
         saved = self.checkpointer.is_due(step, now=True)
         self._save(step, now=True)
         self.checkpointer.close()

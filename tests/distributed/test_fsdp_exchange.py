@@ -281,6 +281,35 @@ def test_the_norm_is_that_of_gradients_as_they_are_and_most_are_not_read_for_it(
         assert [read for *_, read in found] == [*(max(written, least) for written in range(3)), units]
 
 
+STAYING = replace(PLAIN, gradients_stay=True)
+STAYS = [
+    (STAYING, {True}),
+    (PLAIN, {False}),  # nobody has promised it
+    (replace(STAYING, microbatches=2), {False}),  # FSDP adds, or the sums lie in memory of their own
+    (replace(STAYING, compute_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16), {False}),  # FSDP casts
+    (replace(STAYING, shard=1, replicate=2), set()),  # no exchange between shards
+]
+
+
+def _promises(rank: int, world_size: int, cases: list[Case], folder: str) -> list[set[bool]]:
+    found = []
+    for case in cases:
+        with (
+            through_files(folder),
+            mock.patch.object(fsdp, "_exchanges_by_peers", lambda mesh, _: mesh.shards.size() > 1),
+            mock.patch.object(fsdp, "PeerReduceScatter", side_effect=fsdp.PeerReduceScatter) as made,
+        ):
+            spread(case)
+        found.append({call.kwargs["sums_stay"] for call in made.call_args_list})
+    return found
+
+
+def test_sums_stay_where_they_are_the_gradients_and_these_stay(tmp_path: Path) -> None:
+    cases, expected = zip(*STAYS, strict=True)
+    for found in run_distributed(_promises, 2, list(cases), str(tmp_path), timeout_s=200.0):
+        assert found == list(expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_is_the_one_with_collectives(name: str, tmp_path: Path) -> None:
     results = run_distributed(_train, CASES[name].shard, CASES[name], str(tmp_path), timeout_s=200.0)

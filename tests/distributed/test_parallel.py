@@ -66,6 +66,7 @@ class Case:
     batch_tokens: int | None = None
     device_type: str = "cpu"
     fsdp_exchange: str = "auto"
+    gradients_stay: bool = False
 
     @property
     def ranks(self) -> int:
@@ -181,6 +182,7 @@ def spread(case: Case, **float8: Any) -> tuple[Decoder, ParallelMesh]:
         cpu_offload=case.cpu_offload,
         batch_tokens=case.batch_tokens,
         microbatches=case.microbatches,
+        gradients_stay=case.gradients_stay,
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device(case.device_type), cpu_offload=case.cpu_offload)

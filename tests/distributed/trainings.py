@@ -130,8 +130,9 @@ def train(
         for step in range(trainer.state.step + 1, steps + 1):
             if step == steps:
                 _record_gradients(trainer, run)
-            result = trainer._train_step()
+            trainer._train_step()
             trainer.state.step = step
+            result = trainer._read_result()
             run.losses.append(result.loss)
             run.norms.append(result.grad_norm)
             trainer._validate(step)

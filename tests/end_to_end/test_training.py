@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import FLOAT8, command_environment
-from titan_fp8 import trainer
+from titan_fp8 import building, trainer
 from titan_fp8.cli.main import main
 from titan_fp8.data.documents import check_text
 from titan_fp8.data.token_store import Manifest, Shard
@@ -94,7 +94,6 @@ def test_validation_is_logged_and_leaves_training_alone(run_here) -> None:
 @pytest.fixture
 def poisoned_step(monkeypatch: pytest.MonkeyPatch):
     """Makes the loss of one microbatch (counted from 1) NaN."""
-    from titan_fp8 import building
     from titan_fp8.models.loss import cross_entropy_sum
 
     def poison(*numbers: int) -> None:
@@ -109,8 +108,11 @@ def poisoned_step(monkeypatch: pytest.MonkeyPatch):
     return poison
 
 
-def test_the_update_is_under_way_when_the_host_waits_for_a_steps_loss(run_here, monkeypatch) -> None:
+def test_the_host_waits_for_a_steps_loss_when_it_is_logged_or_the_next_forward_pass_is_asked_for(
+    run_here, monkeypatch
+) -> None:
     order: list[str] = []
+    loss = building.cross_entropy_sum
 
     class Copy(HostCopy):
         def __init__(self, value: torch.Tensor) -> None:
@@ -124,14 +126,22 @@ def test_the_update_is_under_way_when_the_host_waits_for_a_steps_loss(run_here, 
     step = OptimizersContainer.step
     monkeypatch.setattr(trainer, "HostCopy", Copy)
     monkeypatch.setattr(OptimizersContainer, "step", lambda *a, **k: order.append("update") or step(*a, **k))
-    assert run_here("--training.steps", "2").code == 0
-    assert order == ["loss known", "update", "read"] * 2
+    monkeypatch.setattr(building, "cross_entropy_sum", lambda *a: order.append("forward") or loss(*a))
+    result = run_here("--training.steps", "5", "--metrics.log_freq", "4", "--training.global_batch_size", "4")
+    assert result.code == 0, result.output
+    started = ["forward", "forward", "loss known", "update"]
+    after_read = ["forward", "read", *started[1:]]
+    logged_steps = [[*started, "read"], started, after_read, [*after_read, "read"], [*started, "read"]]
+    assert order == [event for step in logged_steps for event in step]
+    assert [line["step"] for line in result.lines] == [1, 4, 5]
 
 
-def test_a_non_finite_loss_stops_the_run_with_one_clear_error(run_here, poisoned_step) -> None:
+@pytest.mark.parametrize("log_freq", ["1", "10"])
+def test_a_non_finite_loss_stops_the_run_with_one_clear_error(run_here, poisoned_step, log_freq: str) -> None:
     poisoned_step(3)
-    result = run_here()
+    result = run_here("--metrics.log_freq", log_freq)
     assert result.code == 1
+    assert result.lines[-1]["step"] == 3
     assert "step 3: loss nan" in result.output
     assert "Traceback" not in result.output
     assert result.losses[:2] != [None, None]
@@ -151,6 +161,19 @@ def test_a_non_finite_gradient_is_seen_before_it_is_saved_though_backward_droppe
     }
 
 
+@pytest.mark.parametrize(
+    "due",
+    ["--checkpoint.enable --checkpoint.interval 3", "--validation.enable --validation.freq 3 --validation.steps 2"],
+)
+def test_a_non_finite_step_is_known_before_what_is_due_after_it(run_here, poisoned_step, due: str) -> None:
+    poisoned_step(3)
+    result = run_here("--metrics.log_freq", "10", *due.split())
+    assert result.code == 1
+    assert "step 3: loss nan" in result.output
+    assert not (result.folder / "checkpoint" / "step-3").exists()
+    assert not (result.folder / "validation.jsonl").exists()
+
+
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_a_skipped_step_leaves_the_weights_alone_and_is_counted(run_here, poisoned_step, implementation: str) -> None:
     poisoned_step(3)
@@ -162,10 +185,13 @@ def test_a_skipped_step_leaves_the_weights_alone_and_is_counted(run_here, poison
     assert result.lines[-1]["nonfinite_steps"] == 1
 
 
-def test_more_skipped_steps_than_allowed_stop_the_run(run_here, poisoned_step) -> None:
+@pytest.mark.parametrize("log_freq", ["1", "10"])
+def test_more_skipped_steps_than_allowed_stop_the_run(run_here, poisoned_step, log_freq: str) -> None:
     poisoned_step(2, 3, 4)
-    result = run_here("--training.nonfinite_policy", "skip", "--training.max_nonfinite_steps", "2")
+    options = ["--training.nonfinite_policy", "skip", "--training.max_nonfinite_steps", "2"]
+    result = run_here(*options, "--metrics.log_freq", log_freq)
     assert result.code == 1
+    assert (result.lines[-1]["step"], result.lines[-1]["nonfinite_steps"]) == (4, 3)
     assert "training.max_nonfinite_steps = 2" in result.output
 
 

@@ -30,6 +30,7 @@ PLAIN = Case(
 CODES = replace(PLAIN, float8_all_gather=True, dims={**PLAIN.dims, "n_layers": 5})
 CASES = {
     "bf16": PLAIN,
+    "staying": replace(PLAIN, gradients_stay=True),
     "compiled": replace(PLAIN, compile_backend="inductor"),
     "tensorwise": replace(PLAIN, float8_recipe="tensorwise"),
     "full_ac": replace(PLAIN, activation_checkpoint={"mode": "full"}),
@@ -250,6 +251,49 @@ def test_gradients_of_blocks_and_output_layer_are_not_read_for_their_norm(tmp_pa
         for norm, exact, read in found:
             assert norm == pytest.approx(exact, rel=1e-5)
             assert read == 0
+
+
+def _memory_ahead(rank: int, world_size: int, cases: list[Case], folder: str) -> list[int]:
+    """Of each case, the bytes that a step takes beyond those of steps before if the device has not done any of it when
+    the host has asked for the backward pass and for the next forward pass."""
+    init_distributed(CommSection(), local_device("cuda"), folder)
+    found = []
+    try:
+        for case in cases:
+            model, _ = spread(case)
+            tokens = torch.randint(case.vocab_size, (4, 512), device="cuda")
+
+            def forward(model=model, tokens=tokens) -> torch.Tensor:
+                return model(tokens).float().square().mean()
+
+            for _ in range(3):
+                model.zero_grad()
+                forward().backward()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_reserved()
+            loss = forward()
+            torch.cuda._sleep(2_000_000_000)
+            loss.backward()
+            model.zero_grad()
+            del loss
+            loss = forward()
+            found.append(torch.cuda.memory_reserved() - before)
+            assert not torch.cuda.current_stream().query(), "the device was not behind"
+            loss.backward()
+            del model, loss
+        return found
+    finally:
+        destroy()
+
+
+def test_a_host_that_is_ahead_takes_no_more_memory_if_gradients_stay(tmp_path) -> None:
+    # Gradients are most of the memory: 6 blocks of 25 million weights, of which each rank has a half.
+    sizes = {"dim": 1024, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 7168, "n_layers": 6}
+    case = replace(PLAIN, dims=sizes, fsdp_exchange="peer_memory")
+    cases = [replace(case, gradients_stay=True), case]
+    for staying, going in run_distributed(_memory_ahead, 2, cases, str(tmp_path), init=False, timeout_s=200.0):
+        assert staying == 0
+        assert going > 0, "the test would not notice"
 
 
 def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list:

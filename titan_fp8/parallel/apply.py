@@ -50,6 +50,7 @@ def parallelize(
     dump_folder: Path | None = None,
     batch_tokens: int | None = None,
     microbatches: int = 1,
+    gradients_stay: bool = False,
 ) -> Decoder:
     """Apply the inner order to `model`, in place, and return it. A model on the meta device stays there.
 
@@ -66,6 +67,7 @@ def parallelize(
         batch_tokens: tokens of a local batch on this rank, as many on every rank, by which to choose what FSDP moves
             for the embedding (`sharded_embedding.py`); None: not known.
         microbatches: whose gradients are added up in an optimizer step.
+        gradients_stay: as for `apply_fsdp`.
 
     Raises:
         UserError: something asked for cannot be done; the message names the key, the rule and the remedy.
@@ -102,6 +104,7 @@ def parallelize(
             cpu_offload=cpu_offload,
             batch_tokens=batch_tokens,
             microbatches=microbatches,
+            gradients_stay=gradients_stay,
         )
     return model
 

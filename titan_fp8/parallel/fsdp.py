@@ -81,6 +81,7 @@ def apply_fsdp(
     cpu_offload: bool,
     batch_tokens: int | None = None,
     microbatches: int = 1,
+    gradients_stay: bool = False,
 ) -> None:
     """Shard the parameters of `model` over `mesh`, in place; they become DTensors under the same names.
 
@@ -93,6 +94,9 @@ def apply_fsdp(
         cpu_offload: keep shards, gradients and so the optimizer's state in host memory.
         batch_tokens: tokens of a local batch on this rank, as many on every rank; None: not known, or not the same.
         microbatches: whose gradients are added up in a step.
+        gradients_stay: nobody drops or replaces a gradient before the backward pass in which it came has ended, nor
+            begins one while there are gradients of another, but for those `microbatches`. The memory of gradients then
+            serves the next forward pass while the host is ahead of the device.
 
     Raises:
         UserError: `cpu_offload` on a CPU, or an exchange that the GPUs cannot do.
@@ -125,7 +129,10 @@ def apply_fsdp(
         # The stages of a pipeline and copies of the model add up microbatches before there are gradients of shards.
         is_summed_here = mesh.degrees.pipeline == 1 and mesh.degrees.data_parallel_replicate == 1
         keeps = microbatches > 1 and not cpu_offload and is_summed_here
-        _exchange_units(model, units, freed[:-1], mesh, reduce_dtype, in_place, keeps_sums=keeps)
+        # Else FSDP itself lets go of sums: it casts, copies or adds them, which takes other memory.
+        are_gradients = microbatches == 1 and not cpu_offload and mesh.degrees.data_parallel_replicate == 1
+        stay = gradients_stay and are_gradients and mesh.degrees.pipeline == 1
+        _exchange_units(model, units, freed[:-1], mesh, reduce_dtype, in_place, keeps_sums=keeps, sums_stay=stay)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -258,6 +265,7 @@ def _exchange_units(
     in_place: set[nn.Parameter],
     *,
     keeps_sums: bool,
+    sums_stay: bool,
 ) -> None:
     """Have blocks and the output layer exchanged through peer memory.
 
@@ -265,6 +273,7 @@ def _exchange_units(
         freed: whether each unit is freed after its forward pass.
         in_place: parameters that FSDP has nothing to do with.
         keeps_sums: the sums of gradients over microbatches are to lie in memory of their own.
+        sums_stay: those of the parameters' dtype are the gradients, and stay until the backward pass has ended.
     """
     group = mesh.shards.get_group()
     kept: list[GradientSums] = []
@@ -289,7 +298,14 @@ def _exchange_units(
         sums = GradientSums(parts, reduce_dtype) if keeps_sums else None
         kept += [] if sums is None else [sums]
         first.set_custom_all_gather(PeerAllGather(gathers, codes))
-        reduction = PeerReduceScatter(reductions, reduce_dtype, sums, squares=mesh.degrees.data_parallel_replicate == 1)
+        are_gradients = all(each.dtype == reduce_dtype for part in parts for each in part.parameters(recurse=False))
+        reduction = PeerReduceScatter(
+            reductions,
+            reduce_dtype,
+            sums,
+            squares=mesh.degrees.data_parallel_replicate == 1,
+            sums_stay=sums_stay and are_gradients,
+        )
         first.set_custom_reduce_scatter(reduction)
     create_before_forward(model, kept)
 

@@ -160,13 +160,23 @@ class PeerReduceScatter(ReduceScatter):
         kept: where the sums of a unit's microbatches lie; None: FSDP adds them up.
         squares: the sums are also squared, for the norm of gradients (`runtime/known_squares.py`). Not if somebody else
             adds to them without telling their version counter, as a collective does.
+        sums_stay: nobody lets go of sums before the backward pass has ended, when the stream of the gradients has been
+            told to wait for them. Otherwise their memory is free only when the device has computed them, and a host
+            that is ahead of it takes more.
     """
 
     def __init__(
-        self, places: Places, sum_dtype: torch.dtype, kept: GradientSums | None = None, *, squares: bool = False
+        self,
+        places: Places,
+        sum_dtype: torch.dtype,
+        kept: GradientSums | None = None,
+        *,
+        squares: bool = False,
+        sums_stay: bool = False,
     ) -> None:
         self._places = places
         self._squares = squares
+        self._sums_stay = sums_stay
         self._ranks = places.group.size()
         self._sum_dtype = sum_dtype
         self._kept = kept
@@ -194,12 +204,14 @@ class PeerReduceScatter(ReduceScatter):
 
         Of the memory of the stream on which they are computed nothing else would be made in between; that of the
         gradients' stream serves the activations as well. It may be taken, for the stream of the sums has just waited
-        for all that was computed there so far; and it is given back when the sums are computed.
+        for all that was computed there so far; and it is given back when the sums are computed, which the stream of the
+        gradients is told to wait for at the end of the backward pass.
         """
         stream = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._of_gradients):
             sums = torch.empty(numel, dtype=dtype, device=device)
-        sums.record_stream(stream)
+        if not self._sums_stay:
+            sums.record_stream(stream)
         return sums
 
     def __call__(

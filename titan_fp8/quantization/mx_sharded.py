@@ -35,6 +35,7 @@ from titan_fp8.quantization.shard_cast import ShardAxis, cut_dim, is_cut_by_rows
 from titan_fp8.quantization.shardable import ShardableWeight
 from titan_fp8.quantization.weight_state import WeightState
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.told_signature import told_signature
 
 OPTION = "enable_fsdp_mxfp8_all_gather"
 
@@ -140,6 +141,7 @@ class ShardableMXWeight(ShardableWeight):
         for weight in weights:
             weight.state.recorded(weight, ahead=ahead)
 
+    @told_signature
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:

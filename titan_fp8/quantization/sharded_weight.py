@@ -30,6 +30,7 @@ from titan_fp8.quantization.shard_cast import (
 from titan_fp8.quantization.shardable import ShardableWeight
 from titan_fp8.quantization.weight_state import Float8WeightState
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.told_signature import told_signature
 
 
 class ShardableFloat8Weight(ShardableWeight):
@@ -46,6 +47,7 @@ class ShardableFloat8Weight(ShardableWeight):
         """See `ShardableWeight`."""
         refresh(weights, shapes, axis, ahead=ahead)
 
+    @told_signature
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:

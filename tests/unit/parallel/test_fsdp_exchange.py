@@ -172,6 +172,22 @@ def test_sums_are_squared_only_if_asked(ranks) -> None:
     assert take_known_squares([sums])[0] == []
 
 
+@pytest.mark.parametrize("sums_stay", [True, False])
+def test_sums_that_may_go_at_any_time_belong_to_the_stream_that_computes_them(
+    ranks, monkeypatch: pytest.MonkeyPatch, *, sums_stay: bool
+) -> None:
+    recorded: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: recorded.append(self))
+    (group, _) = ranks(2)
+    group.memory[0, 1] = torch.zeros(8 * 4, dtype=torch.uint8)
+    reduce = PeerReduceScatter(Places(group), torch.float32, squares=True, sums_stay=sums_stay)
+    gradients = reduce.allocate((8,), dtype=torch.float32, device=CPU).fill_(1)
+    sums = reduce.allocate((4,), dtype=torch.float32, device=CPU)
+    reduce(sums, gradients, group, dist.ReduceOp.SUM)
+    assert len(recorded) == (0 if sums_stay else 2), "the sums and their squares"
+    assert sums_stay or recorded[0] is sums
+
+
 def test_of_the_other_ranks_gradients_no_more_is_read_at_once_than_allowed(ranks, monkeypatch) -> None:
     monkeypatch.setattr(fsdp_exchange, "READ_AT_ONCE", 3 * 300 * 2)  # 300 numbers in bf16 of each of 3 ranks
     lengths = []
