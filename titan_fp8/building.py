@@ -134,7 +134,16 @@ def build_trainer(
         checkpointer=checkpointer,
         state=state,
         metrics=metrics,
+        runs_ahead=_gradients_stay(job, mesh),
     )
+
+
+def _gradients_stay(job: JobConfig, mesh: ParallelMesh) -> bool:
+    """Whether gradients are what the backward pass has summed, until the optimizer's step: nobody casts, sums or drops
+    them before. See `apply_fsdp`."""
+    training = job.training
+    is_summed_once = mesh.degrees.data_parallel_replicate == 1 and training.mixed_precision_reduce == training.dtype
+    return is_summed_once and not job.optimizer.early_step_in_backward
 
 
 def _loss(job: JobConfig, mesh: ParallelMesh) -> Callable[[Tensor, Tensor], Tensor]:
@@ -219,7 +228,7 @@ def _build_part(
         dump_folder=folder,
         batch_tokens=training.local_batch_size * training.seq_len // mesh.degrees.context,
         microbatches=max(1, training.global_batch_size // (training.local_batch_size * mesh.data_ranks)),
-        gradients_stay=not job.optimizer.early_step_in_backward,
+        gradients_stay=_gradients_stay(job, mesh),
     )
     materialize(part, device, cpu_offload=training.enable_cpu_offload)
     initialize(part, seed, device=device)

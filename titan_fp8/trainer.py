@@ -28,7 +28,7 @@ from titan_fp8.observability.summary import format_summary
 from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.optim.schedule import LRSchedulers
 from titan_fp8.parallel.context import ContextParallel
-from titan_fp8.parallel.distributed import any_rank, set_train_timeouts
+from titan_fp8.parallel.distributed import any_rank, barrier, set_train_timeouts
 from titan_fp8.parallel.expert_load import ExpertLoad
 from titan_fp8.parallel.fsdp import set_gradient_sync
 from titan_fp8.parallel.mesh import ParallelMesh
@@ -71,6 +71,8 @@ class Trainer:
     """A built run. `titan_fp8.building.build_trainer` makes one; `train` runs it; `close` ends it.
 
     `loss_fn(logits [B, S, V], labels [B, S])` returns the fp32 sum of the cross-entropy of the labels that count.
+    `runs_ahead`: the host may ask for a forward pass before it knows what the step before has found out. The memory of
+    that step's gradients is free for it in the order of the stream.
     """
 
     job: JobConfig
@@ -90,6 +92,7 @@ class Trainer:
     checkpointer: Checkpointer
     state: TrainState
     metrics: MetricsLogger
+    runs_ahead: bool
     _under_way: _UnderWay | None = field(default=None, init=False)
 
     def train(self) -> None:
@@ -142,6 +145,8 @@ class Trainer:
         batches = [self._on_device(batch) for batch in self.loader.next_step()]
         label_tokens = self._label_tokens(batches)
         tokens = sum(batch.tokens.numel() for batch in batches) * self.mesh.data_ranks
+        if not self.runs_ahead:
+            self._settle()
         self.optimizers.zero_grad()
         if self.expert_load is not None:
             self.expert_load.begin_step(tokens)
@@ -184,6 +189,8 @@ class Trainer:
 
     def _on_device(self, batch: Batch) -> Batch:
         """A batch where it is computed, with those labels whose loss this rank computes."""
+        # From other memory than page-locked, a copy may wait for all that the device has been asked for.
+        batch = batch.pin_memory() if self.device.type == "cuda" else batch
         batch = batch.to(self.device, non_blocking=True)
         return batch if self.context is None else replace(batch, labels=self.context.shard(batch.labels))
 
@@ -241,6 +248,7 @@ class Trainer:
         if training.nonfinite_policy == "skip" and count <= training.max_nonfinite_steps:
             logger.warning("%s: update skipped (%d of at most %d)", found, count, training.max_nonfinite_steps)
             return
+        barrier()  # no rank leaves while the GPU of another reads its memory, for a forward pass that is under way
         self.state.step = step
         self._log(step, result, 0)
         self.metrics.flush()

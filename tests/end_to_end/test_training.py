@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from titan_fp8.cli.main import main
 from titan_fp8.data.documents import check_text
 from titan_fp8.data.token_store import Manifest, Shard
 from titan_fp8.data.tokenizer import ByteTokenizer
+from titan_fp8.job_config import load_job_config
 from titan_fp8.optim.optimizers import OptimizersContainer
 from titan_fp8.runtime.host_copy import HostCopy
 
@@ -108,8 +111,16 @@ def poisoned_step(monkeypatch: pytest.MonkeyPatch):
     return poison
 
 
+@pytest.mark.parametrize(
+    ("options", "after_read"),
+    [
+        ("", ["forward", "read", "forward"]),
+        # Gradients are dropped on the stream that sums them, and their memory is free when it has done so.
+        ("--optimizer.early_step_in_backward --training.max_norm 0", ["read", "forward", "forward"]),
+    ],
+)
 def test_the_host_waits_for_a_steps_loss_when_it_is_logged_or_the_next_forward_pass_is_asked_for(
-    run_here, monkeypatch
+    run_here, monkeypatch, options: str, after_read: list[str]
 ) -> None:
     order: list[str] = []
     loss = building.cross_entropy_sum
@@ -127,13 +138,32 @@ def test_the_host_waits_for_a_steps_loss_when_it_is_logged_or_the_next_forward_p
     monkeypatch.setattr(trainer, "HostCopy", Copy)
     monkeypatch.setattr(OptimizersContainer, "step", lambda *a, **k: order.append("update") or step(*a, **k))
     monkeypatch.setattr(building, "cross_entropy_sum", lambda *a: order.append("forward") or loss(*a))
-    result = run_here("--training.steps", "5", "--metrics.log_freq", "4", "--training.global_batch_size", "4")
+    batch = [] if "early" in options else ["--training.global_batch_size", "4"]
+    result = run_here("--training.steps", "5", "--metrics.log_freq", "4", *batch, *options.split())
     assert result.code == 0, result.output
-    started = ["forward", "forward", "loss known", "update"]
-    after_read = ["forward", "read", *started[1:]]
-    logged_steps = [[*started, "read"], started, after_read, [*after_read, "read"], [*started, "read"]]
-    assert order == [event for step in logged_steps for event in step]
+    if not batch:
+        after_read = after_read[:-1]
+    known = ["loss known", "update"]
+    started, after_read = ["forward"] * (len(after_read) - 1) + known, after_read + known
+    steps = [[*started, "read"], started, after_read, [*after_read, "read"], [*started, "read"]]
+    assert order == [event for step in steps for event in step]
     assert [line["step"] for line in result.lines] == [1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "copies", "expected"),
+    [
+        ([], 1, True),
+        (["--training.mixed_precision_reduce=bfloat16"], 1, False),
+        (["--training.mixed_precision_reduce=bfloat16", "--training.dtype=bfloat16"], 1, True),
+        ([], 2, False),
+        (["--optimizer.early_step_in_backward", "--training.max_norm=0"], 1, False),
+    ],
+)
+def test_gradients_stay_unless_something_casts_sums_or_drops_them(options, copies: int, *, expected: bool) -> None:
+    job, _ = load_job_config(["--model.name=llama3", *options], {"WORLD_SIZE": "4"})
+    mesh: Any = SimpleNamespace(degrees=SimpleNamespace(data_parallel_replicate=copies))
+    assert building._gradients_stay(job, mesh) is expected
 
 
 @pytest.mark.parametrize("log_freq", ["1", "10"])

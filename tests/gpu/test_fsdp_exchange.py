@@ -261,7 +261,7 @@ def _memory_ahead(rank: int, world_size: int, cases: list[Case], folder: str) ->
     try:
         for case in cases:
             model, _ = spread(case)
-            tokens = torch.randint(case.vocab_size, (4, 512), device="cuda")
+            tokens = torch.randint(case.vocab_size, (128, 16), device="cuda")
 
             def forward(model=model, tokens=tokens) -> torch.Tensor:
                 return model(tokens).float().square().mean()

@@ -33,7 +33,7 @@ class DataloaderSection(Section):
     training stay in any case. Needs `num_workers` > 0."""
 
     pin_memory: bool = False
-    """Put batches into page-locked memory, so that the copy to the GPU does not block. Needs a GPU."""
+    """Put batches into page-locked memory ahead of the step, where they are prepared. Needs a GPU."""
 
     prefetch_factor: int | None = key(None, ge=1, le=MAX_BATCH, unit="batches per worker")
     """Batches that each worker prepares ahead. Needs `num_workers` > 0; unset means 2."""
