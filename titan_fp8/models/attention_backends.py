@@ -42,6 +42,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from titan_fp8.models import flash4
 from titan_fp8.runtime.device import DeviceCapabilities
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.kept_results import told
 from titan_fp8.runtime.suggest import did_you_mean
 
 Backend = Literal["math", "flash", "efficient", "cudnn", "flash4", "flex"]
@@ -55,6 +56,18 @@ _SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_aten = torch.ops.aten
+SDPA_OPERATORS = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_fused_attention_overrideable.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+"""What `scaled_dot_product_attention` computes with in one operator, which whoever recomputes a block may keep."""
+_attend = told(F.scaled_dot_product_attention, SDPA_OPERATORS)
 _HALF = (torch.bfloat16, torch.float16)
 _OF_ANY_WIDTHS = ("math", "flash4")
 """They get heads as they are: `math` takes any, and `flash4` no latent attention."""
@@ -211,9 +224,7 @@ def causal_attention(
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         is_grouped = False
     with sdpa_kernel(_SDPA_BACKENDS[backend]):
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped, scale=scale
-        )
+        return _attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped, scale=scale)
 
 
 def kernel_widths(backend: str, width: int, value_width: int) -> tuple[int, int]:

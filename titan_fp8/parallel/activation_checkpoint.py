@@ -29,18 +29,22 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_fp8.models import flash4
+from titan_fp8.models.attention_backends import SDPA_OPERATORS
 from titan_fp8.models.decoder import Decoder, TransformerBlock
 from titan_fp8.models.grouped import multiply_rows
 from titan_fp8.parallel.compile import compiles
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.parallel.context_attention import attention_op
 from titan_fp8.quantization.grouped_ops import grouped_mm_rows
+from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.mx_grouped_ops import multiply_rows as mx_multiply_rows
 from titan_fp8.quantization.mx_grouped_ops import scaled_mm_rows as mx_scaled_mm_rows
+from titan_fp8.quantization.mx_linear import MXFP8Linear
 from titan_fp8.quantization.mx_ops import emulated_mm, scaled_mm_op
 from titan_fp8.quantization.ops import GEMM_OPS, amax
 from titan_fp8.quantization.tensor_parallel import local_tensor
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.kept_results import keeping_contexts
 from titan_fp8.runtime.patterns import matches
 from titan_fp8.runtime.recomputation import with_memory
 from titan_fp8.runtime.suggest import did_you_mean
@@ -57,12 +61,8 @@ _CHOICES = frozenset({_aten.topk.default})
 _ALWAYS_KEPT = frozenset(
     {
         *_CHOICES,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
+        *SDPA_OPERATORS,
         flash4.forward,
-        _aten._scaled_dot_product_fused_attention_overrideable.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
         flex_attention,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
         torch.ops._c10d_functional.all_to_all_single.default,
@@ -81,6 +81,7 @@ def apply_activation_checkpointing(
     compile_config: CompileSection,
     dump_folder: Path | None = None,
     around_experts: bool = False,
+    is_local: bool = False,
 ) -> None:
     """Apply `section` to the blocks of `model`, in place.
 
@@ -91,6 +92,7 @@ def apply_activation_checkpointing(
         around_experts: of a block with experts, parts will be compiled and not the whole (`apply_compile`). By
             operation, these parts and the experts are then checkpointed one by one; otherwise the block is, in eager
             mode, where nothing has to be said about what to keep.
+        is_local: what blocks compute needs no exchange with other ranks, the gathers of their weights aside.
 
     Raises:
         UserError: from `check_activation_checkpointing`.
@@ -108,8 +110,10 @@ def apply_activation_checkpointing(
         "debug": section.debug,
     }
     by_operation, every = is_per_op(section), 1
+    recomputed: frozenset[Shape] = frozenset()
     if by_operation:
-        options["context_fn"] = functools.partial(_per_op_contexts, _recomputed_shapes(model, section))
+        recomputed = _recomputed_shapes(model, section)
+        options["context_fn"] = functools.partial(_per_op_contexts, recomputed)
     elif section.mode == "selective":
         every = int(section.selective_ac_option)
     is_traced = compiles(compile_config, "model")
@@ -128,6 +132,9 @@ def apply_activation_checkpointing(
         elif moe is not None and not by_operation and (around_experts or not is_traced):
             # By operation this would not do: there the results of exchanges are kept and handed out in their order.
             block.forward = with_memory(_checkpoint(options), block.forward)
+        elif by_operation and is_local and not is_traced and _tells_what_is_kept(block):
+            contexts = functools.partial(keeping_contexts, functools.partial(_Keeps, recomputed))
+            block.forward = _checkpointed(block.forward, options | {"context_fn": contexts})
         else:
             block.forward = _checkpointed(block.forward, in_graph)
 
@@ -190,23 +197,39 @@ def _recompute_all() -> tuple[Any, Any]:
 
 
 def _per_op_contexts(recomputed_shapes: frozenset[Shape]) -> tuple[Any, Any]:
-    """The pair of contexts for one pass through one block: the first pass, and its recomputation.
-
-    The recomputation asks about the same operations in the same order, so each pass counts matrix products for itself.
-    """
-    gemms_seen = {False: 0, True: 0}  # by "is this the recomputation"
+    """The pair of contexts for one pass through one block: the first pass, and its recomputation, which asks about the
+    same operations in the same order."""
+    keeps = {False: _Keeps(recomputed_shapes), True: _Keeps(recomputed_shapes)}  # by "is this the recomputation"
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in _ALWAYS_KEPT:
-            return CheckpointPolicy.MUST_SAVE
-        shape = _gemm_shape(op, args)
-        if shape is None or shape in recomputed_shapes:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        gemms_seen[ctx.is_recompute] += 1
-        is_odd = gemms_seen[ctx.is_recompute] % 2 == 1
-        return CheckpointPolicy.MUST_SAVE if is_odd else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if keeps[ctx.is_recompute](op, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+class _Keeps:
+    """Whether the result of an operation is kept, in one pass through one block."""
+
+    def __init__(self, recomputed_shapes: frozenset[Shape]) -> None:
+        self._recomputed_shapes = recomputed_shapes
+        self._gemms_seen = 0
+
+    def __call__(self, op: Any, args: tuple[Any, ...]) -> bool:
+        if op in _ALWAYS_KEPT:
+            return True
+        shape = _gemm_shape(op, args)
+        if shape is None or shape in self._recomputed_shapes:
+            return False
+        self._gemms_seen += 1
+        return self._gemms_seen % 2 == 1
+
+
+def _tells_what_is_kept(block: TransformerBlock) -> bool:
+    """Whether all operations of a block whose results are kept tell of themselves (`runtime/kept_results.py`), so that
+    no dispatch mode need look for them: products of quantized linears do, and attention but for the compiled one."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    tell = all(isinstance(each, Float8Linear | MXFP8Linear) for each in linears)
+    return tell and block.moe is None and block.attention.backend != "flex"
 
 
 def _gemm_shape(op: Any, args: tuple[Any, ...]) -> Shape | None:

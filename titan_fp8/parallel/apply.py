@@ -86,6 +86,7 @@ def parallelize(
         compile_config=compile_config,
         dump_folder=dump_folder,
         around_experts=around_experts,
+        is_local=mesh.degrees.tensor == mesh.degrees.context == mesh.degrees.expert == 1,
     )
     apply_compile(
         model,

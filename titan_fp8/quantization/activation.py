@@ -122,7 +122,7 @@ def is_recomputed_later() -> bool:
     backward and will run the pass again to get them.
 
     False where that is not certain: then what is saved is real, which is always right. False too where a dispatch mode
-    watches, as that of selective checkpointing does: it wants the same operators in both passes.
+    watches, as PyTorch's of selective checkpointing does: it wants the same operators in both passes.
     """
     if not torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return False

@@ -1,15 +1,25 @@
 """Registration of the custom operators `torch.ops.titan_fp8.*`, which the compiler does not look into.
 
 The low-level `torch.library.Library` is used, whose calls cost a quarter of `custom_op`'s.
+
+Who wants to see the calls of these operators, and to answer some of them, need not see all of PyTorch's, as a dispatch
+mode does, at some 20 us each:
+
+    with visited(visit): ...        on this thread, `visit(op, implementation, args, kwargs)` stands for each call
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("titan_fp8", "DEF")
+Visit = Callable[[OpOverload, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
 def register_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
@@ -22,9 +32,43 @@ def register_operator(schema: str, implementation: Callable[..., Any], fake: Cal
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
+    operator: OpOverload = getattr(torch.ops.titan_fp8, name).default
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        visit = _visit.get()
+        return implementation(*args, **kwargs) if visit is None else visit(operator, implementation, args, kwargs)
+
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
+        _LIBRARY.impl(name, call, key)
     # Without this each call would pass through autograd's "not implemented" kernel first.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.titan_fp8, name).default
+    return operator
+
+
+@contextmanager
+def visited(visit: Visit) -> Iterator[None]:
+    """Within, on this thread, `visit` stands for the calls of the operators, those that compiled code makes included.
+    Who has visited around it sees the calls that it makes in turn."""
+    outer = _visit.get()
+    token = _visit.set(visit if outer is None else partial(_nested, visit, outer))
+    try:
+        yield
+    finally:
+        _visit.reset(token)
+
+
+def _nested(
+    visit: Visit,
+    outer: Visit,
+    op: OpOverload,
+    implementation: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    return visit(op, lambda *args, **kwargs: outer(op, implementation, args, kwargs), args, kwargs)
+
+
+def visitor() -> Visit | None:
+    """What stands for the operators' calls here."""
+    return _visit.get()

@@ -2,15 +2,17 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -19,13 +21,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from titan_fp8.models import rope
 from titan_fp8.models.decoder import Decoder
 from titan_fp8.models.loss import cross_entropy_sum
-from titan_fp8.parallel.activation_checkpoint import apply_activation_checkpointing
+from titan_fp8.parallel.activation_checkpoint import _tells_what_is_kept, apply_activation_checkpointing
 from titan_fp8.parallel.compile import apply_compile
 from titan_fp8.parallel.config import ActivationCheckpointSection, CompileSection
 from titan_fp8.quantization.mx_ops import emulated_mm
 from titan_fp8.quantization.ops import GEMM_OPS
 from titan_fp8.quantization.ops import amax as amax_op
 from titan_fp8.runtime.errors import UserError
+from titan_fp8.runtime.operators import visited
 
 Build = Callable[..., Decoder]
 EAGER, COMPILED = CompileSection(), CompileSection(enable=True)
@@ -123,6 +126,71 @@ def test_loss_and_gradients_are_the_same_bits_in_every_mode(recipe: str | None, 
         assert list(other_grads) == list(grads)
         for name, grad in grads.items():
             assert torch.equal(other_grads[name], grad), f"{mode}: {name}"
+
+
+def _told_run(model: Decoder, section: ActivationCheckpointSection, *, is_local: bool) -> tuple[Any, ...]:
+    """Loss and gradients; the package's operators that are carried out, and attentions, forward and backward; the
+    dispatch modes that watch feed-forwards, at most."""
+    apply_activation_checkpointing(model, section, compile_config=EAGER, is_local=is_local)
+    seen: tuple[list[Any], list[Any]] = [], []
+    modes: list[int] = []
+    for block in model.layers.values():
+        block.feed_forward.register_forward_pre_hook(lambda *_: modes.append(len(_get_current_dispatch_mode_stack())))
+
+    def into(found: list[Any]) -> Any:
+        return visited(lambda op, compute, args, kwargs: found.append(op) or compute(*args, **kwargs))
+
+    tokens = torch.randint(67, (2, 17), generator=torch.Generator().manual_seed(0))
+    with into(seen[0]):
+        loss = cross_entropy_sum(model(tokens[:, :-1]), tokens[:, 1:])
+    with into(seen[1]):
+        loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.detach(), grads, *(Counter(found) for found in seen), max(modes)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "mxfp8_emulated"])
+@pytest.mark.parametrize("mode", ["op", "op without wk's shape"])
+def test_without_dispatch_modes_the_same_is_kept_and_no_bit_changes(
+    mode: str, recipe: str, tiny_decoder: Build
+) -> None:
+    section, _, attentions = RECOMPUTED[mode]
+    loss, grads, forward, backward, modes = _told_run(tiny_decoder(LAYERS, recipe), section, is_local=True)
+    assert modes == 0
+    assert sum(forward[op] for op in GEMMS) == LAYERS * LINEARS
+    wanted_loss, wanted, wanted_forward, wanted_backward, modes = _told_run(
+        tiny_decoder(LAYERS, recipe), section, is_local=False
+    )
+    assert modes > 0
+    (attention,) = ATTENTION
+    assert (forward[attention], backward[attention]) == (LAYERS, attentions)
+    for op in (*GEMMS, amax_op):
+        assert (forward[op], backward[op]) == (wanted_forward[op], wanted_backward[op]), op
+    # Without modes the first pass knows that it will be run again, and makes no codes that only backward needs.
+    assert sum(forward.values()) <= sum(wanted_forward.values())
+    assert torch.equal(loss, wanted_loss)
+    assert list(grads) == list(wanted)
+    assert all(torch.equal(grad, wanted[name]) for name, grad in grads.items())
+
+
+def _filtered(model: Decoder) -> None:
+    attention = model.layers["1"].attention
+    attention.wk = nn.Linear(attention.wk.in_features, attention.wk.out_features, bias=False)
+
+
+def _flex(model: Decoder) -> None:
+    for block in model.layers.values():
+        block.attention.backend = "flex"
+
+
+@pytest.mark.parametrize("change", [_filtered, _flex])
+def test_a_block_with_operations_that_do_not_tell_of_themselves_is_watched(
+    change: Callable[[Decoder], None], tiny_decoder: Build
+) -> None:
+    model = tiny_decoder(LAYERS, "tensorwise")
+    change(model)
+    watched = [not _tells_what_is_kept(block) for block in model.layers.values()]
+    assert watched == ([False, True, False] if change is _filtered else [True] * 3)
 
 
 def test_amax_is_not_searched_for_again_in_the_per_op_mode(tiny_decoder: Build) -> None:

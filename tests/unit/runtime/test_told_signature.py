@@ -49,7 +49,8 @@ def test_it_is_not_taken_apart_again(monkeypatch) -> None:
 
 def test_fsdp_finds_the_five_parameters_of_weights_that_are_gathered_as_codes() -> None:
     for kind in (ShardableFloat8Weight, ShardableMXWeight):
-        weight = kind(torch.zeros(32, 32), None)
+        state: Any = None
+        weight: Any = kind(torch.zeros(32, 32), state)
         assert hasattr(weight, "fsdp_pre_all_gather")
         parameters = inspect.signature(weight.fsdp_pre_all_gather).parameters
         assert list(parameters) == ["mesh", "outer_size", "outer_stride", "module", "mp_policy"]
