@@ -1,6 +1,7 @@
 """Results that a checkpointed function keeps: which, whose, and until when; calls of operators that are visited."""
 
 import functools
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -92,6 +93,32 @@ def test_nothing_is_kept_after_the_backward_pass_and_a_second_one_is_an_error() 
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be computed again once"):
         loss.backward()
+
+
+class _Sum(torch.autograd.Function):
+    """x `[M, N]` -> its sum by rows, as the operator gives it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return ops.sum_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.expand_as(*ctx.saved_tensors)
+
+
+def test_a_pass_that_is_given_up_keeps_nothing() -> None:
+    x = torch.randn(3, 5, requires_grad=True)
+    gc.disable()
+    try:
+        with visited(count := _Count()):
+            loss = _keeping(lambda: lambda *_: True, lambda x: _Sum.apply(x.sin()), x)
+        assert loss.requires_grad
+        del loss
+        assert [result() for result in count.results] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_kept_result_that_was_written_to_is_an_error() -> None:
