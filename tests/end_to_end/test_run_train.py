@@ -114,15 +114,6 @@ def test_a_mistake_ends_in_one_clean_block_with_exit_code_2(run_shell) -> None:
     assert time.monotonic() - begin < 10
 
 
-def test_a_mistake_that_only_the_model_shows_is_answered_once(run_shell) -> None:
-    filters = ["--model.converters", "quantize.linear.float8", "--quantize.linear.float8.filter_fqns", "no_such_linear"]
-    result = run_shell(*filters, NGPU="2")
-    assert result.code == 2
-    assert result.output.count("no_such_linear") == 1
-    assert not any(word in result.output for word in ("Traceback", "torch.distributed", "[rank"))
-    assert not result.folder.exists()
-
-
 @pytest.mark.parametrize(
     "environment",
     [

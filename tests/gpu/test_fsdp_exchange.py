@@ -300,7 +300,7 @@ def test_a_host_that_is_ahead_takes_no_more_memory_if_gradients_stay(tmp_path) -
     cases = [replace(case, gradients_stay=True), case]
     for staying, going in run_distributed(_memory_ahead, 2, cases, str(tmp_path), init=False, timeout_s=200.0):
         assert staying == 0
-        assert going >= 100 << 20, "the test would not notice"  # sums of all blocks: 288 MiB
+        assert going >= 48 << 20, "the test would not notice"  # the sums of a block
 
 
 def _train(rank: int, world_size: int, cases: list[Case], folder: str) -> list:
