@@ -36,7 +36,10 @@ def tables(records: Sequence[Record]) -> str:
             (f"Llama 3 8B, {size_of(of_ac)}, 4096 tokens a GPU, recomputation: {ac}", memory_table(of_ac))
             for ac, of_ac in short.items()
         ),
-        (f"Llama 4 Scout, {size_of(experts)}, {batch_of(experts)} x 8192 tokens a GPU", sides_table(experts)),
+        (
+            f"Llama 4 Scout, {size_of(experts)}, {batch_of(experts)} x 8192 tokens a GPU, sent to all experts in turns",
+            sides_table(experts),
+        ),
         (f"Llama 3 70B, {size_of(large)}, 8192 tokens for two GPUs", sides_table(large)),
         ("Communication of a step, ms", communication_table(records)),
     ]

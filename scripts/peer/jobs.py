@@ -60,6 +60,7 @@ class Job:
         same_ac: ours recomputes what the peer does in float8 too, where otherwise it recomputes nothing.
         tensor: ranks of tensor parallelism.
         experts: ranks that experts are dealt out to; 0: the model has none.
+        balanced: experts get tokens in turns, whatever the routers say, so that a speed is no matter of luck.
         peer_family: the peer's name of the family; None: as ours.
     """
 
@@ -75,6 +76,7 @@ class Job:
     same_ac: bool = False
     tensor: int = 1
     experts: int = 0
+    balanced: bool = False
     peer_family: str | None = None
 
     def model_of(self, side: str) -> tuple[str, str]:
@@ -237,6 +239,8 @@ def shared_options(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     options |= {f"activation_checkpoint.{key}": value for key, value in CHECKPOINTING[job.ac or args.ac].items()}
     if job.experts:
         options["parallelism.expert_parallel_degree"] = job.experts
+    if job.balanced:
+        options["debug.moe_force_load_balance"] = True
     if job.tensor > 1:
         options["parallelism.tensor_parallel_degree"] = job.tensor
     converters = [FLOAT8] * bool(run.row.recipe) + [GROUPED] * run.row.grouped

@@ -89,6 +89,11 @@ def test_the_parts_of_eight_gpus_are_what_is_promised(bench, parse):
     assert (large.tensor, large.global_batch, large.layers) == (2, 4, 61)
     experts = next(run.job for run in runs if run.job.name == "experts")
     assert (experts.experts, experts.layers, experts.local_batch, experts.global_batch) == (8, 4, 4, 32)
+    for run in runs:
+        options = (jobs.our_options if run.side == "ours" else jobs.peer_options)(run, bench.arguments_of(run, args))
+        balance = [option for option in options if "moe_force_load_balance" in option]
+        both = ["--debug.moe_force_load_balance=true"] if run.side == "ours" else ["--debug.moe_force_load_balance"]
+        assert balance == (both if run.job.name == "experts" else [])
     assert {run.job.seq_len for run in runs if run.job.name.startswith("short")} == {4096}
 
 
@@ -288,7 +293,7 @@ def test_tables_say_of_what_size_a_job_was_and_are_made_again_from_the_records_f
     make.main([str(file)])
     text = capsys.readouterr().out
     assert "Llama 3 70B, 29 layers on 4 GPUs, 8192 tokens for two GPUs\n" in text
-    assert "Llama 4 Scout, 4 layers on 4 GPUs, 2 x 8192 tokens a GPU\n" in text
+    assert "Llama 4 Scout, 4 layers on 4 GPUs, 2 x 8192 tokens a GPU, sent to all experts in turns\n" in text
     assert "| bf16-compiled | 7,000 [one run] |" in text
     assert "out of memory" not in text
     assert "out of memory" in make.tables(make.latest([json.dumps(failed)]))
