@@ -50,7 +50,10 @@ def exchanges_of(group: dist.ProcessGroup) -> tuple[PeerAllGather, PeerReduceSca
 
 def main() -> None:
     """Compare, measure, print on rank 0."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("LOCAL_RANK is not set: start it with torchrun, a process for each GPU")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when CUDA starts
     torch.cuda.set_device(device)

@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = arguments.index("--")
     of_torchrun, options = arguments[:end], arguments[end + 1 :]
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)  # torchrun has its own handler later
-    permission = Permission()
-    check = _Check(options, permission)
-    del os.environ["WORLD_SIZE"]  # torchrun tells its processes theirs
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)  # torchrun has its own handler later
+    permission, check = Permission(), None
     try:
+        check = _Check(options, permission)
+        os.environ.pop("WORLD_SIZE", None)  # torchrun tells its processes theirs
         torchrun = importlib.import_module(TORCHRUN)
         if _machines(of_torchrun) > 1:
             permission.wait()
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return code
     finally:
-        check.end()
+        if check is not None:
+            check.end()
         permission.close()
     return 0
 
@@ -69,15 +71,22 @@ class _Check:
     def _follow(self) -> None:
         code = self._process.wait()
         if code == 0:
-            self._permission.give()
-        elif self._is_wanted:
+            try:
+                self._permission.give()
+            except OSError as error:  # those that wait would do so for ever
+                code = 1
+                if self._is_wanted:
+                    print(f"trainers cannot be told that their job is right: {error}", file=sys.stderr, flush=True)
+        if code and self._is_wanted:
             self._permission.close()
             # Torchrun is under way in the main thread, and nothing is to be said about its end.
             os._exit(code if code > 0 else 128 - code)
 
 
 def _machines(of_torchrun: Sequence[str]) -> int:
-    return int(of_torchrun[of_torchrun.index("--nnodes") + 1])
+    """At most, as torchrun is told: `--nnodes N` or `--nnodes LEAST:MOST`."""
+    told = of_torchrun[of_torchrun.index("--nnodes") + 1] if "--nnodes" in of_torchrun else "1"
+    return int(told.rpartition(":")[2])
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -14,7 +14,7 @@ from titan_fp8 import launch
 from titan_fp8.runtime import permission
 
 OPTIONS = ["--job.config_file", "a job.toml", "--training.steps", "3", "--", "x"]
-ONE, TWO = ["--nnodes", "1", "--nproc_per_node", "2"], ["--nnodes", "2", "--nproc_per_node", "2"]
+ONE, TWO = ["--nnodes", "1", "--nproc_per_node", "2"], ["--nnodes", "1:2", "--nproc_per_node", "2"]
 
 
 class SignalException(Exception):
@@ -38,13 +38,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     def popen(command: list[str]) -> SimpleNamespace:
         found.check = command
+        found.file = os.environ[permission.VARIABLE].partition(":")[2]
         found.worlds.append(os.environ.get("WORLD_SIZE"))
         return SimpleNamespace(wait=wait, kill=kill)
 
     def torchrun(arguments: list[str]) -> None:
         found.torchrun = arguments
         found.worlds.append(os.environ.get("WORLD_SIZE"))
-        found.file = os.environ[permission.VARIABLE].partition(":")[2]
         found.train()
 
     def leave(code: int) -> None:  # of the thread that waits for the check
@@ -56,9 +56,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(launch.subprocess, "Popen", popen)
     monkeypatch.setattr(launch.importlib, "import_module", lambda name: SimpleNamespace(main=torchrun))
     monkeypatch.setattr(launch.os, "_exit", leave)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield found
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert found.file is None or not os.path.exists(os.path.dirname(found.file))
 
 
@@ -86,6 +87,15 @@ def test_trainers_of_one_machine_start_while_the_job_is_checked_and_go_on_after_
 
     started.train = train
     assert launch.main([*ONE, "--", *OPTIONS]) == 0
+
+
+def test_an_answer_that_cannot_be_given_ends_the_command(started, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(launch.Permission, "give", lambda self: _raise(OSError("no space left")))
+    started.train = lambda: started.has_left.wait(20)
+    started.check_may_end.set()
+    launch.main([*ONE, "--", *OPTIONS])
+    assert started.left == 1
+    assert "no space left" in capsys.readouterr().err
 
 
 def test_a_machine_joins_others_only_with_a_job_that_is_checked(started) -> None:

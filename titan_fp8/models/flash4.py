@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +42,8 @@ def obstacle() -> str | None:
 @functools.cache
 def _interface() -> ModuleType:
     _keep_compiled_kernels()
+    # Of the package's own call, when it compiles a kernel: nothing that anybody here could mend.
+    warnings.filterwarnings("ignore", r"Argument aux_data \(position \d+\) cannot be converted", UserWarning)
     return importlib.import_module("flash_attn.cute.interface")
 
 

@@ -26,8 +26,9 @@ class OptimizerSection(Section):
     beta2: float = key(0.95, ge=0, lt=1)
     """Decay of the running mean of the squared gradient, per step."""
 
-    eps: float = key(1e-8, ge=0)
-    """Added to the root of the squared gradient's mean."""
+    eps: float = key(1e-8, gt=0)
+    """Added to the root of the squared gradient's mean, by which the update is divided: with 0 a gradient of zero, such
+    as that of a token which did not occur, would make a weight NaN."""
 
     weight_decay: float = key(0.1, ge=0)
     """Weight decay, multiplied by the learning rate at each step."""

@@ -2,7 +2,7 @@
 
     launcher    Permission(): names itself and a file in the environment        .give(): the file is there
     process     follow_launcher(): a thread waits for the file                  .wait(): until it is there
-                                   the launcher has ended without --> so does this process, without a word
+                                   the launcher has gone without --> so does this process, without a word
 
 What a process imports takes longer than the check of its job, and so the one need not wait for the other. A process
 that no such launcher has started has the permission at once.
@@ -21,7 +21,7 @@ POLL_S = 0.02
 
 
 class Permission:
-    """The launcher's side. Processes must be started by the thread's own process, and after this is made."""
+    """The launcher's side, made before it starts the processes."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="titan_fp8_launch_"))
@@ -32,6 +32,7 @@ class Permission:
     def give(self) -> None:
         """Let all processes go on, those too that will be started."""
         self._file.touch()
+        os.environ[VARIABLE] = ""  # those that will be started need not look for it
         self._given.set()
 
     def wait(self) -> None:
@@ -47,7 +48,7 @@ class Follower:
     """A process's side, see `follow_launcher`."""
 
     def __init__(self, launcher: int, file: Path) -> None:
-        self._launcher, self._file = launcher, file
+        self._launcher, self._file, self._parent = launcher, file, os.getppid()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
@@ -57,9 +58,19 @@ class Follower:
 
     def _follow(self) -> None:
         while not self._file.exists():
-            if os.getppid() != self._launcher:
-                os._exit(0)  # whoever has started the launcher knows why it ended
+            if self._launcher_has_gone():
+                os._exit(1)  # and the command that was the launcher has said why
             time.sleep(POLL_S)
+
+    def _launcher_has_gone(self) -> bool:
+        if not self._file.parent.exists() or os.getppid() != self._parent:
+            return True
+        if self._parent != self._launcher:  # a wrapper is between, or the launcher went before this process looked
+            try:
+                os.kill(self._launcher, 0)
+            except ProcessLookupError:
+                return True
+        return False
 
 
 def follow_launcher() -> Follower | None:

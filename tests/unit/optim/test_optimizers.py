@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from titan_fp8.optim import OptimizersContainer, build_optimizer
@@ -231,6 +232,12 @@ def test_hyperparameters_come_from_the_configuration_and_not_from_the_state() ->
     other.load_state_dict(optimizers.state_dict())
     group = other.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["foreach"], group["fused"]) == (0.5, 0.2, True, False)
+
+
+def test_an_update_that_would_divide_by_zero_is_refused() -> None:
+    assert OptimizerSection(eps=1e-30).eps == 1e-30
+    with pytest.raises(ValidationError, match="greater than 0"):
+        OptimizerSection(eps=0)
 
 
 def test_tied_weight_is_optimized_once_and_has_one_state() -> None:
