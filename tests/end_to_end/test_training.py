@@ -233,6 +233,20 @@ def test_document_masking_changes_what_tokens_see(run_here) -> None:
     assert masked.losses != plain.losses
 
 
+@pytest.mark.parametrize(
+    "options",
+    [FLOAT8, [*FLOAT8, "--model.name", "mixtral", "--model.overrides.n_kv_heads", "2"]],
+    ids=["kept without modes", "kept with modes"],
+)
+def test_steps_between_the_passes_of_a_block_change_nothing(run_here, options: list[str]) -> None:
+    early = ["--optimizer.early_step_in_backward", "--training.max_norm", "0", "--training.steps", "3", *options]
+    kept = run_here(*early, folder="kept")
+    by_operation = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"]
+    recomputed = run_here(*early, *by_operation, folder="again")
+    assert recomputed.code == 0, recomputed.output
+    assert recomputed.losses == kept.losses
+
+
 @pytest.mark.parametrize("options", [["full"], ["selective", "--activation_checkpoint.selective_ac_option", "op"]])
 def test_recomputed_activations_change_nothing(run_here, options: list[str]) -> None:
     kept = run_here(*FLOAT8, "--training.steps", "2", folder="kept")

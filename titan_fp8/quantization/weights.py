@@ -29,6 +29,7 @@ from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
 from titan_fp8.quantization.fsdp_weight import mark_fsdp_weights_stale
 from titan_fp8.quantization.recipes import Float8Recipe
 from titan_fp8.quantization.shardable import local_weight
+from titan_fp8.runtime.operators import unseen
 
 if TYPE_CHECKING:
     from titan_fp8.quantization.linear import Float8Linear
@@ -86,7 +87,7 @@ class CodesCache:
             return
         # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
         self.rows = self.columns = None
-        with torch.no_grad():
+        with torch.no_grad(), unseen():  # an optimizer may step between a block's passes (early_step_in_backward)
             self.cast(local_weight(parameter))
         self.freshness.record(parameter)
 

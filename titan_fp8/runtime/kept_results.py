@@ -8,7 +8,8 @@ others need be looked at:
     contexts = functools.partial(keeping_contexts, lambda: policy)
     checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
-Both passes call the same operators in the same order, and so each kept result is the next one.
+Both passes call the same operators in the same order, and so each kept result is the next one; that the call is the
+same, as far as operator and shapes tell, is checked.
 """
 
 from collections import deque
@@ -48,26 +49,31 @@ def told(function: Callable[..., Any], operators: frozenset[Any]) -> Callable[..
 
 
 class _Kept:
-    """Results of one call, in order, each with its version when it was kept."""
+    """Results of one call, in order, each with what was called and its version when it was kept."""
 
     def __init__(self) -> None:
-        self._results: deque[tuple[Any, Any]] = deque()
+        self._results: deque[tuple[Any, Any, Any]] = deque()
 
-    def keep(self, compute: Callable[[], Any]) -> Any:
+    def keep(self, called: Any, compute: Callable[[], Any]) -> Any:
         """Compute and keep. Not the tensor itself: autograd makes it the result of what it is computed in."""
         result = compute()
         kept = tree_map_only(Tensor, Tensor.detach, result)
-        self._results.append((kept, tree_map_only(Tensor, _version, kept)))
+        self._results.append((called, kept, tree_map_only(Tensor, _version, kept)))
         return result
 
-    def give(self, compute: Callable[[], Any]) -> Any:
+    def give(self, called: Any, compute: Callable[[], Any]) -> Any:
         """The next result, of which nothing is kept any more."""
         if not self._results:
             raise RuntimeError(
                 "a block that keeps results of some operators (selective_ac_option = op) can be computed again once: "
                 "backward has been through it before, or it calls more of them than it did at first"
             )
-        kept, versions = self._results.popleft()
+        before, kept, versions = self._results.popleft()
+        if called != before:
+            raise RuntimeError(
+                "a block that keeps results of some operators (selective_ac_option = op) calls others when it is "
+                f"computed again: {_text(called)}, where it was {_text(before)}"
+            )
         if tree_map_only(Tensor, _version, kept) != versions:
             raise RuntimeError("a result that was kept for the backward pass has been written to since")
         return kept
@@ -76,7 +82,7 @@ class _Kept:
 class _Pass(AbstractContextManager[None]):
     """One pass, each time it is entered."""
 
-    def __init__(self, serve: Callable[[Callable[[], Any]], Any], new_policy: Callable[[], Policy]) -> None:
+    def __init__(self, serve: Callable[[Any, Callable[[], Any]], Any], new_policy: Callable[[], Policy]) -> None:
         self._serve = serve
         self._new_policy = new_policy
         self._within: AbstractContextManager[None] | None = None
@@ -88,7 +94,7 @@ class _Pass(AbstractContextManager[None]):
             op: OpOverload, implementation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
             if keeps(op, args):
-                return serve(lambda: implementation(*args, **kwargs))
+                return serve(_called(op, args), lambda: implementation(*args, **kwargs))
             return implementation(*args, **kwargs)
 
         self._within = visited(visit)
@@ -109,6 +115,15 @@ class _Tells(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return self._visit(func, func, args, kwargs) if func in self._operators else func(*args, **kwargs)
+
+
+def _called(op: Any, args: tuple[Any, ...]) -> Any:
+    return op, [arg.shape for arg in args if isinstance(arg, Tensor)]
+
+
+def _text(called: Any) -> str:
+    op, shapes = called
+    return f"{op} of {', '.join(str(list(shape)) for shape in shapes)}"
 
 
 def _version(tensor: Tensor) -> int:

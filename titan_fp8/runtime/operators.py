@@ -9,13 +9,14 @@ mode does, at some 20 us each:
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 _LIBRARY = torch.library.Library("titan_fp8", "DEF")
 Visit = Callable[[OpOverload, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -67,6 +68,24 @@ def _nested(
     kwargs: dict[str, Any],
 ) -> Any:
     return visit(op, lambda *args, **kwargs: outer(op, implementation, args, kwargs), args, kwargs)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within, on this thread, no visitor sees calls of operators, and nor do the dispatch modes of selective
+    checkpointing.
+
+    For what belongs to no pass, such as a cast that is made once and kept: a function that is computed again, and keeps
+    results of the operators that it calls, may find it made the first time and not the second, or the other way round.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    are_of_checkpoints = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    token = _visit.set(None)
+    try:
+        with _disable_current_modes() if are_of_checkpoints else nullcontext():
+            yield
+    finally:
+        _visit.reset(token)
 
 
 def visitor() -> Visit | None:

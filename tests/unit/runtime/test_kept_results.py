@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from titan_fp8.quantization import ops
 from titan_fp8.runtime.kept_results import keeping_contexts, told
-from titan_fp8.runtime.operators import visited, visitor
+from titan_fp8.runtime.operators import unseen, visited, visitor
 
 
 class _Count:
@@ -133,6 +133,31 @@ def test_a_kept_result_that_was_written_to_is_an_error() -> None:
     results[0].add_(1)
     with pytest.raises(RuntimeError, match="has been written to since"):
         loss.backward()
+
+
+@pytest.mark.parametrize(("first", "second"), [("amax", "cast"), ("cast", "amax"), ("amax", "amax of fewer")])
+def test_another_call_than_the_first_time_is_an_error_and_gets_no_result(first: str, second: str) -> None:
+    calls = {
+        "amax": lambda x: ops.amax(x),
+        "amax of fewer": lambda x: ops.amax(x[:1]),
+        "cast": lambda x: ops.cast_tensor(x, torch.ones(1, dtype=torch.int32), torch.float8_e4m3fn),
+    }
+    x = torch.randn(4, 4)
+    keeping, giving = keeping_contexts(lambda: lambda op, args: True)
+    with keeping:
+        calls[first](x)
+    with giving, pytest.raises(RuntimeError, match=r"calls others when it is computed again: titan_fp8\..* of \["):
+        calls[second](x)
+
+
+def test_what_nobody_shall_see_is_seen_by_no_visitor() -> None:
+    count, x = _Count(), torch.randn(4, 4)
+    with visited(count):
+        with unseen():
+            ops.amax(x)
+        assert count.ops == []
+        ops.amax(x)
+        assert len(count.ops) == 1
 
 
 def test_operators_of_pytorch_are_told_of_where_somebody_listens() -> None:
