@@ -132,6 +132,7 @@ def test_training_is_the_same_whether_codes_are_kept(recipe: str, ahead: bool) -
     _check_both_ways(case)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_whether_codes_are_kept() -> None:
     case = _accumulating("tensorwise", True, compile_backend="aot_eager", activation_checkpoint={"mode": "full"})
     _check_both_ways(case)

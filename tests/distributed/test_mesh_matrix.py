@@ -160,7 +160,7 @@ def test_mixed_recipes(mesh: Mesh, tmp_path: Path) -> None:
     [
         Mesh("tp2"),
         Mesh("pp2", ZERO_BUBBLE),
-        Mesh("fsdp2 tp2", tuple(COMPILED.items())),
+        pytest.param(Mesh("fsdp2 tp2", tuple(COMPILED.items())), marks=pytest.mark.slow),
         Mesh("rep2 fsdp2", (("activation_checkpoint.mode", "selective"),)),
         Mesh("pp2 fsdp2", ((f"{MX}.enable_fsdp_mxfp8_all_gather", "true"),)),
         pytest.param(Mesh("cp2 tp2"), marks=pytest.mark.slow),
@@ -180,8 +180,8 @@ def of_recipes(*kept: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("recipe", some_by_hand(RECIPES, *by_hand))
 
 
-# Those whose scales are local to a rank's tokens, of rows and of blocks.
-@of_recipes("rowwise", "blockwise")
+# Scales that are local to a rank's tokens, of blocks.
+@of_recipes("blockwise")
 def test_float8_of_spread_sequences(recipe: str, tmp_path: Path) -> None:
     mesh = Mesh("cp2 tp2", tuple(converted(recipe).items()))
     assert_same(run_on(mesh, tmp_path), alone(recipe), *LOCAL_SCALES)
