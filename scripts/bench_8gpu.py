@@ -148,7 +148,7 @@ def short(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
 
 def experts(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
     """Llama 4 Scout with its 16 experts dealt out to as many of the GPUs as divide them. Within a few steps at this
-    learning rate routers send most tokens to a few experts, on each side to others: it would be the speed of that."""
+    learning rate our routers send most tokens to a few experts: it would be the speed of that."""
     sizes = {**SCOUT, "experts": math.gcd(16, gpus)}
     batch = 4 if args.gib >= ROOMY_GIB else 1
     job = Job("experts", gpus=gpus, layers=4, local_batch=batch, global_batch=batch * gpus, balanced=True, **sizes)

@@ -19,9 +19,9 @@ from types import FrameType
 from typing import NoReturn
 
 from titan_fp8.runtime.permission import Permission
+from titan_fp8.train import INTERRUPTED
 
 TORCHRUN, TRAINER = "torch.distributed.run", "titan_fp8.train"
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -471,6 +471,15 @@ def test_the_benchmark_of_wide_products_runs_on_a_cpu(load, capsys):
     assert "new tensors, strided" in out
 
 
+def test_the_exchange_is_measured_in_processes_of_torchrun_alone(load, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("sys.argv", ["bench_exchange.py"])
+    with pytest.raises(SystemExit) as ended:
+        load("bench_exchange").main()
+    assert ended.value.code == 2
+    assert "start it with torchrun" in capsys.readouterr().err
+
+
 def test_the_exchange_is_measured_with_what_fsdp_has(load):
     class Group:
         def size(self):

@@ -40,7 +40,7 @@ class Permission:
         self._given.wait()
 
     def close(self) -> None:
-        """Leave no file behind. Who still waits does so until the launcher ends, and who starts before that, too."""
+        """Leave no file behind. Processes that still wait end."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

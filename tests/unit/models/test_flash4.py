@@ -1,6 +1,8 @@
 """FlashAttention 4 as a backend: when it is taken, and what is handed to its kernels, for which formulas stand in."""
 
 import importlib.metadata
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +55,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     interface = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
     monkeypatch.setattr(flash4, "_interface", lambda: interface)
     return seen
+
+
+def test_a_warning_of_the_packages_own_call_is_not_shown_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", SimpleNamespace())
+    monkeypatch.setattr(flash4, "_keep_compiled_kernels", lambda: None)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        flash4._interface.__wrapped__()
+        warnings.warn("Argument aux_data (position 17) cannot be converted to a JitArgument for ...", stacklevel=1)
+        warnings.warn("Argument q (position 0) cannot be converted to a JitArgument for ...", stacklevel=1)
+    assert [str(each.message)[:10] for each in shown] == ["Argument q"]
 
 
 def inputs() -> list[Tensor]:
