@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton.language as tl
 import triton.runtime.interpreter
@@ -20,14 +21,21 @@ from titan_fp8.kernels.launch import INTERPRETED
 ROOT = Path(__file__).parents[3]
 
 
-def results_of(module: str, folder: Path, timeout_s: float = 110) -> dict[str, str]:
-    """{case: "" or what is wrong} of the cases of `tests.unit.kernels.MODULE`."""
+def results_of(module: str, folder: Path, timeout_s: float = 110, *, only: Sequence[str] = ()) -> dict[str, str | None]:
+    """{case: "" or what is wrong, None if it was not run} of the cases of `tests.unit.kernels.MODULE`; `only`, if any
+    are named, are run."""
     out = folder / "results.json"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.unit.kernels.{module}", str(out)]
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.unit.kernels.{module}", str(out), *only]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert process.returncode == 0, process.stderr
     return json.loads(out.read_text())
+
+
+def selected_cases(request: pytest.FixtureRequest) -> list[str]:
+    """The parameters `case` of the tests of the file that asks, as far as this run has them."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    return [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
 
 
 def cases_of(names: dict[str, Any]) -> dict[str, Callable[[], str]]:
@@ -85,16 +93,18 @@ def remember_types() -> None:
 
 
 def main(cases: dict[str, Callable[[], str]], shrink_blocks: Callable[[], None]) -> None:
-    """Run all cases after `shrink_blocks` and write what is wrong to the file that the command line names."""
+    """Run all cases, or those that the command line names behind a file, after `shrink_blocks`, and write what is wrong
+    to that file."""
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     replace_the_language_once()
     remember_types()
     shrink_blocks()
-    results = {}
-    for name, case in cases.items():
+    out, *only = sys.argv[1:]
+    results: dict[str, str | None] = dict.fromkeys(cases)
+    for name in only or cases:
         try:
-            results[name] = case().strip("; ")
+            results[name] = cases[name]().strip("; ")
         except Exception:
             results[name] = traceback.format_exc()
-    Path(sys.argv[1]).write_text(json.dumps(results))
+    Path(out).write_text(json.dumps(results))

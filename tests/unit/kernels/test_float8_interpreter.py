@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.unit.kernels.interpreter import results_of
+from tests.cases import some_by_hand
+from tests.unit.kernels.interpreter import results_of, selected_cases
 
 CASES = [
     "rounding", "float32", "bfloat16_e5m2", "float16_odd_sizes", "one_row", "transposed_input", "strided_input",
@@ -14,14 +15,14 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results_of("interpreter_cases", tmp_path_factory.mktemp("interpreter"))
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return results_of("interpreter_cases", tmp_path_factory.mktemp("interpreter"), only=selected_cases(request))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_equal_the_reference_bit_for_bit(results: dict[str, str], case: str) -> None:
+@pytest.mark.parametrize("case", some_by_hand(CASES, "power_of_two_scales_of_every_mantissa"))
+def test_kernels_equal_the_reference_bit_for_bit(results: dict[str, str | None], case: str) -> None:
     assert results[case] == ""
 
 
-def test_no_case_is_left_out(results: dict[str, str]) -> None:
+def test_no_case_is_left_out(results: dict[str, str | None]) -> None:
     assert set(results) == set(CASES)

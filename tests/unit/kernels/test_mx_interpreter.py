@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.unit.kernels.interpreter import results_of
+from tests.cases import some_by_hand
+from tests.unit.kernels.interpreter import results_of, selected_cases
 
 pytestmark = pytest.mark.timeout(420)  # the first test waits for all cases
 CASES = [
@@ -16,14 +17,14 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results_of("mx_cases", tmp_path_factory.mktemp("interpreter"), timeout_s=400)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return results_of("mx_cases", tmp_path_factory.mktemp("interpreter"), timeout_s=400, only=selected_cases(request))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_equal_the_reference_bit_for_bit(results: dict[str, str], case: str) -> None:
+@pytest.mark.parametrize("case", some_by_hand(CASES, "several_squares_of_a_warp_and_tiles_that_fit"))
+def test_kernels_equal_the_reference_bit_for_bit(results: dict[str, str | None], case: str) -> None:
     assert results[case] == ""
 
 
-def test_no_case_is_left_out(results: dict[str, str]) -> None:
+def test_no_case_is_left_out(results: dict[str, str | None]) -> None:
     assert set(results) == set(CASES)
