@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cases import some_by_hand
 from tests.distributed.harness import run_distributed
 from tests.distributed.trainings import COMPILED, FULL, PER_OP, Mesh, Options, Run, run_on, train, train_afresh
 
@@ -110,7 +111,7 @@ def check(axes: str, options: Options, besides: Options, folder: Path) -> None:
     assert len(coded.validated) == (2 if "validation.enable" in options else 0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_by_hand(CASES, "compiled"))
 def test_codes_on_the_wire_change_no_bit(name: str, tmp_path: Path) -> None:
     check(*CASES[name], tmp_path)
 

@@ -50,6 +50,7 @@ def test_a_run_on_two_ranks_of_experts_goes_on_in_one_process_and_on_four(
         assert_same(run_shell(*options, DEGREE, ranks, folder="two", NGPU=ranks), whole)
 
 
+@pytest.mark.slow
 def test_linears_and_experts_in_float8_train_on_two_ranks_as_in_one_process(run_shell: Run, run_here: Run) -> None:
     converters = ["--model.converters", f"quantize.linear.float8,{GROUPED}", *EXPERTS_IN_FLOAT8, *FLOAT8[2:]]
     options = [*MODEL, *EXACT, *converters, "--quantize.linear.float8.recipe_name", "rowwise"]

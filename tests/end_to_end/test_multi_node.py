@@ -135,6 +135,7 @@ def start_agents(tmp_path: Path) -> Iterator[Callable[..., _Agents]]:
         _stop(*[agent for agent in pair.agents if agent.poll() is None])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_agents_compute_what_one_with_two_processes_does(run_shell, start_agents) -> None:
     results = start_agents(*EXACT).end()

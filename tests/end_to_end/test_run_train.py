@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import FLOAT8, command_environment
+from tests.end_to_end.conftest import FLOAT8, TINY, command_environment
+from titan_fp8.cli.main import main
 
 
+@pytest.mark.slow
 def test_four_ranks_compute_what_one_does(run_shell, run_here) -> None:
     options = [
         *FLOAT8,
@@ -182,16 +185,15 @@ def test_float8_all_gather_is_refused_in_one_process_with_the_remedy(run_here) -
     assert not result.folder.exists()
 
 
-def test_a_tied_head_that_codes_cannot_serve_is_refused_before_anything_starts(run_shell) -> None:
-    result = run_shell(
-        *FLOAT8,
-        "--quantize.linear.float8.enable_fsdp_float8_all_gather",
-        "--model.overrides.tied_embeddings",
-        NGPU="2",
-    )
-    assert result.code == 2
-    assert "tok_embeddings.weight (high precision), output.weight (tensorwise) are one parameter" in result.output
-    assert "Traceback" not in result.output
+def test_a_tied_head_that_codes_cannot_serve_is_refused_by_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--quantize.linear.float8.enable_fsdp_float8_all_gather", "--model.overrides.tied_embeddings"]
+    assert main(["check", "--job.dump_folder", str(tmp_path / "run"), *TINY, *FLOAT8, *options]) == 2
+    problem = "tok_embeddings.weight (high precision), output.weight (tensorwise) are one parameter"
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_resumes_with_the_same_mixture_of_recipes_alone(run_here) -> None:
@@ -207,6 +209,7 @@ def test_a_run_resumes_with_the_same_mixture_of_recipes_alone(run_here) -> None:
     assert [line["step"] for line in again.lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_deep_model_compiles_one_block(run_shell) -> None:
     float8 = "quantize.linear.float8"
     flags = [f"--model.converters={float8}", f"--{float8}.emulate", f"--{float8}.enable_fsdp_float8_all_gather"]

@@ -210,6 +210,7 @@ def test_a_fused_model_is_as_exact_as_one_that_is_not(family: str, recipe: str) 
         ],
         ("llama4", "rowwise_with_gw_hp"),
         ("deepseek_v3", "rowwise"),
+        ("deepseek_v3", "blockwise"),
     ),
 )
 def test_compiled_equals_eager_bit_for_bit(family: str, recipe: str) -> None:

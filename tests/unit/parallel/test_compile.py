@@ -249,6 +249,7 @@ def test_a_small_memory_budget_keeps_less_for_the_backward_pass(tiny_decoder: Bu
     assert nothing < 0.7 * _kept_bytes(tiny_decoder(1), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("memory_budget_put_back")
 def test_in_mxfp8_a_small_memory_budget_keeps_less_and_changes_no_bit(tiny_decoder: Build) -> None:
     results = []
