@@ -282,7 +282,8 @@ def _start_record(
         info_once(f"configuration:\n{config_toml}")
     info_once(
         f"{job.job.description}: {job.model.name} {job.model.flavor}, {count_parameters(plan.dims):,} parameters, "
-        f"{capabilities.name} x {mesh.world_size}, seed {seed}, run folder {folder}"
+        f"{capabilities.name} x {mesh.world_size}, attention by {plan.model.attention_backend}, seed {seed}, "
+        f"run folder {folder}"
     )
     if mesh.is_main:
         reports = {"converters": [report.to_json() for report in plan.reports]}

@@ -23,8 +23,9 @@ from titan_fp8.runtime.host_copy import HostCopy
 
 
 def test_a_run_writes_its_record_and_one_line_a_step(run_here) -> None:
-    result = run_here(*FLOAT8)
+    result = run_here(*FLOAT8, "--model.attention_backend", "math")
     assert result.code == 0, result.output
+    assert "CPU x 1, attention by math, seed 0" in result.output
     names = {path.name for path in result.folder.iterdir()}
     assert {"config.toml", "conversion_report.json", "versions.json", "metrics.jsonl"} <= names
     assert [line["step"] for line in result.lines] == [1, 2, 3, 4, 5, 6]
