@@ -54,6 +54,7 @@ class Float8Experts(Experts):
             if not torch.compiler.is_compiling():
                 # Compiled code relies on the hook of the model, which runs before it.
                 cache.refresh(getattr(self, name))
+            cache.check_is_cast()
             assert cache.rows is not None
             codes.append(cache.rows)
         return codes

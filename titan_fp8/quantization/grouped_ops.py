@@ -61,7 +61,7 @@ cast_group_columns = register_operator(
 cast_experts = register_operator(
     "cast_experts(Tensor w, ScalarType dtype) -> (Tensor, Tensor)",
     _cast_experts,
-    lambda w, dtype: (torch.empty_like(w, dtype=dtype), _fp32(w, *w.shape[:2])),
+    lambda w, dtype: (w.new_empty(w.shape, dtype=dtype), _fp32(w, *w.shape[:2])),
 )
 """`cast_experts(w [E, N, K], dtype)` -> codes [E, N, K], scale [E, N]: by rows of each expert."""
 

@@ -167,6 +167,7 @@ class Float8Linear(nn.Linear):
             return WeightOperand(cast_weight(weight.detach(), self.config.recipe, self.config.weight_axis))
         if not torch.compiler.is_compiling():
             cache.refresh(self.weight)  # compiled code relies on the hook of the model, which runs before it
+        cache.check_is_cast()
         assert cache.rows is not None
         return WeightOperand(cache.rows, cache.columns, is_transient=False)
 

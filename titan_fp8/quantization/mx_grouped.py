@@ -28,7 +28,7 @@ from torch import Tensor
 
 from titan_fp8.quantization import mx_grouped_ops as ops
 from titan_fp8.quantization.function import differentiable_once
-from titan_fp8.quantization.mx_ops import TRITON
+from titan_fp8.quantization.mx_ops import TRITON, weight_gradient_dtype
 from titan_fp8.quantization.mx_weight import Cast, Made, column_operand, row_operand
 
 _Operand = Sequence[Tensor]
@@ -115,7 +115,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         of_x: Tensor | None = None
         if needs[2]:
             hidden = _columns(_hidden(gate, up), ends, config, grad)
-            grads[2] = _by_columns(g_columns, hidden, ends, dtype)
+            grads[2] = _by_columns(g_columns, hidden, ends, weight_gradient_dtype(dtype))
         if not g_rows:
             return None, *_in_dtypes(grads, ctx.dtypes), *[None] * 16
         grad_hidden = _by_rows(g_rows, _across(weights[2], made[2], config, grad), ends, dtype)
@@ -127,7 +127,7 @@ class _GroupedFeedForward(torch.autograd.Function):
                 of_x = part if of_x is None else of_x + part
             if needs[number]:
                 kept = _columns(x, ends, config, grad) if x_scale is None else (x, x_scale)
-                grads[number] = _by_columns(each_columns, kept, ends, dtype)
+                grads[number] = _by_columns(each_columns, kept, ends, weight_gradient_dtype(dtype))
         return of_x, *_in_dtypes(grads, ctx.dtypes), *[None] * 16
 
 

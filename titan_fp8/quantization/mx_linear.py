@@ -296,8 +296,9 @@ def _product_over_tokens(
     if grad is None:
         return grad_output.t() @ as_matrix(x)
     codes, scale = grad
+    dtype = mx_ops.weight_gradient_dtype(grad_output.dtype)
     if scale is None:
         values = mx_ops.column_values(as_matrix(x), config.recipe.mode, config.dim1_kernel, grad_output)
-        return mx_ops.multiply_values(codes.t(), values, grad_output.dtype)
+        return mx_ops.multiply_values(codes.t(), values, dtype)
     assert x_scale is not None
-    return mx_ops.scaled_mm_op(codes, x, scale, x_scale, grad_output.dtype)
+    return mx_ops.scaled_mm_op(codes, x, scale, x_scale, dtype)

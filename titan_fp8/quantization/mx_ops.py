@@ -100,6 +100,12 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype:
     return result.to(out_dtype)
 
 
+def weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the gradient of a weight leaves its product where activations are in `dtype`: sums over many tokens can
+    be beyond the range of fp16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def multiply_values(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`a [M, K] @ b [K, N]` of emulated operands in `out_dtype`, added in fp32; on a GPU as any bf16 product is."""
     if not a.is_cuda:

@@ -109,6 +109,7 @@ def made_of(module: nn.Module, name: str, weight: Tensor, cache: "MXWeightCache 
     if not torch.compiler.is_compiling():
         # Compiled code relies on the hook of the model, which runs before it and looks at the same parameter.
         cache.refresh(getattr(module, name))
+    cache.check_is_cast()
     assert cache.rows is not None
     assert cache.columns is not None
     return Made(*cache.rows, *cache.columns)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from titan_fp8.quantization.casts import Codes, cast_weight, cast_weight_both
@@ -40,6 +41,7 @@ class Freshness:
 
     def __init__(self) -> None:
         self._made_from: tuple[int, ...] | None = None
+        self._memory: StorageWeakRef | None = None
 
     def mark_stale(self) -> None:
         """The parameter may have changed."""
@@ -52,13 +54,15 @@ class Freshness:
     def record(self, parameter: Tensor) -> None:
         """What there is now was made from `parameter` as it is now."""
         self._made_from = _state_of(parameter)
+        # As long as somebody refers to it, other memory is not taken for it, though it may lie at the same address.
+        self._memory = StorageWeakRef(local_weight(parameter).untyped_storage())
 
 
 def _state_of(parameter: Tensor) -> tuple[int, ...]:
     # A write to a DTensor counts there, and not in the tensor that it holds; one to that tensor counts in it alone.
     local = local_weight(parameter)
     versions = (-1 if tensor.is_inference() else tensor._version for tensor in (parameter, local))
-    return *versions, local.data_ptr()
+    return *versions, local.data_ptr(), local.untyped_storage()._cdata
 
 
 class CodesCache:
@@ -90,6 +94,18 @@ class CodesCache:
         with torch.no_grad(), unseen():  # an optimizer may step between a block's passes (early_step_in_backward)
             self.cast(local_weight(parameter))
         self.freshness.record(parameter)
+
+    def check_is_cast(self) -> None:
+        """For compiled code, which cannot cast.
+
+        Raises:
+            RuntimeError: there are no codes yet.
+        """
+        if self.rows is None:
+            raise RuntimeError(
+                "compiled code has the kept codes of its weights from the forward pass of the model that was converted "
+                "with cache_weights=True: call that model, not a compiled part of it"
+            )
 
     def cast(self, weight: Tensor) -> None:
         """Make the codes of `weight`."""

@@ -129,6 +129,15 @@ def test_what_is_behind_the_last_group_reaches_nothing(garbage: float) -> None:
         assert torch.equal(result[name][rows], value[rows]), name
 
 
+def test_gradients_beyond_the_range_of_fp16_are_kept_where_activations_are_in_fp16() -> None:
+    leaves = {"x": torch.ones(64, K, dtype=torch.float16)}
+    leaves |= {name: torch.full((1, H, K), 8.0 / K) for name in ("w1", "w3")} | {"w2": torch.full((1, K, H), 2.0**-12)}
+    grad = torch.full((64, K), 1024.0, dtype=torch.float16)
+    result = run(leaves, torch.tensor([64], dtype=torch.int32), grad)
+    expected = torch.full((1, K, H), 64 * 1024 * 64.0)  # silu(8) is 7.997, which 8 bits cannot tell from 8
+    torch.testing.assert_close(result["w2"], expected, rtol=2**-7, atol=0)
+
+
 def test_a_bad_row_spoils_its_own_expert_alone() -> None:
     leaves, ends, grad = inputs([32, 32, 64])
     leaves["x"][40, 3] = torch.nan

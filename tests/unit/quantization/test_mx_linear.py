@@ -273,6 +273,13 @@ def test_autocast_decides_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     assert torch.equal(result, expected)
 
 
+def test_a_gradient_beyond_the_range_of_fp16_is_kept_where_activations_are_in_fp16() -> None:
+    linear = make(bias=False)
+    x, grad = torch.full((32, K), 64.0, dtype=torch.float16), torch.full((32, N), 64.0, dtype=torch.float16)
+    linear(x).backward(grad)
+    assert torch.equal(linear.weight.grad, torch.full((N, K), 2.0**17))
+
+
 def test_no_tokens_give_no_output_and_gradients_of_zero() -> None:
     result = run(make(), *data(0))
     assert result["output"].shape == (0, N)

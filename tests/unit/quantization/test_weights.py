@@ -148,6 +148,33 @@ def test_a_changed_weight_is_never_used_stale(change: Callable[[nn.Module], None
     assert not torch.equal(after, before)
 
 
+def test_new_memory_at_the_address_of_a_weight_that_has_gone_is_not_taken_for_it() -> None:
+    model, x = cached("rowwise"), torch.randn(24, K)
+    weight = model[0].weight.detach().clone()
+    with torch.no_grad():
+        outputs = [torch.func.functional_call(model, {"0.weight": weight * 2.0**n}, (x,)) for n in range(6)]
+    for n, output in enumerate(outputs):
+        assert torch.equal(output, outputs[0] * 2.0**n)
+
+
+def test_a_model_that_was_in_another_dtype_meanwhile_is_not_stale() -> None:
+    model, x = cached("rowwise"), torch.randn(24, K)
+    for _ in range(6):
+        _in_place(model)
+        model(x)
+        model.bfloat16().float()
+        fresh = make("rowwise")
+        fresh.load_state_dict({"weight": model[0].weight.detach()})
+        assert torch.equal(model(x), fresh(x))
+
+
+def test_a_compiled_part_that_is_called_before_its_model_says_so() -> None:
+    torch._dynamo.reset()
+    model = cached("rowwise")
+    with pytest.raises(RuntimeError, match="call that model, not a compiled part of it"):
+        torch.compile(model[0], backend="aot_eager", fullgraph=True)(torch.randn(24, K))
+
+
 def test_a_compiled_model_casts_outside_of_the_graph_and_is_never_stale() -> None:
     torch._dynamo.reset()
     model = cached("tensorwise")
