@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from titan_fp8.kernels.moe.functions import Rows
@@ -51,10 +50,7 @@ class Float8Experts(Experts):
         codes = []
         for name in ORDER:
             cache = self.weight_caches[name]
-            if not torch.compiler.is_compiling():
-                # Compiled code relies on the hook of the model, which runs before it.
-                cache.refresh(getattr(self, name))
-            cache.check_is_cast()
+            cache.use(getattr(self, name))
             assert cache.rows is not None
             codes.append(cache.rows)
         return codes

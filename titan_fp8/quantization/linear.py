@@ -165,9 +165,7 @@ class Float8Linear(nn.Linear):
         cache = self.weight_cache
         if cache is None:
             return WeightOperand(cast_weight(weight.detach(), self.config.recipe, self.config.weight_axis))
-        if not torch.compiler.is_compiling():
-            cache.refresh(self.weight)  # compiled code relies on the hook of the model, which runs before it
-        cache.check_is_cast()
+        cache.use(self.weight)
         assert cache.rows is not None
         return WeightOperand(cache.rows, cache.columns, is_transient=False)
 

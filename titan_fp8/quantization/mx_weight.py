@@ -106,10 +106,7 @@ def made_of(module: nn.Module, name: str, weight: Tensor, cache: "MXWeightCache 
         check_gathered(weight, of="a layer of experts" if several else "a linear", codes="MXFP8")
     if cache is None:
         return Made()
-    if not torch.compiler.is_compiling():
-        # Compiled code relies on the hook of the model, which runs before it and looks at the same parameter.
-        cache.refresh(getattr(module, name))
-    cache.check_is_cast()
+    cache.use(getattr(module, name))
     assert cache.rows is not None
     assert cache.columns is not None
     return Made(*cache.rows, *cache.columns)

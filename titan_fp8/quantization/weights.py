@@ -95,13 +95,16 @@ class CodesCache:
             self.cast(local_weight(parameter))
         self.freshness.record(parameter)
 
-    def check_is_cast(self) -> None:
-        """For compiled code, which cannot cast.
+    def use(self, parameter: Tensor) -> None:
+        """Refresh for a forward pass. Compiled code cannot cast, and relies on the hook of the model, which runs before
+        it and looks at the same parameter.
 
         Raises:
-            RuntimeError: there are no codes yet.
+            RuntimeError: it runs before there are codes.
         """
-        if self.rows is None:
+        if not torch.compiler.is_compiling():
+            self.refresh(parameter)
+        elif self.rows is None:
             raise RuntimeError(
                 "compiled code has the kept codes of its weights from the forward pass of the model that was converted "
                 "with cache_weights=True: call that model, not a compiled part of it"
