@@ -16,7 +16,7 @@ from tests.unit.quantization.test_linear import ALL_RECIPES, K, N, make, run
 from tests.unit.quantization.test_ops import CountCalls
 from titan_fp8.quantization import ops
 from titan_fp8.quantization.linear import Float8Linear
-from titan_fp8.quantization.weights import cache_weights, mark_stale
+from titan_fp8.quantization.weights import Freshness, cache_weights, mark_stale
 
 WEIGHT_CASTS = (ops.cast_tensor, ops.cast_tensor_both, ops.cast_rows, ops.cast_blocks)
 
@@ -155,6 +155,13 @@ def test_new_memory_at_the_address_of_a_weight_that_has_gone_is_not_taken_for_it
         outputs = [torch.func.functional_call(model, {"0.weight": weight * 2.0**n}, (x,)) for n in range(6)]
     for n, output in enumerate(outputs):
         assert torch.equal(output, outputs[0] * 2.0**n)
+
+
+def test_nothing_made_from_a_parameter_that_has_gone_belongs_to_a_new_one() -> None:
+    freshness = Freshness()
+    for _ in range(200):
+        freshness.record(nn.Parameter(torch.zeros(4, 4)))
+        assert not freshness.is_fresh(nn.Parameter(torch.zeros(4, 4)))
 
 
 def test_a_model_that_was_in_another_dtype_meanwhile_is_not_stale() -> None:
