@@ -157,11 +157,12 @@ def test_new_memory_at_the_address_of_a_weight_that_has_gone_is_not_taken_for_it
         assert torch.equal(output, outputs[0] * 2.0**n)
 
 
-def test_nothing_made_from_a_parameter_that_has_gone_belongs_to_a_new_one() -> None:
-    freshness = Freshness()
-    for _ in range(200):
-        freshness.record(nn.Parameter(torch.zeros(4, 4)))
-        assert not freshness.is_fresh(nn.Parameter(torch.zeros(4, 4)))
+def test_no_new_storage_is_taken_for_that_of_a_parameter_that_has_gone() -> None:
+    freshness, parameter = Freshness(), nn.Parameter(torch.zeros(4, 4))
+    freshness.record(parameter)
+    gone = parameter.untyped_storage()._cdata
+    del parameter
+    assert gone not in [storage._cdata for storage in [torch.zeros(4, 4).untyped_storage() for _ in range(1000)]]
 
 
 def test_a_model_that_was_in_another_dtype_meanwhile_is_not_stale() -> None:
