@@ -130,7 +130,7 @@ that knows TOML, the first line `#:schema ../titan_fp8/config/schema.json` of a 
 | `--section.no_flag`, `--section.flag=false` | false |
 | `--section.list a,b`, `"a, b"`, `'["a", "b"]'` | a list; it replaces the TOML file's |
 | `--section.list a --section.list b` | the same list: repeated lists collect |
-| `--section.list=` | the empty list |
+| `--section.list=` | the empty list, whatever is given before it |
 | `--section.key=None` | unset, for a key that may be unset |
 
 What begins with two dashes is always the next key, so a key before it stands alone and means true. A single value that

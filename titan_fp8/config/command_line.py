@@ -4,7 +4,7 @@
     --compile.enable      --compile.enable=true      a flag that is on
     --compile.no_enable   --compile.enable=false     a flag that is off
     --model.converters a,b   "a, b"   '["a", "b"]'   a list; given again, its elements are added
-    --model.converters=                              the empty list
+    --model.converters=                              the empty list, whatever was given before
 
 What follows a key and begins with two dashes is the next key, so the key before it stands alone and means true. A
 single value that is given twice counts as given last.
@@ -119,7 +119,7 @@ def _enter(option: Option, key: Key, is_off: bool, sources: Sources) -> None:
         value, notices = current_converters(value)
         sources.notices += [f"{option.typed}: {notice.partition(': ')[2]}" for notice in notices]
     earlier = sources.cli.get(key.path)
-    if isinstance(value, list) and earlier is not None and isinstance(earlier.value, list):
+    if isinstance(value, list) and value and earlier is not None and isinstance(earlier.value, list):
         value = earlier.value + value
     # A word that the key takes for a string is shown in quotes; one that failed to be a number is shown as typed.
     text = value if isinstance(value, str) and not key.takes_strings else show(value)

@@ -15,7 +15,8 @@ Settings come from defaults < TOML file (--job.config_file) < command line.
 
   --section.key VALUE   --section.key=VALUE    a value
   --section.flag        --section.no_flag      true and false, also --section.flag=false
-  --section.list a,b    --section.list=        a list (given again, elements are added), and the empty list
+  --section.list a,b    --section.list=        a list (given again, elements are added), and the empty
+                                               list, whatever is given before it
 
 `--help SECTION` shows one section, for example `--help quantize.linear.float8`.
 """

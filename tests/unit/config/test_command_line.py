@@ -78,6 +78,12 @@ def test_an_empty_list_replaces_the_files(read, options):
     assert filters(read(*options, toml=toml).accepted) == []
 
 
+def test_an_empty_list_drops_what_was_given_before_it(read):
+    first, second = f"{FLOAT8}.filter_fqns=attention.wk", f"{FLOAT8}.filter_fqns=output"
+    assert filters(read(CONVERTER, first, f"{FLOAT8}.filter_fqns=").accepted) == []
+    assert filters(read(CONVERTER, first, f"{FLOAT8}.filter_fqns=", second).accepted) == ["output"]
+
+
 def test_a_list_on_the_command_line_replaces_the_files(read):
     toml = '[model]\nconverters = ["float8"]\n[quantize.linear.float8]\nfilter_fqns = ["output"]'
     assert filters(read(f"{FLOAT8}.filter_fqns=attention.wk", toml=toml).accepted) == ["attention.wk"]
