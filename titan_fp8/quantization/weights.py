@@ -17,7 +17,7 @@ stale before any layer runs.
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,15 +37,30 @@ if TYPE_CHECKING:
 
 
 class Freshness:
-    """Whether something made from a parameter, or from what this rank holds of one, still belongs to it."""
+    """Whether something made from a parameter, or from what this rank holds of one, still belongs to it.
+
+    Attributes:
+        is_told_stale: nothing has been recorded since somebody said that the parameter was written to, or ever. The
+            compiler guards it, which cannot ask for more.
+    """
 
     def __init__(self) -> None:
+        self.is_told_stale = True
         self._made_from: tuple[int, ...] | None = None
         self._memory: StorageWeakRef | None = None
 
     def mark_stale(self) -> None:
         """The parameter may have changed."""
         self._made_from = None
+        self.is_told_stale = True
+
+    def mark_stepped(self, memory: Set[int]) -> None:
+        """An optimizer has written to these storages, and may have caused a write elsewhere."""
+        # The latter is no reason to stop compiled code: between the passes of a block that is recomputed the optimizers
+        # of others step, if each parameter has its own.
+        self._made_from = None
+        if self._memory is not None and self._memory.cdata in memory:
+            self.is_told_stale = True
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether nothing has happened to `parameter` since `record`."""
@@ -54,6 +69,7 @@ class Freshness:
     def record(self, parameter: Tensor) -> None:
         """What there is now was made from `parameter` as it is now."""
         self._made_from = _state_of(parameter)
+        self.is_told_stale = False
         # As long as somebody refers to it, other memory is not taken for it, though it may lie at the same address.
         self._memory = StorageWeakRef(local_weight(parameter).untyped_storage())
 
@@ -100,11 +116,11 @@ class CodesCache:
         it and looks at the same parameter.
 
         Raises:
-            RuntimeError: it runs before there are codes.
+            RuntimeError: it runs before there are codes, or after the weight has been written to.
         """
         if not torch.compiler.is_compiling():
             self.refresh(parameter)
-        elif self.rows is None:
+        elif self.freshness.is_told_stale:
             raise RuntimeError(
                 "compiled code has the kept codes of its weights from the forward pass of the model that was converted "
                 "with cache_weights=True: call that model, not a compiled part of it"
@@ -169,9 +185,19 @@ class _MarkStale:
     def __init__(self, watched: "weakref.WeakSet[Freshness]") -> None:
         self._watched = watched
 
+    @torch.compiler.disable
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        memory = {_storage_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._watched:
-            each.mark_stale()
+            each.mark_stepped(memory)
+
+
+def _storage_of(parameter: Tensor) -> int:
+    """What tells the memory of what this rank holds of a parameter from other memory; 0 of tensors without any."""
+    try:
+        return local_weight(parameter).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:

@@ -183,6 +183,45 @@ def test_a_compiled_part_that_is_called_before_its_model_says_so() -> None:
         torch.compile(model[0], backend="aot_eager", fullgraph=True)(torch.randn(24, K))
 
 
+def _step(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+
+
+def _step_through_a_view(model: nn.Module) -> None:
+    flat = nn.Parameter(model[0].weight.data.view(-1))
+    flat.grad = torch.ones_like(flat)
+    torch.optim.SGD([flat], lr=0.1).step()
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [_step, _step_through_a_view, _load, mark_stale])
+def test_a_compiled_part_that_is_called_after_a_change_before_its_model_says_so(change: Callable) -> None:
+    torch._dynamo.reset()
+    model, x = cached("rowwise"), torch.randn(24, K)
+    part = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    model(x).sum().backward()
+    assert torch.equal(part(x), model(x))
+    change(model)
+    with pytest.raises(RuntimeError, match="call that model, not a compiled part of it"):
+        part(x)
+    expected = model(x)
+    assert torch.equal(part(x), expected)
+
+
+def test_a_step_of_other_weights_does_not_stop_a_compiled_part() -> None:
+    torch._dynamo.reset()
+    model, x = cached("rowwise"), torch.randn(24, K)
+    part = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    expected = model(x)
+    other = nn.Linear(4, 4)
+    other.weight.grad = torch.ones(4, 4)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert torch.equal(part(x), expected)
+
+
 def test_a_compiled_model_casts_outside_of_the_graph_and_is_never_stale() -> None:
     torch._dynamo.reset()
     model = cached("tensorwise")
