@@ -260,6 +260,11 @@ def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config:
     return grad if config.gradient_axis is None else all_reduce(grad.float(), config.gradient_axis)
 
 
+def _unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`grad_output [T, N].T @ x [T, K]` in `out_dtype`, which may be wider than what is multiplied."""
+    return grad_output.t() @ x if out_dtype == x.dtype else ops.high_precision_mm(grad_output, x, out_dtype)
+
+
 def _columns_of(x: Tensor, recipe: Float8Recipe, *, after: Tensor) -> Codes:
     """x `[..., K]` by columns, of the bits that one cast into both layouts gives; made after the gradient `after`."""
     _, columns = cast_activation(as_matrix(x), recipe, recipe.input_dtype, rows=False, columns=True, after=after)
@@ -284,12 +289,3 @@ def columns_of_weight(
     assert codes is not None
     assert scale is not None
     return Codes(codes, scale) if has_columns else weight_columns(Codes(codes, scale), recipe, after)
-
-
-def _unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`grad_output [T, N].T @ x [T, K]` in `out_dtype`, which may be wider than what is multiplied."""
-    if out_dtype == x.dtype:
-        return grad_output.t() @ x
-    if x.is_cuda and out_dtype == torch.float32:
-        return torch.mm(grad_output.t(), x, out_dtype=out_dtype)
-    return (grad_output.t().float() @ x.float()).to(out_dtype)

@@ -74,6 +74,12 @@ def _cast_tensor_both(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tens
     return codes, codes_t, scale
 
 
+def _high_precision_mm(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if x.is_cuda and out_dtype == torch.float32:
+        return torch.mm(grad_output.t(), x, out_dtype=out_dtype)
+    return (grad_output.t().float() @ x.float()).to(out_dtype)
+
+
 def _sum_rows(x: Tensor) -> Tensor:
     # The order of a sum depends on strides, which eager and compiled code need not share.
     return x.contiguous().sum(0, dtype=torch.float32)
@@ -196,6 +202,14 @@ scaled_mm_blockwise = register_operator(
 )
 """`scaled_mm_blockwise(a [M, K], b [N, K], scale_a [M, K/128], scale_b, bias, out_dtype, fast_accum, emulate)` -> [M,
 N]; scale_b is [N/128, K/128] or [N, K/128]; see `gemm.py`."""
+
+high_precision_mm = register_operator(
+    "high_precision_mm(Tensor grad_output, Tensor x, ScalarType out_dtype) -> Tensor",
+    _high_precision_mm,
+    lambda grad_output, x, out_dtype: x.new_empty((grad_output.shape[1], x.shape[1]), dtype=out_dtype),
+)
+"""`high_precision_mm(grad_output [T, N], x [T, K], out_dtype)` -> grad_output.T @ x [N, K], in a dtype that is not
+theirs. If it were an ordinary product that is rounded and then made wider again, the compiler would not round."""
 
 sum_rows = register_operator(
     "sum_rows(Tensor x) -> Tensor", _sum_rows, lambda x: x.new_empty((x.shape[1],), dtype=torch.float32)

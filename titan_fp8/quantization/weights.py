@@ -171,7 +171,7 @@ class StepWatch:
 
     def __init__(self) -> None:
         self._watched: weakref.WeakSet[Freshness] = weakref.WeakSet()
-        handle = register_optimizer_step_post_hook(_MarkStale(self._watched))
+        handle = register_optimizer_step_post_hook(_MarkStale(self._watched))  # pyright: ignore[reportArgumentType]
         weakref.finalize(self, handle.remove)
 
     def add(self, freshness: Freshness) -> None:

@@ -58,12 +58,15 @@ def test_output_and_every_gradient_are_as_exact_as_the_recipe_allows(
 
 
 @ALL_RECIPES
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16), ("inductor", torch.float32)],
+    ids=["aot_eager", "inductor", "inductor_fp32"],
+)
+def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     linear = make(recipe, bias=True)
-    x = torch.randn(3, 7, K).bfloat16()
-    grad_output = torch.randn(3, 7, N).bfloat16()
+    x, grad_output = torch.randn(3, 7, K).to(dtype), torch.randn(3, 7, N).to(dtype)
     eager = run(linear, x, grad_output)
     compiled = run(torch.compile(linear, backend=backend, fullgraph=True), x, grad_output)
     for name, value in eager.items():
