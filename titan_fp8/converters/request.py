@@ -141,8 +141,9 @@ def request_from_arguments(**arguments: Any) -> tuple[Float8Request, list[str]]:
             checked.reject(name, "a number of blocks, 0 or more")
     if settings["grad_weight_dtype"] not in (torch.bfloat16, torch.float32):
         checked.reject("grad_weight_dtype", "torch.bfloat16 or torch.float32")
-    if arguments["recipe_name"] is not None and not isinstance(arguments["recipe_name"], str):
-        checked.reject("recipe_name", "the name of a recipe")
+    if not isinstance(arguments["recipe_name"], str):
+        default = get_recipe(None).name
+        checked.reject("recipe_name", f"the name of a recipe, {', '.join(RECIPE_NAMES)}; leave it out for {default}")
     try:
         get_recipe(settings.get("recipe_name"))
     except UserError as error:

@@ -122,7 +122,8 @@ def test_all_arguments_reach_the_layers() -> None:
     ("arguments", "message"),
     [
         ({"recipe_name": "tensorwize"}, 'did you mean "tensorwise"'),
-        ({"recipe_name": ["tensorwise"]}, "expected the name of a recipe"),
+        ({"recipe_name": ["tensorwise"]}, r"recipe_name = \['tensorwise'\]: expected the name of a recipe, tensorwise"),
+        ({"recipe_name": None}, "recipe_name = None: expected the name of a recipe, .*; leave it out for tensorwise"),
         ({"recipe_name": "delayed"}, "not supported yet"),
         ({"filter_fqns": "output"}, "expected a list"),
         ({"filter_fqns": None}, "filter_fqns = None"),
@@ -194,6 +195,14 @@ def test_only_a_bool_turns_anything_on_or_off(convert) -> None:
             with pytest.raises(titan_fp8.ConversionError, match=rf"{name} = {value!r}: expected True or False"):
                 convert(model, emulate="auto", **{name: value})
             assert {type(module) for module in model.modules()} == {type(module) for module in both_kinds().modules()}
+
+
+@every_conversion
+def test_none_stands_for_a_default_only_where_it_is_the_default(convert) -> None:
+    arguments = {name: each for name, each in inspect.signature(convert).parameters.items() if name != "model"}
+    for name in [name for name, each in arguments.items() if each.default is not None]:
+        with pytest.raises(titan_fp8.ConversionError, match=rf"(?m)^{name} = None: "):
+            convert(both_kinds(), **({"emulate": True} | {name: None}))
 
 
 @every_conversion
