@@ -134,8 +134,11 @@ class Float8Linear(nn.Linear):
         value = input if isinstance(input, Tensor) else input.value
         axis, of_features = self.config.input_axis, self.config.sums_over_ranks
         in_features = self.in_features if of_features is None else self.in_features // of_features.size
-        if value.shape[-1] != in_features:
-            raise ValueError(f"float8 linear with in_features={in_features} got input {list(value.shape)}")
+        if not value.dim() or value.shape[-1] != in_features:
+            raise ValueError(
+                f"float8 linear with in_features={in_features} got input {list(value.shape)}; expected one or more "
+                f"dimensions, [..., {in_features}]"
+            )
         recipe = self.config.recipe
         if columns is None:
             columns = torch.is_grad_enabled() and self.weight.requires_grad and self.config.saves_columns

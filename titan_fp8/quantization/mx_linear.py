@@ -123,8 +123,11 @@ def mx_linear(
 ) -> Tensor:
     """`input [..., K] @ weight.T + bias` in input's dtype; weight `[N, K]`. With a sink the product for the weight's
     gradient is computed later; sums_over: ranks that have other tokens, over which that gradient is summed."""
-    if input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"MX linear with in_features={weight.shape[1]} got input {list(input.shape)}")
+    if not input.dim() or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"MX linear with in_features={weight.shape[1]} got input {list(input.shape)}; expected one or more "
+            f"dimensions, [..., {weight.shape[1]}]"
+        )
     owner = input
     if torch.is_autocast_enabled(input.device.type):
         input = input.to(torch.get_autocast_dtype(input.device.type))

@@ -1,6 +1,7 @@
 """Float8Linear: accuracy of the output and every gradient, bit-equality of eager and compiled, and its odd cases."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -97,8 +98,12 @@ def test_leading_dimensions_do_not_matter(recipe: str) -> None:
         assert torch.equal(result["grad_input"].view(24, K), flat["grad_input"])
         assert torch.equal(result["grad_weight"], flat["grad_weight"])
     assert linear(x[0]).shape == (N,)
-    with pytest.raises(ValueError, match="in_features=128 got input"):
-        linear(torch.randn(4, 64))
+    for shape in ((4, 64), ()):
+        message = (
+            rf"in_features=128 got input {re.escape(str([*shape]))}; expected one or more dimensions, \[..., 128\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            linear(torch.randn(shape))
 
 
 @ALL_RECIPES

@@ -186,8 +186,10 @@ def test_sizes_that_are_no_multiple_of_a_block_are_refused() -> None:
         make(48, 64)
     with pytest.raises(UserError, match="out_features=40"):
         make(64, 40)
-    with pytest.raises(ValueError, match=r"in_features=64 got input \[4, 32\]"):
-        make()(torch.ones(4, 32))
+    for shape, given in (((4, 32), r"\[4, 32\]"), ((), r"\[\]")):
+        message = rf"in_features=64 got input {given}; expected one or more dimensions, \[..., 64\]"
+        with pytest.raises(ValueError, match=message):
+            make()(torch.ones(shape))
 
 
 @pytest.mark.parametrize(
