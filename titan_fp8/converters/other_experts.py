@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from titan_fp8.models.moe import Experts
+from titan_fp8.quantization.grouped_ops import checked_ends
 from titan_fp8.quantization.grouped_product import (
     Cast,
     GroupedFormat,
@@ -180,7 +181,9 @@ class _Products:
         for known, length, layout in self.layouts:
             if known is ends and length == rows:
                 return layout
-        layout = lay_out(ends, rows, self.products.alignment, aligned=self.aligned)
+        # On a GPU the answer would have to be waited for.
+        checked = checked_ends(ends, rows, self.fqn) if ends.device.type == "cpu" else ends
+        layout = lay_out(checked, rows, self.products.alignment, aligned=self.aligned)
         self.layouts.append((ends, rows, layout))
         return layout
 

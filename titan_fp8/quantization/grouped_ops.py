@@ -3,11 +3,14 @@
 M rows sorted by expert, K in features, N out features, E experts. `ends` int32 [E]: the row behind each expert's rows.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from titan_fp8.kernels import float8, grouped
 from titan_fp8.quantization import grouped_gemm
+from titan_fp8.runtime.errors import UserError
 from titan_fp8.runtime.operators import register_operator
 
 
@@ -26,10 +29,29 @@ def _cast_experts(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes.view(w.shape), scale.view(w.shape[:2])
 
 
+def _checked_ends(ends: Tensor, rows: int, owner: str) -> Tensor:
+    given = ends.tolist()
+    if any(begin > end for begin, end in pairwise([0, *given, rows])):
+        raise UserError(
+            f"{owner}: offs = {given} for {rows} rows, and the row behind each expert's rows is never before that of "
+            f"the expert before it, 0 at the least and {rows} at the most; give it the cumulative sum of the experts' "
+            "numbers of rows"
+        )
+    return ends.clone()
+
+
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     of_gate, of_up, output = grouped.swiglu_backward(grad, gate, up, ends, dtype)
     return *of_gate, *of_up, *output
 
+
+checked_ends = register_operator(
+    "checked_ends_of_groups(Tensor ends, SymInt rows, str owner) -> Tensor",
+    _checked_ends,
+    lambda ends, rows, owner: torch.empty_like(ends),
+)
+"""`checked_ends_of_groups(ends int32 [E], rows, owner)` -> ends. It waits for the device, and raises a UserError that
+begins with `owner` unless ends ascend from 0 to `rows`; an operator, since compiled code looks at no values itself."""
 
 cast_group_both = register_operator(
     "cast_group_both(Tensor x, Tensor ends, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",

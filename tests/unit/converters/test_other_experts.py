@@ -3,8 +3,10 @@ this package."""
 
 import copy
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -579,6 +581,22 @@ def test_ends_of_groups_that_pytorch_refuses_are_refused(ends: Tensor, given: st
             pytest.raises(UserError, match=rf"^experts: offs is {given} for weights \[4, 64, 48\].*int32 \[4\]"),
         ):
             layer(x, ends)
+
+
+@pytest.mark.parametrize("convert_it", [convert, partial(titan_fp8.convert_to_mxfp8_grouped_training, emulate=True)])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("ends", [[64, 32, 64, 96], [-32, 32, 64, 96], [32, 64, 96, 128], [96, 96, 96, 64]])
+def test_ends_of_groups_that_do_not_ascend_to_the_rows_are_refused_on_the_cpu(
+    convert_it: Any, aligned: bool, compiled: bool, ends: list[int]
+) -> None:
+    torch._dynamo.reset()
+    layer = Layer(Stacked(hidden=64))
+    convert_it(layer, aligned_groups=aligned)
+    model = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    x = random(96, K, seed=7)
+    with pytest.raises(UserError, match=rf"^experts: offs = {re.escape(str(ends))} for 96 rows, and the row behind"):
+        model(x, torch.tensor(ends, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -384,4 +384,4 @@ def test_groups_that_break_the_promise_are_a_value_error_on_the_cpu() -> None:
     ):
         layer(x, ends)
     with pytest.raises(ValueError, match="60 rows in groups that are said to be multiples of 32"):
-        layer(x[:60], ends)
+        layer(x[:60], ends.clamp(max=60))

@@ -251,6 +251,7 @@ X, NO_ROWS = random(64, K, seed=0), torch.empty(0, K)
 CODES_OF_EXPERTS, SCALE_OF_EXPERTS = ops.cast_experts(random(3, H, K, seed=1), E4M3)
 CODES_T, SCALE_T = ops.cast_group_columns(X, ENDS, E4M3)
 CALLS = [
+    (ops.checked_ends, (ENDS, 64, "experts")),
     (ops.cast_experts, (random(3, K, H, seed=1).transpose(1, 2), E4M3)),
     (ops.cast_group_both, (X, ENDS, E4M3)),
     (ops.cast_group_both, (X.bfloat16(), ENDS, E4M3)),
