@@ -10,8 +10,9 @@ With one scale a block of 128 summed values, each block's part of the sum has fa
 
     result [M, N] = sum over blocks j of (a[:, j] codes @ b[:, j] codes .T) * scale_a[:, j] * scale_b[:, j] + bias
 
-Emulated, the codes are multiplied as exact fp32 numbers with fp32 accumulation and the scales applied after. TF32 and
-the reduced-precision modes of CPUs are off in it, whatever the process has set: they would round the sums.
+Emulated, the codes are multiplied as exact fp32 numbers with fp32 accumulation and the scales applied after, in an
+order in which nothing overflows that the result does not. TF32 and the reduced-precision modes of CPUs are off in it,
+whatever the process has set: they would round the sums.
 """
 
 import contextlib
@@ -150,7 +151,16 @@ def _check_blocks(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> boo
 def _emulated(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     with exact_fp32(a.device.type):
         product = reference.to_float(a) @ reference.to_float(b).t()
-    return product.mul_(scale_a).mul_(scale_b.t()).to(out_dtype)
+    return apply_scales(product, scale_a, scale_b.t()).to(out_dtype)
+
+
+def apply_scales(product: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """`product * scale_a * scale_b` in place, Inf only where that is beyond fp32. Scales broadcast against it.
+
+    What shrinks comes before what enlarges: a product of codes shrunk by a scale is far from the subnormals, and what
+    two scales have enlarged is no larger before the second one. Where scale_a is 1 or more, scale_b comes first.
+    """
+    return product.mul_(scale_a.clamp(max=1)).mul_(scale_b).mul_(scale_a.clamp(min=1))
 
 
 def _emulated_blockwise(
@@ -162,7 +172,7 @@ def _emulated_blockwise(
         for j in range(a.shape[1] // BLOCK):
             block = slice(j * BLOCK, (j + 1) * BLOCK)
             part = reference.to_float(a[:, block]) @ reference.to_float(b[:, block]).t()
-            result.addcmul_(part.mul_(scale_a[:, j, None]), of_columns[:, j])
+            result.add_(apply_scales(part, scale_a[:, j, None], of_columns[:, j]))
     return result.to(out_dtype)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titan_fp8.kernels import grouped
 from titan_fp8.kernels.float8 import reference
-from titan_fp8.quantization.gemm import exact_fp32
+from titan_fp8.quantization.gemm import apply_scales, exact_fp32
 
 _scaled_grouped_mm = torch._scaled_grouped_mm  # pyright: ignore[reportPrivateImportUsage]
 
@@ -47,7 +47,7 @@ def grouped_mm_rows(
     with exact_fp32(a.device.type):
         for expert, rows in _groups(ends):
             product = reference.to_float(a[rows]) @ reference.to_float(b[expert]).t()
-            result[rows] = (product * scale_a[rows] * scale_b[expert]).to(out_dtype)
+            result[rows] = apply_scales(product, scale_a[rows], scale_b[expert]).to(out_dtype)
     return result
 
 
@@ -67,7 +67,7 @@ def grouped_mm_columns(
     with exact_fp32(a.device.type):
         for expert, rows in _groups(ends):
             product = reference.to_float(a[:, rows]) @ reference.to_float(b[:, rows]).t()
-            result[expert] = (product * scale_a[expert].unsqueeze(1) * scale_b[expert]).to(out_dtype)
+            result[expert] = apply_scales(product, scale_a[expert].unsqueeze(1), scale_b[expert]).to(out_dtype)
     return result
 
 

@@ -33,6 +33,35 @@ def test_emulated_product_is_exact_to_fp32(a_dtype: torch.dtype, per_row: bool) 
     assert sqnr_db(exact(a, b, scale_a, scale_b), result) > 120
 
 
+EXTREMES = [(7e35, 1e-3), (1e-3, 7e35), (2e-15, 7e35), (7e35, 2e-15), (1e17, 1e15), (2e-15, 2e-15), (3.0, 1e-12)]
+"""Pairs of scales at the limits of what casts give."""
+LARGE, SMALL = torch.logspace(-15, 35.8, 20).unsqueeze(1), torch.logspace(-15, -3, 32).unsqueeze(1)
+"""Scales a row, of which any two have a product far from the limits of fp32."""
+
+
+def one_term(rows: int, k: int) -> Tensor:
+    """Codes `[rows, k]` of which one in a row is not zero, so that products are exact in fp32."""
+    is_zero = (torch.arange(rows).unsqueeze(1) + torch.arange(k)) % k != 0
+    return torch.full((rows, k), 448.0).masked_fill(is_zero, 0).to(E4M3)
+
+
+def assert_near(result: Tensor, expected: Tensor) -> None:
+    assert expected.abs().max() < torch.finfo(torch.float32).max
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scales", EXTREMES, ids=str)
+def test_emulated_product_of_extreme_scales_is_exact_where_the_result_is_a_number(scales: tuple[float, float]) -> None:
+    a, b, scale_a, scale_b = one_term(20, 32), codes(32, 32), *map(torch.tensor, scales)
+    assert_near(emulated(a, b, scale_a, scale_b), exact(a, b, scale_a, scale_b))
+
+
+def test_emulated_product_of_extreme_scales_a_row_is_exact_where_the_result_is_a_number() -> None:
+    a, b = one_term(20, 32), codes(32, 32)
+    assert_near(emulated(a, b, LARGE, SMALL), exact(a, b, LARGE, SMALL))
+    assert_near(emulated(b, a, SMALL, LARGE), exact(b, a, SMALL, LARGE))
+
+
 @pytest.mark.parametrize("row_operand", ["a", "b"])
 def test_a_scale_a_row_goes_with_one_scale_for_the_tensor(row_operand: str) -> None:
     a, b = codes(20, 64), codes(32, 64, seed=1)
@@ -153,6 +182,16 @@ def test_emulated_blockwise_product_is_exact_to_fp32(m: int, n: int, k: int, til
     bias = torch.randn(n, generator=torch.Generator().manual_seed(3))
     with_bias = scaled_mm_blockwise(*operands, bias, torch.bfloat16, True, True)
     assert torch.equal(with_bias, (result.bfloat16().float() + bias).bfloat16())
+
+
+@TILES
+@pytest.mark.parametrize("scales", EXTREMES, ids=str)
+def test_emulated_blockwise_product_of_extreme_scales_is_exact_where_the_result_is_a_number(
+    scales: tuple[float, float], tiles: bool
+) -> None:
+    _, b, *like = block_operands(20, 256, 256, tiles)
+    operands = (one_term(20, 256), b, *map(torch.full_like, like, scales))
+    assert_near(scaled_mm_blockwise(*operands, None, torch.float32, True, True), exact_blockwise(*operands))
 
 
 def test_emulated_blockwise_product_ignores_autocast() -> None:

@@ -179,6 +179,25 @@ def test_the_emulated_product_by_columns_is_exact_to_fp32_for_each_expert(sizes:
     assert torch.equal(rounded, result.bfloat16())
 
 
+def test_emulated_products_of_extreme_scales_are_numbers_where_the_result_is_one() -> None:
+    ends, large, small = ends_of([32, 16]), 2.0**118, 2.0**-50
+    a, b = codes(48, K, seed=1), codes(2, H, K, seed=2)
+    a_t, b_t = codes(H, 48, seed=3), codes(K, 48, seed=4)
+
+    def products(of_a: float, of_b: float) -> tuple[Tensor, Tensor]:
+        filled = [torch.full(shape, scale) for scale in (of_a, of_b) for shape in ((48, 1), (2, H), (2, K))]
+        a_rows, a_columns, _, _, b_rows, b_columns = filled
+        return (
+            ops.grouped_mm_rows(a, b, a_rows, b_rows, ends, torch.float32, True, True),
+            ops.grouped_mm_columns(a_t, b_t, a_columns, b_columns, ends, torch.float32, True),
+        )
+
+    expected = products(large * small, 1.0)
+    for scales_of_both in ((large, small), (small, large)):
+        for result, value in zip(products(*scales_of_both), expected, strict=True):
+            assert torch.equal(result, value)
+
+
 def test_emulated_products_ignore_autocast_and_reduced_precision_modes() -> None:
     ends = ends_of([32, 16])
     by_rows = (codes(48, 512, seed=1), codes(2, H, 512, seed=2), scales(48, 1, seed=3), scales(2, H, seed=4), ends)
