@@ -52,7 +52,7 @@ def scaled_mm(
         b: float8 codes `[N, K]`, N a multiple of 16; a and b are not both e5m2.
         scale_a: fp32, [] or `[M, 1]`.
         scale_b: fp32, [] or `[N, 1]`.
-        bias: `[N]` of any float type, added in fp32, or None.
+        bias: `[N]` of any float type, added in fp32 to the product in `out_dtype`, or None.
         out_dtype: type of the result.
         fast_accum: let the tensor cores accumulate in their fast, less exact mode.
         emulate: multiply in fp32 instead of on tensor cores.
@@ -73,7 +73,8 @@ def scaled_mm(
             'cores; move the model to a GPU that has, or convert with emulate=True or emulate="auto"'
         )
     if bias is not None:
-        result.add_(bias)  # in fp32, rounded once
+        # In fp32, though the product is rounded already: tensor cores add no bias wider than what they write.
+        result.add_(bias)
     return result if out is None or result is out else out.copy_(result)
 
 
@@ -94,7 +95,7 @@ def scaled_mm_blockwise(
         b: codes `[N, K]`, N a multiple of 128.
         scale_a: fp32 `[M, K/128]` with strides (1, M).
         scale_b: fp32, `[N/128, K/128]` (tiles of 128x128) or `[N, K/128]` with strides (1, N) (1x128).
-        bias: `[N]` of any float type, added in fp32, or None.
+        bias: `[N]` of any float type, added in fp32 to the product in `out_dtype`, or None.
         out_dtype: type of the result.
         fast_accum: without effect: cuBLAS has one kernel, which adds each block's sum in fp32.
         emulate: multiply in fp32 instead of on tensor cores.
