@@ -37,6 +37,7 @@ from titan_fp8.kernels.mx.layout import (
     unswizzle_row_groups,
 )
 from titan_fp8.kernels.mx.reference import BLOCK, E8M0, MODES, padded
+from titan_fp8.runtime.operators import register_operator
 
 __all__ = [
     "BLOCK",
@@ -92,6 +93,10 @@ def to_mx(t: Tensor, block_size: int = BLOCK, scaling_mode: str = "rceil", *, di
     if not -t.dim() <= dim < t.dim():
         raise ValueError(f"dim={dim} is not one of the {t.dim()} dimensions of a tensor of shape {list(t.shape)}")
     _check_values(t, dim, f"a size along dim {dim}")
+    return (to_mx_op if torch.compiler.is_compiling() else _to_mx)(t, scaling_mode, dim)
+
+
+def _to_mx(t: Tensor, scaling_mode: str, dim: int) -> tuple[Tensor, Tensor]:
     last = t.movedim(dim, -1)
     if t.dim() == 2 and dim in (0, -2) and float8.uses_kernel(t) and t.shape[1] % BLOCK == 0:
         codes, scale = cast_columns(t, scaling_mode)
@@ -100,6 +105,21 @@ def to_mx(t: Tensor, block_size: int = BLOCK, scaling_mode: str = "rceil", *, di
         codes, scale = cast_rows(last.unsqueeze(0).flatten(0, -2), scaling_mode)
         codes, scale = codes.view(last.shape), scale.view(*last.shape[:-1], last.shape[-1] // BLOCK)
     return scale.movedim(-1, dim), codes.movedim(-1, dim)
+
+
+def _like_mx(t: Tensor, scaling_mode: str, dim: int) -> tuple[Tensor, Tensor]:
+    *others, size = t.movedim(dim, -1).shape
+    scale, codes = (
+        t.new_empty((*others, length), dtype=dtype).movedim(-1, dim)
+        for length, dtype in ((size // BLOCK, E8M0), (size, float8.E4M3))
+    )
+    return scale, codes
+
+
+to_mx_op = register_operator(
+    "to_mx(Tensor t, str scaling_mode, int dim) -> (Tensor scale, Tensor data)", _to_mx, _like_mx
+)
+"""What compiled code calls in `to_mx`: the compiler has no arithmetic on float8_e8m0fnu."""
 
 
 def from_mx(scale: Tensor, data: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,8 +149,20 @@ def from_mx(scale: Tensor, data: Tensor, dtype: torch.dtype) -> Tensor:
             f"scale {list(scale.shape)} and data {list(data.shape)} do not fit: their shapes are the same but for one "
             f"dimension, where data is {BLOCK} times as large; swizzled scales go through `unswizzle` first"
         )
-    codes, scale = data.movedim(divided[0], -1), scale.movedim(divided[0], -1)
-    return reference.values_last(codes.contiguous(), scale.contiguous(), dtype).movedim(-1, divided[0])
+    return (from_mx_op if torch.compiler.is_compiling() else _from_mx)(scale, data, dtype, divided[0])
+
+
+def _from_mx(scale: Tensor, data: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    codes, scale = data.movedim(dim, -1), scale.movedim(dim, -1)
+    return reference.values_last(codes.contiguous(), scale.contiguous(), dtype).movedim(-1, dim)
+
+
+from_mx_op = register_operator(
+    "from_mx(Tensor scale, Tensor data, ScalarType dtype, int dim) -> Tensor",
+    _from_mx,
+    lambda scale, data, dtype, dim: data.new_empty(data.movedim(dim, -1).shape, dtype=dtype).movedim(-1, dim),
+)
+"""What compiled code calls in `from_mx`, likewise."""
 
 
 def cast_rows(x: Tensor, mode: str, *, swizzled: bool = False) -> tuple[Tensor, Tensor]:
