@@ -192,7 +192,9 @@ def _check_model(
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
         obstacle = (
-            obstacle_of(linear, choice.recipe, *placement.local_dims(fqn, linear)) if choice.reason is None else None
+            obstacle_of(model, fqn, choice.recipe, *placement.local_dims(fqn, linear))
+            if choice.reason is None
+            else None
         )
         if obstacle:
             problems.append(f"{fqn}: {obstacle}; add it to {setting}{_other_remedy(linear, choice.recipe, request)}")

@@ -19,14 +19,18 @@ _Recipe = TypeVar("_Recipe", bound=Sizes)
 _Config = TypeVar("_Config")
 
 
-def obstacle_of(linear: nn.Linear, recipe: Sizes, n: int, k: int) -> str | None:
-    """Why this linear, of which a rank multiplies `[n, k]`, cannot be converted, or None."""
+def obstacle_of(model: nn.Module, fqn: str, recipe: Sizes, n: int, k: int) -> str | None:
+    """Why the linear of this name, of which a rank multiplies `[n, k]`, cannot be converted, or None."""
+    linear = model.get_submodule(fqn)
+    assert isinstance(linear, nn.Linear)
     kind = type(linear)
     if isinstance(linear, Float8Linear | MXFP8Linear):
         to = "float8" if isinstance(linear, Float8Linear) else "MXFP8"
         return f"it is converted to {to} already ({linear.config.recipe.name})"
     if parametrize.is_parametrized(linear) or linear._parameters.get("weight") is None:
         return "its weight is computed by a parametrization, which conversion would bypass"
+    if _reads_weight(model, fqn):
+        return "the nn.MultiheadAttention around it multiplies by its weight itself and never calls it"
     if kind is not nn.Linear and not vars(kind).get("casts_weight_to_input_dtype", False):
         return (
             f"it is a {kind.__module__}.{kind.__qualname__}, a subclass of nn.Linear whose forward may differ; "
@@ -39,6 +43,14 @@ def obstacle_of(linear: nn.Linear, recipe: Sizes, n: int, k: int) -> str | None:
     if linear.weight.dtype not in _WEIGHT_DTYPES:
         return f"its weight is {linear.weight.dtype}, and casts take float32, bfloat16 or float16"
     return check_dims(k, n, recipe)
+
+
+def _reads_weight(model: nn.Module, fqn: str) -> bool:
+    """Whether this is the linear of PyTorch's attention, whose forward pass is a function of weights."""
+    parent, _, name = fqn.rpartition(".")
+    around = model.get_submodule(parent)
+    forward = getattr(around.forward, "__func__", None)
+    return name == "out_proj" and forward is nn.MultiheadAttention.forward
 
 
 def nothing_to_convert(model: nn.Module, choices: Mapping[str, Choice], setting: str, into: str) -> list[str]:
@@ -73,7 +85,7 @@ def replace_linears(
     model: nn.Module, configs: Mapping[str, _Config], make: Callable[[nn.Linear, _Config], nn.Linear]
 ) -> None:
     """Put what `make` gives of a linear and its config at each of the names; a module with two names stays one
-    module."""
+    module. PyTorch's encoder layers around them call them in eval mode too."""
     converted: dict[int, nn.Linear] = {}
     for fqn, config in configs.items():
         linear = model.get_submodule(fqn)
@@ -84,6 +96,21 @@ def replace_linears(
             converted[id(linear)] = make(linear, config)
         parent, _, name = fqn.rpartition(".")
         setattr(model.get_submodule(parent), name, converted[id(linear)])
+    _leave_fast_paths(model)
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """In eval mode without gradients, `nn.TransformerEncoderLayer` hands the weights of its linears to one fused
+    function and calls none of them. It does not with an activation that this function lacks, and nor is it given nested
+    tensors then, which that function alone multiplies."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            isinstance(inner, Float8Linear | MXFP8Linear) for inner in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            else:
+                module.use_nested_tensor = False
 
 
 def report_rows(

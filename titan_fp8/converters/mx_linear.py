@@ -184,7 +184,7 @@ def _check_model(
         linear = model.get_submodule(fqn)
         assert isinstance(linear, nn.Linear)
         if choice.reason is None and (
-            obstacle := obstacle_of(linear, choice.recipe, *placement.local_dims(fqn, linear))
+            obstacle := obstacle_of(model, fqn, choice.recipe, *placement.local_dims(fqn, linear))
         ):
             problems.append(f"{fqn}: {obstacle}; add it to {setting}")
     return problems + (
