@@ -256,11 +256,11 @@ def _grad_weight(g_columns: Codes | None, grad_output: Tensor, x: Codes, config:
     if g_columns is not None:
         grad = config.gradient_product(g_columns, x, config.grad_weight_dtype)
     else:
-        grad = _unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
+        grad = unquantized_product(grad_output, as_matrix(x.codes), config.grad_weight_dtype)
     return grad if config.gradient_axis is None else all_reduce(grad.float(), config.gradient_axis)
 
 
-def _unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+def unquantized_product(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`grad_output [T, N].T @ x [T, K]` in `out_dtype`, which may be wider than what is multiplied."""
     return grad_output.t() @ x if out_dtype == x.dtype else ops.high_precision_mm(grad_output, x, out_dtype)
 

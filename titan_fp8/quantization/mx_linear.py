@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titan_fp8.quantization import mx_ops, ops
 from titan_fp8.quantization.casts import as_matrix
-from titan_fp8.quantization.function import differentiable_once, later_or_now
+from titan_fp8.quantization.function import differentiable_once, later_or_now, unquantized_product
 from titan_fp8.quantization.linear import check_dims, with_state_of
 from titan_fp8.quantization.mx_recipes import MXRecipe
 from titan_fp8.quantization.mx_sharded import MXWeightState
@@ -297,7 +297,9 @@ def _product_over_tokens(
     grad: Operand | None, grad_output: Tensor, x: Tensor, x_scale: Tensor | None, config: MXConfig
 ) -> Tensor:
     if grad is None:
-        return grad_output.t() @ as_matrix(x)
+        # Sums over many tokens can be beyond the range of fp16.
+        dtype = torch.float32 if grad_output.dtype == torch.float16 else grad_output.dtype
+        return unquantized_product(grad_output, as_matrix(x), dtype)
     codes, scale = grad
     dtype = mx_ops.weight_gradient_dtype(grad_output.dtype)
     if scale is None:

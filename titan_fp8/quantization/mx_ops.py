@@ -101,8 +101,8 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype:
 
 
 def weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the gradient of a weight leaves its product where activations are in `dtype`: sums over many tokens can
-    be beyond the range of fp16."""
+    """In which the gradient of a weight leaves its product of codes where activations are in `dtype`: sums over many
+    tokens can be beyond the range of fp16."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 

@@ -275,11 +275,14 @@ def test_autocast_decides_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     assert torch.equal(result, expected)
 
 
-def test_a_gradient_beyond_the_range_of_fp16_is_kept_where_activations_are_in_fp16() -> None:
-    linear = make(bias=False)
-    x, grad = torch.full((32, K), 64.0, dtype=torch.float16), torch.full((32, N), 64.0, dtype=torch.float16)
+@pytest.mark.parametrize("high_precision", [False, True])
+def test_a_gradient_beyond_the_range_of_fp16_is_kept_where_activations_are_in_fp16(high_precision: bool) -> None:
+    linear = make(bias=False, grad_weight_in_high_precision=high_precision)
+    # One fp16 above 64, if it is not to be rounded to 8 bits.
+    largest = 64.0625 if high_precision else 64.0
+    x, grad = torch.full((32, K), largest, dtype=torch.float16), torch.full((32, N), 64.0, dtype=torch.float16)
     linear(x).backward(grad)
-    assert torch.equal(linear.weight.grad, torch.full((N, K), 2.0**17))
+    assert torch.equal(linear.weight.grad, torch.full((N, K), 32 * 64 * largest))
 
 
 def test_no_tokens_give_no_output_and_gradients_of_zero() -> None:
