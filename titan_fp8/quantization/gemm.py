@@ -73,7 +73,7 @@ def scaled_mm(
             'cores; move the model to a GPU that has, or convert with emulate=True or emulate="auto"'
         )
     if bias is not None:
-        # In fp32, though the product is rounded already: tensor cores add no bias wider than what they write.
+        # In fp32, though the product is rounded already: cuBLAS adds to the sums only a bias that is rounded itself.
         result.add_(bias)
     return result if out is None or result is out else out.copy_(result)
 
