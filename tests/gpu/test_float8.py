@@ -289,10 +289,11 @@ def test_output_and_every_gradient_are_as_exact_as_the_recipe_allows(
 
 @NATIVE
 @ALL_RECIPES
-def test_compiled_equals_eager_bit_for_bit(recipe: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_equals_eager_bit_for_bit(recipe: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     linear = make(recipe, 512, 256)
-    x, grad_output = (torch.randn(333, n, device="cuda", dtype=torch.bfloat16) for n in (512, 256))
+    x, grad_output = (torch.randn(333, n, device="cuda", dtype=dtype) for n in (512, 256))
     eager = run(linear, x, grad_output)
     compiled = run(torch.compile(nn.Sequential(linear), fullgraph=True), x, grad_output)
     for name, value in eager.items():

@@ -113,6 +113,30 @@ def test_a_compiled_linear_gives_the_same_bits(emulate: bool) -> None:
 
 
 @EMULATE
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_in_high_precision_beyond_the_range_of_fp16_is_kept(emulate: bool, compiled: bool) -> None:
+    torch._dynamo.reset()
+    module = linear(emulate=emulate, grad_weight_in_high_precision=True).cuda()
+    called = torch.compile(module, fullgraph=True) if compiled else module
+    x, grad = (torch.full((32, n), value, dtype=torch.float16) for n, value in ((512, 64.0625), (384, 64.0)))
+    called(x.cuda()).backward(grad.cuda())
+    assert torch.equal(module.weight.grad.cpu(), torch.full((384, 512), 32 * 64 * 64.0625))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_compiled_casts_of_tensors_give_the_bits_of_eager_ones(dim: int) -> None:
+    def cast(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, codes = mx.to_mx(t, dim=dim)
+        return scale, codes, mx.from_mx(scale, codes, torch.float32)
+
+    torch._dynamo.reset()
+    t = data(256, torch.bfloat16)[0].cuda()
+    for found, expected in zip(torch.compile(cast, fullgraph=True)(t), cast(t), strict=True):
+        assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@EMULATE
 @pytest.mark.parametrize("sizes", [[256] * 4, [0, 32, 992, 0], [1024, 0, 0, 0], [0, 0, 0, 0]], ids=str)
 def test_experts_compute_what_they_compute_on_a_cpu(sizes: list[int], emulate: bool) -> None:
     generator = torch.Generator().manual_seed(0)
