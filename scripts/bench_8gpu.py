@@ -13,6 +13,7 @@
 | experts | 4 of 48 layers of Llama 4 Scout, experts dealt out to all GPUs, 4 x 8192 tokens a GPU (80 GiB: 1 x) | both |
 | | that go to all experts in turns | |
 | large | Llama 3 70B with as many layers as fit, FSDP2 times tensor parallelism of 2, 8192 tokens for two GPUs | both |
+| | on two GPUs nothing is sharded, and the peer would multiply in fp32 | ours |
 
 There may be any number of GPUs that 2 divides. Each row is one training of 10 steps, counted from the
 sixth to the tenth; a row whose communication is looked at trains for five more and traces the last one. Rows run in the
@@ -158,7 +159,8 @@ def experts(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
 
 
 def large(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
-    """Llama 3 70B; two GPUs share a sequence."""
+    """Llama 3 70B; two GPUs share a sequence. Where there are no more of them nothing is sharded, and then the peer
+    multiplies in fp32."""
     layers = args.large_layers or fitting_layers(gpus, args.gib)
     job = Job(
         "large",
@@ -172,7 +174,7 @@ def large(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
         tensor=2,
     )
     for row in (ROWS["tensorwise-compiled"], ROWS["bf16-compiled"]):
-        for side in row.sides:
+        for side in row.sides if gpus > job.tensor else (OURS,):
             yield [Run(job, row, side, 1)]
 
 

@@ -97,6 +97,12 @@ def test_the_parts_of_eight_gpus_are_what_is_promised(bench, parse):
     assert {run.job.seq_len for run in runs if run.job.name.startswith("short")} == {4096}
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_the_peer_trains_the_large_model_where_it_is_sharded(bench, parse, gpus):
+    runs = [run for wave in waves(bench, parse(), gpus) for run in wave if run.job.name == "large"]
+    assert {run.side for run in runs} == ({"ours"} if gpus == 2 else {"ours", "peer"})
+
+
 def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench, parse):
     for gpus, gib in ((2, 140.0), (4, 79.0), (8, 79.0), (8, 140.0)):
         layers = bench.fitting_layers(gpus, gib)
