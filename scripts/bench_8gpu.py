@@ -16,9 +16,9 @@
 | | on two GPUs nothing is sharded, and the peer would multiply in fp32 | ours |
 
 There may be any number of GPUs that 2 divides. Each row is one training of 10 steps, counted from the
-sixth to the tenth; a row whose communication is looked at trains for five more and traces the last one. Rows run in the
-order of the table, within a part the most important ones first; options of both sides are those of `bench_peers.py`,
-and so is what is recomputed in each.
+sixth to the tenth; a row whose communication is looked at trains for five more and traces the last one. First come some
+of each part (`FIRST`), so that a call of ten minutes tells something of all, then the others in the order of the table;
+options of both sides are those of `bench_peers.py`, and so is what is recomputed in each.
 
 No run begins that would end after `--limit` seconds, as far as those before it tell, and one that still runs then is
 ended. What was left out is named, and the command exits with 3: the same command with `--resume` goes on; what failed
@@ -69,6 +69,18 @@ HEADLINE = (
 SHORT = (Row("bf16-eager"), ROWS["tensorwise-eager"], Row("tensorwise-compiled", "tensorwise", True))
 CHECKPOINTING = ("none", "every-2", "full")
 """Of the short sequences, in the order of the tables."""
+FIRST = {
+    "headline/tensorwise-compiled": BOTH,
+    "headline/bf16-compiled": BOTH,
+    "headline/bf16-eager": BOTH,
+    "headline/tensorwise-eager": (OURS,),
+    "scaling/tensorwise-compiled": (OURS,),
+    "short/bf16-eager": (OURS,),
+    "short/tensorwise-eager": (OURS,),
+    "experts/grouped-rowwise-compiled": (OURS,),
+    "large/tensorwise-compiled": (OURS,),
+}
+"""part/row -> sides of the runs that come first; of short sequences those without recomputation."""
 GIB_BESIDE_STATE = 38
 """Memory of a device that weights, gradients and moments of the large model leave to what does not grow with the number
 of its layers: logits, gathered layers and the gradients of one, the tensors of a layer; to codes of shards; to NCCL."""
@@ -179,6 +191,19 @@ def large(gpus: int, args: argparse.Namespace) -> Iterator[Wave]:
 
 
 PARTS = {part.__name__: part for part in (headline, scaling, short, experts, large)}
+
+
+def all_waves(gpus: int, args: argparse.Namespace) -> list[Wave]:
+    """The trainings of the parts that are asked for, in the order in which they are to run."""
+    found = [wave for name in args.parts for wave in PARTS[name](gpus, args) if wave]
+    if args.ours_only:
+        found = [wave for wave in found if wave[0].side == OURS]
+    return sorted(found, key=lambda wave: not all(map(_comes_first, wave)))
+
+
+def _comes_first(run: Run) -> bool:
+    is_recomputed = run.job.name in (f"short-{ac}" for ac in CHECKPOINTING[1:])
+    return not is_recomputed and run.side in FIRST.get(f"{part_of(run)}/{run.row.name}", ())
 
 
 def fitting_layers(gpus: int, gib: float) -> int:
@@ -351,10 +376,7 @@ def main() -> int:
     import torch
 
     args.gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    waves = [wave for name in args.parts for wave in PARTS[name](gpus, args) if wave]
-    if args.ours_only:
-        waves = [wave for wave in waves if wave[0].side == OURS]
-    records, left_out = run_all(waves, args, found)
+    records, left_out = run_all(all_waves(gpus, args), args, found)
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     print(f"\n{gpus} x {found['devices'][0]}, {versions}, ours at revision {revision()}\n")
     print(tables(records))

@@ -36,7 +36,7 @@ def parse(bench, tmp_path):
 
 
 def waves(bench, args, gpus: int) -> list:
-    return [wave for name in args.parts for wave in bench.PARTS[name](gpus, args) if wave]
+    return bench.all_waves(gpus, args)
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 6, 8])
@@ -179,6 +179,20 @@ def test_what_does_not_fit_the_time_is_left_out_and_resuming_goes_on_with_it(ben
     assert trained(executed) == expected
     assert [f"{r['job']}/{r['row']}/{r['side']}-{r['repeat']}" for r in records] == expected
     assert not left_out
+
+
+@pytest.mark.parametrize("options", [(), ("--ours-only",)])
+def test_runs_of_every_part_come_first_then_the_others_part_by_part(bench, parse, options):
+    plan = [(bench.part_of(wave[0]), wave[0].row.name, wave[0].side) for wave in waves(bench, parse(*options), 8)]
+    headline = [side for part, row, side in plan if part == "headline" and f"headline/{row}" in bench.FIRST]
+    first = len(headline) + 6
+    assert len(headline) == (4 if options else 7)
+    parts = [part for part, _, _ in plan]
+    order = ["headline", "scaling", "short", "experts", "large"]
+    assert list(dict.fromkeys(parts[:first])) == list(dict.fromkeys(parts[first:])) == order
+    assert parts == [part for half in (parts[:first], parts[first:]) for part in sorted(half, key=order.index)]
+    assert {row for part, row, _ in plan[:first] if part == "short"} == {"bf16-eager", "tensorwise-eager"}
+    assert {f"{part}/{row}" for part, row, _ in plan[:first]} == set(bench.FIRST)
 
 
 def test_what_a_run_takes_is_told_by_those_most_like_it(bench, parse, monkeypatch):
