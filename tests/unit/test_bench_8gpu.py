@@ -19,6 +19,12 @@ def bench(load):
 
 
 @pytest.fixture
+def bench_parts(bench):
+    """What it trains, as a module."""
+    return importlib.import_module("bench_8gpu_parts")
+
+
+@pytest.fixture
 def parse(bench, tmp_path):
     """The script's arguments from its optional options."""
     (tmp_path / "data").mkdir()
@@ -103,15 +109,15 @@ def test_the_peer_trains_the_large_model_where_it_is_sharded(bench, parse, gpus)
     assert {run.side for run in runs} == ({"ours"} if gpus == 2 else {"ours", "peer"})
 
 
-def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench, parse):
+def test_layers_of_the_large_model_take_no_more_memory_than_there_is(bench_parts):
     for gpus, gib in ((2, 140.0), (4, 79.0), (8, 79.0), (8, 140.0)):
-        layers = bench.fitting_layers(gpus, gib)
-        parameters = layers * bench.LAYER_PARAMETERS + bench.TABLE_PARAMETERS
+        layers = bench_parts.fitting_layers(gpus, gib)
+        parameters = layers * bench_parts.LAYER_PARAMETERS + bench_parts.TABLE_PARAMETERS
         state = (gib - 38) * 2**30
-        assert 16 * parameters / gpus <= state < 16 * (parameters + bench.LAYER_PARAMETERS) / gpus
-    assert bench.fitting_layers(8, 400.0) == 80
+        assert 16 * parameters / gpus <= state < 16 * (parameters + bench_parts.LAYER_PARAMETERS) / gpus
+    assert bench_parts.fitting_layers(8, 400.0) == 80
     with pytest.raises(SystemExit, match="no layer of Llama 3 70B fits 2 GPUs of 20 GiB"):
-        bench.fitting_layers(2, 20.0)
+        bench_parts.fitting_layers(2, 20.0)
 
 
 @pytest.mark.parametrize("layers", ["0", "-1", "81"])
@@ -182,9 +188,9 @@ def test_what_does_not_fit_the_time_is_left_out_and_resuming_goes_on_with_it(ben
 
 
 @pytest.mark.parametrize("options", [(), ("--ours-only",)])
-def test_runs_of_every_part_come_first_then_the_others_part_by_part(bench, parse, options):
+def test_runs_of_every_part_come_first_then_the_others_part_by_part(bench, bench_parts, parse, options):
     plan = [(bench.part_of(wave[0]), wave[0].row.name, wave[0].side) for wave in waves(bench, parse(*options), 8)]
-    headline = [side for part, row, side in plan if part == "headline" and f"headline/{row}" in bench.FIRST]
+    headline = [side for part, row, side in plan if part == "headline" and f"headline/{row}" in bench_parts.FIRST]
     first = len(headline) + 6
     assert len(headline) == (4 if options else 7)
     parts = [part for part, _, _ in plan]
@@ -192,7 +198,7 @@ def test_runs_of_every_part_come_first_then_the_others_part_by_part(bench, parse
     assert list(dict.fromkeys(parts[:first])) == list(dict.fromkeys(parts[first:])) == order
     assert parts == [part for half in (parts[:first], parts[first:]) for part in sorted(half, key=order.index)]
     assert {row for part, row, _ in plan[:first] if part == "short"} == {"bf16-eager", "tensorwise-eager"}
-    assert {f"{part}/{row}" for part, row, _ in plan[:first]} == set(bench.FIRST)
+    assert {f"{part}/{row}" for part, row, _ in plan[:first]} == set(bench_parts.FIRST)
 
 
 def test_what_a_run_takes_is_told_by_those_most_like_it(bench, parse, monkeypatch):
