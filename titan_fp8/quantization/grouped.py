@@ -158,11 +158,13 @@ class _GroupedFeedForward(torch.autograd.Function):
                 for each, w in ((of_gate, weights[:2]), (of_up, weights[2:4]))
             )
             of_x = _of_tokens(next(parts).add_(next(parts)), *of_rows)
-        for number, each in ((0, of_gate), (1, of_up)):
+        x_columns, hidden_columns = (x_codes_t, x_scale_t), (hidden_t, hidden_scale_t)
+        products = (of_gate[2:], x_columns), (of_up[2:], x_columns), ((g_codes_t, g_scale_t), hidden_columns)
+        for number, (each, weight_dtype) in enumerate(zip(products, weight_dtypes, strict=True)):
             if needs[number]:
-                grads[number] = by_columns(each[2:], (x_codes_t, x_scale_t), ends, weight_dtypes[number], config)
-        if needs[2]:
-            grads[2] = by_columns((g_codes_t, g_scale_t), (hidden_t, hidden_scale_t), ends, weight_dtypes[2], config)
+                # As FSDP sums it, whatever the weight: a mesh computes what one process does.
+                out_dtype = dtype if dtype == torch.bfloat16 else weight_dtype
+                grads[number] = by_columns(*each, ends, out_dtype, config).to(weight_dtype)
         return *of_x, None, None, of_factors, *grads, *[None] * 9
 
 

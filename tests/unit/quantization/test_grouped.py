@@ -120,7 +120,7 @@ def composed(x: Tensor, weights: dict[str, Tensor], ends: Tensor, grad: Tensor, 
         grad_gate, grad_up = producers.swiglu_gradients(grad_hidden, gate, up)
         result["x"][rows] = product(rows_of(grad_gate), w1_t, dtype) + product(rows_of(grad_up), w3_t, dtype)
         for name, left, right in (("w1", grad_gate, x[rows]), ("w3", grad_up, x[rows]), ("w2", grad[rows], hidden)):
-            result[name][expert] = product(columns_of(left), columns_of(right), weights[name].dtype)
+            result[name][expert] = product(columns_of(left), columns_of(right), dtype)  # rounded as activations are
     return result
 
 
