@@ -107,7 +107,9 @@ class CodesCache:
             return
         # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
         self.rows = self.columns = None
-        with torch.no_grad(), unseen():  # an optimizer may step between a block's passes (early_step_in_backward)
+        # An optimizer may step between a block's passes (early_step_in_backward); and what is cast in a validation
+        # serves trainings, too.
+        with torch.inference_mode(False), torch.no_grad(), unseen():
             self.cast(local_weight(parameter))
         self.freshness.record(parameter)
 

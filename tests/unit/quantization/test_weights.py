@@ -176,6 +176,20 @@ def test_a_model_that_was_in_another_dtype_meanwhile_is_not_stale() -> None:
         assert torch.equal(model(x), fresh(x))
 
 
+@ALL_RECIPES
+@pytest.mark.parametrize("compiled", [False, True])
+def test_codes_that_are_cast_in_inference_mode_serve_a_training(recipe: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, x = cached(recipe), torch.randn(24, K, requires_grad=True)
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    with torch.inference_mode():
+        expected = called(x)
+    result = called(x)
+    result.sum().backward()
+    assert torch.equal(result, expected)
+    assert x.grad is not None
+
+
 def test_a_compiled_part_that_is_called_before_its_model_says_so() -> None:
     torch._dynamo.reset()
     model = cached("rowwise")
