@@ -173,7 +173,10 @@ def _if_known(text: Callable[[], str], record: Record, key: str, other: Record |
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl of the folder that runs are in")
-    print(tables(latest(parser.parse_args(argv).results.read_text().splitlines())))
+    results = parser.parse_args(argv).results
+    if not results.is_file():
+        parser.error(f"{results} is no file; name the results.jsonl of the folder that --out named")
+    print(tables(latest(results.read_text().splitlines())))
 
 
 if __name__ == "__main__":

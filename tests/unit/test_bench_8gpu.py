@@ -346,6 +346,12 @@ def test_scaling_starts_with_the_fewest_gpus_that_trained(bench):
     ]
 
 
+def test_tables_of_a_file_that_is_not_there_are_refused(bench, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("bench_8gpu_tables").main([str(tmp_path / "results.jsonl")])
+    assert "is no file; name the results.jsonl" in capsys.readouterr().err
+
+
 def test_tables_compare_each_side_with_its_own_baseline_and_say_why_a_run_failed(bench):
     make = importlib.import_module("bench_8gpu_tables")
     records = [
