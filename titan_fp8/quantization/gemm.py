@@ -11,8 +11,8 @@ With one scale a block of 128 summed values, each block's part of the sum has fa
     result [M, N] = sum over blocks j of (a[:, j] codes @ b[:, j] codes .T) * scale_a[:, j] * scale_b[:, j] + bias
 
 Emulated, the codes are multiplied as exact fp32 numbers with fp32 accumulation and the scales applied after, in an
-order in which nothing overflows that the result does not. TF32 and the reduced-precision modes of CPUs are off in it,
-whatever the process has set: they would round the sums.
+order in which a product overflows, or the part of a block, only if that is beyond fp32 with its scales. TF32 and the
+reduced-precision modes of CPUs are off in it, whatever the process has set: they would round the sums.
 """
 
 import contextlib
@@ -200,7 +200,7 @@ def _native(
     # Row scales are powers of two, so applying them to the fp32 sums changes no bit of the result.
     one = torch.ones((), dtype=torch.float32, device=a.device)
     product = _scaled_mm(a, b.t(), one, one, None, None, torch.float32, fast_accum)
-    return product.mul_(scale_a).mul_(scale_b.t()).to(out_dtype)
+    return apply_scales(product, scale_a, scale_b.t()).to(out_dtype)
 
 
 def _takes_row_scales(a: Tensor, out_dtype: torch.dtype) -> bool:

@@ -162,7 +162,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         products = (of_gate[2:], x_columns), (of_up[2:], x_columns), ((g_codes_t, g_scale_t), hidden_columns)
         for number, (each, weight_dtype) in enumerate(zip(products, weight_dtypes, strict=True)):
             if needs[number]:
-                # As FSDP sums it, whatever the weight: a mesh computes what one process does.
+                # As it leaves where FSDP gathers weights in bf16: a mesh computes what one process does.
                 out_dtype = dtype if dtype == torch.bfloat16 else weight_dtype
                 grads[number] = by_columns(*each, ends, out_dtype, config).to(weight_dtype)
         return *of_x, None, None, of_factors, *grads, *[None] * 9

@@ -75,9 +75,10 @@ def _cast_tensor_both(x: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _high_precision_mm(grad_output: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    if x.is_cuda and out_dtype == torch.float32:
-        return torch.mm(grad_output.t(), x, out_dtype=out_dtype)
-    return (grad_output.t().float() @ x.float()).to(out_dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and out_dtype == torch.float32:
+            return torch.mm(grad_output.t(), x, out_dtype=out_dtype)
+        return (grad_output.t().float() @ x.float()).to(out_dtype)
 
 
 def _sum_rows(x: Tensor) -> Tensor:

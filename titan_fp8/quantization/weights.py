@@ -15,9 +15,10 @@ Codes live outside of compiled graphs, as inputs to them: a pre-forward hook of 
 stale before any layer runs.
 """
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,19 +49,21 @@ class Freshness:
         self.is_told_stale = True
         self._made_from: tuple[int, ...] | None = None
         self._memory: StorageWeakRef | None = None
+        self._place: range | None = None
 
     def mark_stale(self) -> None:
         """The parameter may have changed."""
         self._made_from = None
         self.is_told_stale = True
 
-    def mark_stepped(self, memory: Set[int]) -> None:
-        """An optimizer has written to these storages, and may have caused a write elsewhere."""
+    def mark_stepped(self, memory: Mapping[int, Sequence[range]]) -> None:
+        """An optimizer has written to these addresses of these storages, and may have caused a write elsewhere."""
         # The latter is no reason to stop compiled code: between the passes of a block that is recomputed the optimizers
         # of others step, if each parameter has its own.
         self._made_from = None
-        if self._memory is not None and self._memory.cdata in memory:
-            self.is_told_stale = True
+        if self._memory is not None and self._place is not None:
+            written = memory.get(self._memory.cdata, ())
+            self.is_told_stale |= any(_overlap(self._place, each) for each in written)
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether nothing has happened to `parameter` since `record`."""
@@ -71,7 +74,19 @@ class Freshness:
         self._made_from = _state_of(parameter)
         self.is_told_stale = False
         # As long as somebody refers to it, other memory is not taken for it, though it may lie at the same address.
-        self._memory = StorageWeakRef(local_weight(parameter).untyped_storage())
+        local = local_weight(parameter)
+        self._memory, self._place = StorageWeakRef(local.untyped_storage()), _place_of(local)
+
+
+def _place_of(tensor: Tensor) -> range:
+    """The addresses between the first and the last number of a tensor."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    length = (steps + 1) * tensor.element_size() if tensor.numel() else 0
+    return range(tensor.data_ptr(), tensor.data_ptr() + length)
+
+
+def _overlap(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 def _state_of(parameter: Tensor) -> tuple[int, ...]:
@@ -85,7 +100,7 @@ class CodesCache:
     """The codes of one weight, valid for one epoch: from one change of the weight to the next.
 
     Args:
-        watch: tells of optimizer steps; None makes one.
+        watch: tells of optimizer steps; None: one of the process.
 
     Attributes:
         rows: for `output`.
@@ -97,21 +112,14 @@ class CodesCache:
 
     def __init__(self, watch: "StepWatch | None" = None) -> None:
         self.freshness = Freshness()
-        self._watch = StepWatch() if watch is None else watch
+        self._watch = _watch_of_process() if watch is None else watch
         self._watch.add(self.freshness)
         self.rows = self.columns = None
 
     def refresh(self, parameter: Tensor) -> None:
         """Cast what this rank holds of `parameter`, unless the codes are fresh."""
-        if self.freshness.is_fresh(parameter):
-            return
-        # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
-        self.rows = self.columns = None
-        # An optimizer may step between a block's passes (early_step_in_backward); and what is cast in a validation
-        # serves trainings, too.
-        with torch.inference_mode(False), torch.no_grad(), unseen():
-            self.cast(local_weight(parameter))
-        self.freshness.record(parameter)
+        if not self.freshness.is_fresh(parameter):
+            _renew(self, parameter)  # pyright: ignore[reportCallIssue]
 
     def use(self, parameter: Tensor) -> None:
         """Refresh for a forward pass. Compiled code cannot cast, and relies on the hook of the model, which runs before
@@ -131,6 +139,17 @@ class CodesCache:
     def cast(self, weight: Tensor) -> None:
         """Make the codes of `weight`."""
         raise NotImplementedError
+
+
+@torch.compiler.disable
+def _renew(cache: CodesCache, parameter: Tensor) -> None:
+    # New tensors, not new contents: a backward pass that is still to come keeps what its forward pass used.
+    cache.rows = cache.columns = None
+    # An optimizer may step between a block's passes (early_step_in_backward); and what is cast in a validation serves
+    # trainings, too.
+    with torch.inference_mode(False), torch.no_grad(), unseen():
+        cache.cast(local_weight(parameter))
+    cache.freshness.record(parameter)
 
 
 class WeightCache(CodesCache):
@@ -189,17 +208,24 @@ class _MarkStale:
 
     @torch.compiler.disable
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        memory = {_storage_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        memory = _memory_of(parameter for group in optimizer.param_groups for parameter in group["params"])
         for each in self._watched:
             each.mark_stepped(memory)
 
 
-def _storage_of(parameter: Tensor) -> int:
-    """What tells the memory of what this rank holds of a parameter from other memory; 0 of tensors without any."""
-    try:
-        return local_weight(parameter).untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return 0
+@functools.cache
+def _watch_of_process() -> StepWatch:
+    return StepWatch()
+
+
+def _memory_of(parameters: Iterable[Tensor]) -> dict[int, list[range]]:
+    """Storage -> addresses of what this rank holds of parameters."""
+    found: dict[int, list[range]] = {}
+    for parameter in parameters:
+        local = local_weight(parameter)
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # of tensors that have no memory of their own
+            found.setdefault(local.untyped_storage()._cdata, []).append(_place_of(local))
+    return found
 
 
 def cache_weights(model: nn.Module, linears: Iterable["Float8Linear"]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import titan_fp8
 from tests.tolerances import sqnr_db
@@ -517,7 +518,7 @@ def test_a_copy_of_a_model_has_codes_of_its_own_weights(kind: str) -> None:
 
 def test_new_codes_do_not_recompile() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     layer = layer_of_experts()
     convert(layer)
     layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
@@ -382,7 +383,7 @@ def test_compiled_in_one_graph_equals_eager_bit_for_bit(call: Callable[..., Tens
 
 def test_varying_numbers_of_rows_compile_twice_at_most() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     layer = converted()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for factor in (1, 2, 3, 5):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import titan_fp8
 from titan_fp8.kernels import mx
@@ -40,7 +41,7 @@ def test_compiled_casts_equal_eager_ones_bit_for_bit(
 
 def test_a_size_that_varies_compiles_twice_at_most() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(titan_fp8.to_mx, backend=counter, fullgraph=True)
     for tokens in (3, 5, 8, 9):
         t = values(tokens, 64)

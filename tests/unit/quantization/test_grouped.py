@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tolerances import GROUPED_SQNR_DB, sqnr_db
@@ -589,7 +590,7 @@ def test_compiled_equals_eager_bit_for_bit(dtype: torch.dtype) -> None:
 
 def test_varying_numbers_of_rows_compile_twice_at_most() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(feed_forward, backend=counter, fullgraph=True)
     for sizes in ([16, 0, 32], [32, 32, 32], [0, 0, 64], [160, 16, 48]):
         case = inputs(sizes)

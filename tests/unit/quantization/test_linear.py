@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.tolerances import BIAS_GRAD_SQNR_DB, SQNR_DB, sqnr_db
 from tests.unit.quantization.test_ops import CountCalls
@@ -74,10 +75,26 @@ def test_compiled_equals_eager_bit_for_bit(recipe: str, backend: str, dtype: tor
         assert torch.equal(compiled[name.replace("grad_", "grad__orig_mod.") if name not in compiled else name], value)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_product_in_high_precision_obeys_no_autocast(compiled: bool, inside: bool) -> None:
+    torch._dynamo.reset()
+    linear = make("rowwise_with_gw_hp", grad_weight_dtype=torch.float32)
+    called = torch.compile(linear, backend="aot_eager") if compiled else linear
+    x, grad_output = torch.randn(24, K), torch.randn(24, N).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = called(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+        output.backward(grad_output)
+    assert linear.weight.grad is not None
+    exact = grad_output.double().t() @ x.bfloat16().double()
+    assert sqnr_db(exact, linear.weight.grad.double()) > 120
+
+
 @ALL_RECIPES
 def test_varying_token_counts_compile_twice_at_most(recipe: str) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     linear = make(recipe)
     compiled = torch.compile(linear, backend=counter, fullgraph=True)
     for tokens in (8, 17, 33, 50):

@@ -42,6 +42,7 @@ CALLS = [
     (ops.scaled_mm_blockwise, (BLOCKS, TILES, BLOCK_SCALE, TILE_SCALE, None, torch.bfloat16, True, True)),
     (ops.scaled_mm_blockwise, (TILES, TILES, *2 * (WIDE[:3, :128].t(),), None, torch.float32, False, True)),
     (ops.sum_rows, (X,)),
+    (ops.high_precision_mm, (X.bfloat16(), WIDE[:1].bfloat16().expand(X.shape[0], -1), torch.float32)),
 ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -225,15 +226,48 @@ def test_a_compiled_part_that_is_called_after_a_change_before_its_model_says_so(
     assert torch.equal(part(x), expected)
 
 
-def test_a_step_of_other_weights_does_not_stop_a_compiled_part() -> None:
+@pytest.mark.parametrize("change", [_step, _step_through_a_view, _load, mark_stale])
+def test_a_compiled_part_that_may_break_its_graph_casts_after_a_change(change: Callable) -> None:
+    torch._dynamo.reset()
+    model, x = cached("rowwise"), torch.randn(24, K)
+    part = torch.compile(model[0], backend="aot_eager")
+    model(x).sum().backward()
+    for _ in range(2):
+        change(model)
+        found = part(x)
+        assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_step_of_other_weights_does_not_stop_a_compiled_part(beside: bool) -> None:
     torch._dynamo.reset()
     model, x = cached("rowwise"), torch.randn(24, K)
     part = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    other = nn.Linear(4, 4, bias=False)
+    if beside:  # as a framework lays weights out that keeps them in one buffer
+        weights = model[0].weight, other.weight
+        memory = torch.cat([each.data.flatten() for each in weights])
+        for weight, values in zip(weights, memory.split([each.numel() for each in weights]), strict=True):
+            weight.data = values.view(weight.shape)
     expected = model(x)
-    other = nn.Linear(4, 4)
     other.weight.grad = torch.ones(4, 4)
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert torch.equal(part(x), expected)
+
+
+def test_caches_without_a_watch_of_their_own_share_one() -> None:
+    pickled = pickle.dumps(cached("rowwise"))
+    copies = [pickle.loads(pickled)]
+    before = len(optimizer._global_optimizer_post_hooks)
+    copies += [pickle.loads(pickled) for _ in range(3)]
+    assert len(optimizer._global_optimizer_post_hooks) == before
+    for model in copies:
+        x = torch.randn(24, K)
+        model(x).sum().backward()
+        _step(model)
+        fresh = make("rowwise")
+        fresh.load_state_dict({"weight": model[0].weight.detach()})
+        assert torch.equal(model(x), fresh(x))
 
 
 def test_a_compiled_model_casts_outside_of_the_graph_and_is_never_stale() -> None:
@@ -250,7 +284,7 @@ def test_a_compiled_model_casts_outside_of_the_graph_and_is_never_stale() -> Non
 
 def test_refreshing_does_not_recompile() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     model = nn.Sequential(*(make("tensorwise", K, K) for _ in range(3)))
     cache_weights(model, model)
     for linear in model:
