@@ -147,7 +147,8 @@ class Checkpointer:
             step = chosen.manifest.step
             self._ranks.together(f"loading {chosen.path}", lambda: self._load_host_state(chosen.path, step, exclusions))
             step = 0 if exclusions.component("train_state") else step
-        what = f"everything, going on after step {step}" if chosen.full else "the model's weights"
+        but = f" but {', '.join(exclusions.names)}" if exclusions.names else ""
+        what = f"everything{but}, going on after step {step}" if chosen.full else f"the model's weights{but}"
         info_once(f"loaded {chosen.path} in {time.perf_counter() - started:.1f} s: {what}")
         return step
 

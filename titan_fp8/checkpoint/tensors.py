@@ -67,13 +67,18 @@ class Exclusions:
         return [n for n in self.names if n not in COMPONENTS and not any(matches(n, name) for name in known)]
 
     def check(self, parameters: Iterable[str], chosen: Choice | None = None, saved: Metadata | None = None) -> None:
-        """Raise a CheckpointError that names every entry which matches nothing.
+        """Raise a CheckpointError that names every entry which matches nothing, or if nothing is left to load.
 
         Args:
             parameters: names of the model's.
             chosen: the checkpoint that will be loaded; None: nothing will be.
             saved: its metadata.
         """
+        if chosen is not None and not chosen.full and self.component("model"):
+            raise CheckpointError(
+                f'checkpoint.exclude_from_loading: "model" leaves nothing of {chosen.path}, of which the weights '
+                "of the model alone are loaded; take it out, or leave checkpoint.initial_load_path out"
+            )
         known = {*parameters, *(_parameters_in(saved) if saved is not None else ())}
         # The same command has to go on from what it saved itself, which no longer holds what it was to leave out.
         settled = chosen.manifest.left_out if chosen is not None and chosen.manifest is not None else []

@@ -210,7 +210,7 @@ def _files_of_split(path: Path, split: Split, hold_out_every: int | None, whole:
     files = find_text_files(path)
     if files.validation and hold_out_every:
         raise UserError(
-            f"training.hold_out_every = {hold_out_every}, but {path} holds its validation split in files "
+            f"hold_out_every = {hold_out_every}, but {path} holds its validation split in files "
             f"({files.validation[0].name}); leave hold_out_every out or move those files"
         )
     every = 0
@@ -221,8 +221,8 @@ def _files_of_split(path: Path, split: Split, hold_out_every: int | None, whole:
         every = HOLD_OUT_EVERY if hold_out_every is None else hold_out_every
         if split == "validation" and every == 0:
             raise UserError(f"{path}: hold_out_every = 0 leaves nothing to validate on; set validation.dataset_path")
-    if every == 1:
-        raise UserError("training.hold_out_every = 1 would hold out every document; give 0 (none) or 2 and more")
+    if every == 1 or every < 0:
+        raise UserError(f"hold_out_every = {every}: give 0 (none) or 2 and more; 1 would hold out every document")
     if not chosen:
         raise UserError(f"{path} holds only validation files, so there is nothing to train on")
     return chosen, every

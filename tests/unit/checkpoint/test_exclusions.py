@@ -85,6 +85,15 @@ def test_what_the_checkpoint_alone_has_is_left_out_and_all_else_is_loaded(
     assert_same(run.state(), loaded)
 
 
+@pytest.mark.parametrize("save", [_weights, _torchtitan])
+def test_an_exclusion_that_leaves_nothing_to_load_is_refused(tmp_path: Path, save: Save) -> None:
+    keys = save(tmp_path)
+    message = _preview(tmp_path, exclude_from_loading=["model"], **keys)
+    assert '"model" leaves nothing of' in message
+    with pytest.raises(UserError, match='"model" leaves nothing of'):
+        TinyRun(tmp_path, seed=1, exclude_from_loading=["model"], **keys).resume()
+
+
 @FORMATS
 def test_without_the_exclusion_the_preview_and_the_load_refuse_and_name_it(tmp_path: Path, save: Save) -> None:
     keys = save(tmp_path)

@@ -181,6 +181,7 @@ def test_impossible_divisions_give_one_clear_error(tmp_path):
         (None, "fewer than 100 documents"),
         (0, "leaves nothing to validate on"),
         (1, "every document"),
+        (-3, "hold_out_every = -3: give 0"),
     ]:
         with pytest.raises(UserError, match=message):
             load_text(path, "validation", hold_out_every=every)
