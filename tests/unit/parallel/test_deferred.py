@@ -25,7 +25,7 @@ from titan_fp8.quantization.linear import Float8Linear
 from titan_fp8.quantization.recipes import RECIPES
 
 DIMS = ModelDims(dim=256, n_layers=2, n_heads=4, ffn_dim=256, vocab_size=67, max_seq_len=16)
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *ops.GEMM_OPS)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, ops.high_precision_mm, *ops.GEMM_OPS)
 LINEARS = 7 * DIMS.n_layers + 1  # with the head
 
 
