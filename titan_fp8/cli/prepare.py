@@ -27,8 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.shard_size_tokens < 1 or options.num_workers < 0:
         raise UserError("--shard-size-tokens must be at least 1 and --num-workers at least 0")
-    if options.hold_out_every is not None and options.hold_out_every < 0:
-        raise UserError(f"--hold-out-every {options.hold_out_every}: give 0 (none) or 2 and more")
     source, output = Path(options.input).expanduser(), Path(options.output).expanduser()
     if output.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--output {output} lies inside --input {source}, where it would be read as text; move it out")
